@@ -1,0 +1,54 @@
+"""What names a run: plain data in one canonical text, and a short key of that text."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+
+from widthopt.errors import InputError
+
+
+def canonical(fields: Any) -> str:
+    """The one text of plain data: equal data gives equal text, different data different text.
+
+    Compact JSON with sorted keys. Numbers keep their type, so 1 and 1.0 differ: whoever
+    composes the fields settles their types first. A tuple reads as a list and a dataclass as
+    its fields by name, so that moving or renaming a class renames no run.
+
+    Args:
+        fields: Nested dictionaries with text keys, dataclasses, lists, tuples, text, whole
+            numbers, finite numbers, booleans and None.
+
+    Raises:
+        InputError: A number is infinite or not a number.
+        TypeError: Something else stands among the fields.
+    """
+    return json.dumps(_plain(fields, "fields"), sort_keys=True, separators=(",", ":"))
+
+
+def key(kind: str, fields: Any) -> str:
+    """Twelve hex digits that name what depends on nothing but ``kind`` and ``fields``.
+
+    They are the start of the SHA-256 of the kind, a line end and the `canonical` text.
+    """
+    return hashlib.sha256(f"{kind}\n{canonical(fields)}".encode()).hexdigest()[:12]
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as what JSON can hold; ``where`` says in messages which field it is."""
+    # Exact types: a subclass (an enumeration, a number of numpy) may print as something else.
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        if not math.isfinite(value):
+            raise InputError(f"{where} is {value}, but it must be finite; give a number")
+        return value
+    if type(value) in (list, tuple):
+        return [_plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
+    if type(value) is dict and all(type(name) is str for name in value):
+        return {name: _plain(item, f"{where}.{name}") for name, item in value.items()}
+    raise TypeError(f"{where} is {value!r}, but only plain data can name a run")

@@ -1,0 +1,199 @@
+"""torchvision's classification CNNs by name, deepened where their builders take depths."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import widthopt.operators  # noqa: F401  (before torchvision)
+
+from torchvision import models
+
+from widthopt.errors import InputError
+
+
+@dataclass(frozen=True)
+class TorchvisionNetwork:
+    """A torchvision classification CNN; ``network=torchvision network.name=resnet50``.
+
+    At depth multiplier 1 it is torchvision's own module, so torchvision's weights load into it.
+    Auxiliary heads are off: they exist only while training.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in _names():
+            close = [one for one in _names() if one[:4] == self.name[:4]] or _names()
+            raise InputError(
+                f"network.name is {self.name}, but torchvision has no such classification CNN; "
+                f"choose among {', '.join(close)}"
+            )
+
+    def build(self, *, depth: int, classes: int) -> nn.Module:
+        """See `widthopt.setting.Network`."""
+        builder = models.get_model_builder(self.name)
+        arguments: dict[str, Any] = {"weights": None, "num_classes": classes}
+        if self.name in {"googlenet", "inception_v3"}:
+            arguments |= {"aux_logits": False, "init_weights": True}
+        if depth == 1:
+            model: nn.Module = builder(**arguments)
+            return model
+        return _deepened(self.name, builder, arguments, depth)
+
+    def stages(self, model: nn.Module) -> list[tuple[str, list[str]]]:
+        """See `widthopt.setting.Network`."""
+        if isinstance(model, (models.MobileNetV2, models.MobileNetV3)):
+            return _mobile_stages(model)
+        pattern = next(
+            (one for kind, one in _STAGES.items() if isinstance(model, kind)), r"(?!)"
+        )
+        stages = [
+            (name, [f"{name}.{child}" for child, one in module.named_children() if _is_block(one)])
+            for name, module in model.named_modules()
+            if re.fullmatch(pattern, name)
+        ]
+        return [(name, blocks) for name, blocks in stages if blocks]
+
+    @property
+    def rules(self) -> dict[Any, Callable[..., Any]]:
+        """None: torchvision's CNNs need no rules of their own."""
+        return {}
+
+
+_STAGES: dict[type[nn.Module], str] = {
+    models.ResNet: r"layer\d",
+    models.RegNet: r"trunk_output\.block\d",
+    models.EfficientNet: r"features\.[1-9]",
+    models.ConvNeXt: r"features\.[1357]",
+    models.DenseNet: r"features\.denseblock\d",
+    models.MNASNet: r"layers\.(8|9|1[0-3])",
+    models.ShuffleNetV2: r"stage\d",
+}
+"""The modules whose children are the blocks of one stage, by the type of the network."""
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a stage's child is a block: not the last 1x1 convolution of EfficientNet."""
+    return not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.SiLU))
+
+
+def _mobile_stages(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """MobileNet's blocks lie in one row; a stage begins where a block has no shortcut."""
+    stages: list[tuple[str, list[str]]] = []
+    for name, block in model.named_modules():
+        if not hasattr(block, "use_res_connect"):
+            continue
+        if not block.use_res_connect:
+            stages.append((f"stage{len(stages) + 1}", []))
+        stages[-1][1].append(name)
+    return stages
+
+
+def _names() -> list[str]:
+    """Names of the classification CNNs: no transformers, no detection, segmentation or video."""
+    no_cnn = re.compile("vit_|swin|maxvit")
+    return [name for name in models.list_models(module=models) if not no_cnn.match(name)]
+
+
+def _deepened(
+    name: str, builder: Callable[..., Any], arguments: Mapping[str, Any], depth: int
+) -> nn.Module:
+    for kind, deepen in _DEEPEN.items():
+        with _constructions_of(kind) as seen:
+            try:
+                builder(**arguments)
+            except _SeenError:
+                pass
+        if seen:
+            given = inspect.signature(kind.__init__).bind(None, *seen[0][0], **seen[0][1])
+            keywords = dict(given.arguments)
+            keywords.pop("self")
+            keywords |= keywords.pop("kwargs", {})
+            deepened: nn.Module = kind(**{**keywords, **deepen(keywords, depth)})
+            return deepened
+    raise InputError(
+        f"depth is {depth}, but torchvision's builder of {name} takes no depths; use depth 1, or "
+        "one of the ResNets, RegNets, EfficientNets, ConvNeXts, DenseNets or mobilenet_v2"
+    )
+
+
+class _SeenError(Exception):
+    """Ends a builder once it has said what it would construct."""
+
+
+@contextmanager
+def _constructions_of(kind: type[nn.Module]) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments that a builder gives a network's constructor, which does not run.
+
+    torchvision keeps the depths of a named network inside its builder, and this is where they
+    come out. Not to be used from two threads at once.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    original = kind.__init__
+
+    def record(_: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append((args, kwargs))
+        raise _SeenError
+
+    kind.__init__ = record  # type: ignore[method-assign, assignment]  # restored below
+    try:
+        yield seen
+    finally:
+        kind.__init__ = original  # type: ignore[method-assign]
+
+
+def _resnet(given: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    return {"layers": [depth * blocks for blocks in given["layers"]]}
+
+
+def _mobilenet_v2(given: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """MobileNetV2's stages but the first and the last, which have one block (section 3.4)."""
+    table = given.get("inverted_residual_setting") or [
+        # expansion, channels, blocks, stride (Sandler et al., 2018, table 2)
+        [1, 16, 1, 1],
+        [6, 24, 2, 2],
+        [6, 32, 3, 2],
+        [6, 64, 4, 2],
+        [6, 96, 3, 1],
+        [6, 160, 3, 2],
+        [6, 320, 1, 1],
+    ]
+    inner = [[t, c, depth * n, s] for t, c, n, s in table[1:-1]]
+    return {"inverted_residual_setting": [table[0], *inner, table[-1]]}
+
+
+def _regnet(given: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    parameters = copy(given["block_params"])
+    parameters.depths = [depth * blocks for blocks in parameters.depths]
+    return {"block_params": parameters}
+
+
+def _num_layers(key: str) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
+    def deepen(given: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        stages = [copy(stage) for stage in given[key]]
+        for stage in stages:
+            stage.num_layers *= depth
+        return {key: stages}
+
+    return deepen
+
+
+def _densenet(given: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    return {"block_config": tuple(depth * layers for layers in given["block_config"])}
+
+
+_DEEPEN: dict[type[nn.Module], Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
+    models.ResNet: _resnet,
+    models.MobileNetV2: _mobilenet_v2,
+    models.RegNet: _regnet,
+    models.EfficientNet: _num_layers("inverted_residual_setting"),
+    models.ConvNeXt: _num_layers("block_setting"),
+    models.DenseNet: _densenet,
+}
+"""What a depth multiplier changes in the arguments of each network's constructor."""

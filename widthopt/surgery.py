@@ -1,0 +1,234 @@
+"""The same network at other channel counts, and a setting made into a network."""
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from widthopt.errors import InputError
+from widthopt.networks import initialise
+from widthopt.setting import Setting
+from widthopt.tracing import on_meta, symbolic_trace, trace
+from widthopt.widthgraph import Axis, Rewrite, WidthGraph
+from widthopt.widths import scaled
+
+
+class Blueprint:
+    """A setting's network before it has weights: what to size, and how to build it.
+
+    Attributes:
+        setting: The setting.
+        graph: The un-optimised network at the setting's width and resolution.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        network = setting.network
+        self._model = network.build(depth=setting.depth, classes=setting.classes)
+        self._traced = trace(
+            self._model,
+            setting.resolution,
+            stages=network.stages(self._model),
+            rules=network.rules,
+        )
+        self.graph = self._traced.resized(scaled(self._traced, setting.width))
+
+    def build(self, channels: Mapping[str, int], *, seed: int) -> nn.Module:
+        """The network at these channel counts with fresh weights that depend on the seed."""
+        return resize(
+            self._model, self._traced, channels, seed=seed, rules=self.setting.network.rules
+        )
+
+    def parameters(self, channels: Mapping[str, int]) -> int:
+        """How many parameters the network has at these channel counts."""
+        model = on_meta(self._model)
+        _Resizer(self._traced, channels, {}).resize(model)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def resize(
+    model: nn.Module,
+    graph: WidthGraph,
+    channels: Mapping[str, int],
+    *,
+    weights: Literal["fresh", "sliced"] = "fresh",
+    keep: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    rules: Mapping[Any, Any] | None = None,
+) -> nn.Module:
+    """The same network at other channel counts; the given one is left as it is.
+
+    Where the forward code has channel counts written into it (a split, a channel shuffle),
+    the result is a ``torch.fx.GraphModule`` with the same parameter names.
+
+    Args:
+        model: The network that was traced.
+        graph: Its graph, as `widthopt.trace` returned it.
+        channels: Count of each free width variable, from 1 up.
+        weights: ``fresh``: as torchvision starts them (see `widthopt.networks.initialise`).
+            ``sliced``: those of the given model, for counts no larger than its own.
+        keep: For ``sliced``, the classes that stay, ascending, by variable; without it the
+            leading ones do. A class is one channel, or a group of a grouped convolution.
+        seed: What fresh weights depend on.
+        rules: The tracing rules that were given to `widthopt.trace`.
+
+    Raises:
+        InputError: The counts do not fit the graph, or ask for more than there is to slice.
+    """
+    graph.check(channels)
+    if weights == "fresh":
+        resized = on_meta(model)
+        resizer = _Resizer(graph, channels, keep)
+        resizer.resize(resized)
+        resized.to_empty(device="cpu")
+        resizer.copy_unowned(model, resized)
+        initialise(resized, seed=seed)
+    else:
+        for name, variable in graph.free.items():
+            if channels[name] > variable.channels:
+                raise InputError(
+                    f"channels.{name} is {channels[name]}, but the given network has "
+                    f"{variable.channels} to slice from; ask for fewer, or for fresh weights"
+                )
+        leading = {n: range(channels[n] // one.unit) for n, one in graph.free.items()}
+        keep = {**leading, **(keep or {})}
+        resized = copy.deepcopy(model)
+        _Resizer(graph, channels, keep).resize(resized)
+    if not graph.rewrites:
+        return resized
+    return _rewritten(resized, graph.resized(channels, keep=keep), rules)
+
+
+class _Resizer:
+    """Indexes every tensor with a channel axis by the entries that it has afterwards."""
+
+    def __init__(
+        self,
+        graph: WidthGraph,
+        channels: Mapping[str, int],
+        keep: Mapping[str, Sequence[int]] | None,
+    ) -> None:
+        self._graph = graph
+        self._origins = graph.origins(channels, keep)
+
+    def _index(self, axis: Axis) -> Tensor:
+        return torch.tensor(self._graph.entries(axis, self._origins))
+
+    def resize(self, model: nn.Module) -> None:
+        """Give every layer of the model its new size, in place."""
+        layers = {layer.name: layer for layer in self._graph.layers}  # a shared one counts once
+        for layer in layers.values():
+            module = model.get_submodule(layer.name)
+            reads, writes = self._index(layer.reads), self._index(layer.writes)
+            if isinstance(module, nn.Linear):
+                module.in_features, module.out_features = len(reads), len(writes)
+                dims = {0: writes, 1: reads}
+            else:
+                dims = _resize_convolution(module, layer.kind, reads, writes)
+            _select(module, "weight", dims)
+            _select(module, "bias", {0: writes})
+        for norm in {one.name: one for one in self._graph.norms}.values():
+            module = model.get_submodule(norm.name)
+            index = self._index(norm.axis)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                _select(module, name, {0: index})
+            _set_size(module, len(index))
+        for parameter in self._graph.parameters:
+            owner, _, name = parameter.name.rpartition(".")
+            module = model.get_submodule(owner)
+            index = self._index(parameter.axis)
+            _select(module, name, {parameter.dim: index})
+            _set_size(module, len(index))
+
+    def copy_unowned(self, model: nn.Module, resized: nn.Module) -> None:
+        """Fill what no layer resets, such as a layer scale, from the given model."""
+        dims: dict[str, dict[int, Tensor]] = {}
+        for parameter in self._graph.parameters:
+            dims.setdefault(parameter.name, {})[parameter.dim] = self._index(parameter.axis)
+        resets = {
+            name for name, module in model.named_modules() if hasattr(module, "reset_parameters")
+        } - {""}
+        given = itertools.chain(model.named_parameters(), model.named_buffers())
+        values = dict(itertools.chain(resized.named_parameters(), resized.named_buffers()))
+        for name, value in given:
+            if name.rpartition(".")[0] in resets:
+                continue
+            taken = value.detach()
+            for dim, index in dims.get(name, {}).items():
+                taken = taken.index_select(dim, index.to(taken.device))
+            values[name].detach().copy_(taken)
+
+
+def _resize_convolution(
+    module: nn.Module, kind: str, reads: Tensor, writes: Tensor
+) -> dict[int, Tensor]:
+    """Set a convolution's counts; which entries of its weight stay, by dimension."""
+    assert isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 (their shared base class)
+    group = module.in_channels // module.groups
+    module.in_channels, module.out_channels = len(reads), len(writes)
+    if kind == "dense":
+        return {0: reads, 1: writes} if module.transposed else {0: writes, 1: reads}
+    module.groups = len(reads) // group
+    return {0: reads if module.transposed else writes}
+
+
+def _set_size(module: nn.Module, size: int) -> None:
+    """The attributes in which a layer keeps its number of channels."""
+    for name in ("num_features", "num_channels", "num_parameters"):
+        if hasattr(module, name):
+            setattr(module, name, size)
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (size,)
+
+
+def _select(module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
+    """Replace a parameter or buffer by its entries at these places."""
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        return
+    taken = value.detach()
+    for dim, index in dims.items():
+        taken = taken.index_select(dim, index.to(taken.device))
+    if isinstance(value, nn.Parameter):
+        setattr(module, name, nn.Parameter(taken, requires_grad=value.requires_grad))
+    else:
+        setattr(module, name, taken)
+
+
+def _rewritten(
+    model: nn.Module, graph: WidthGraph, rules: Mapping[Any, Any] | None
+) -> fx.GraphModule:
+    """The network with its splits, shuffles and literal sizes written for the new counts."""
+    module = symbolic_trace(model, rules)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for number, rewrite in enumerate(graph.rewrites):
+        node, source = nodes[rewrite.node], nodes[rewrite.source]
+        with module.graph.inserting_after(node):
+            if rewrite.kind == "flatten":
+                new = module.graph.call_function(torch.flatten, (source, rewrite.dim))
+            else:
+                name = f"channel_selection_{number}"
+                places = torch.tensor(_entries_of(rewrite))
+                module.register_buffer(name, places, persistent=False)
+                with module.graph.inserting_before(node):
+                    index = module.graph.get_attr(name)
+                new = module.graph.call_function(torch.index_select, (source, rewrite.dim, index))
+        node.replace_all_uses_with(new)
+        nodes[rewrite.node] = new  # what reads this node next reads its replacement
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _entries_of(rewrite: Rewrite) -> list[int]:
+    """The entries of the source, block by block as they were picked."""
+    blocks: list[range] = []
+    position = 0
+    for run in rewrite.reads:
+        for _ in range(run.count):
+            blocks.append(range(position, position + run.repeat))
+            position += run.repeat
+    return [entry for pick in rewrite.picks for entry in blocks[pick]]

@@ -1,0 +1,182 @@
+"""Any CNN to a `WidthGraph`, by running every operation on channel labels.
+
+The network is traced with ``torch.fx`` and run once on the meta device, where only shapes
+exist. Beside each tensor travel labels, one for each entry of its channel axis. A
+convolution mints fresh labels, a sum ties those of its operands, a concatenation or a
+shuffle rearranges them. In the end, labels that were tied form a class, and classes that
+occur in exactly the same axes form a width variable.
+"""
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from widthopt.errors import InputError
+from widthopt.tracing.assembly import assembled
+from widthopt.tracing.labels import (
+    NONE,
+    Call,
+    Channels,
+    Ledger,
+    ParameterValue,
+    Rule,
+    flat,
+    place,
+    refusal,
+    same_channels,
+    tied_channels,
+    torch_function_name,
+)
+from widthopt.tracing.rules import FUNCTION_RULES, MODULE_RULES
+from widthopt.widthgraph import Stage, WidthGraph
+
+
+__all__ = ["Call", "Channels", "Rule", "on_meta", "same_channels", "tied_channels", "trace"]
+
+Rules = Mapping[Any, Rule]
+"""Rules of a user's own, by module type or by function."""
+
+
+def trace(
+    model: nn.Module,
+    resolution: int = 224,
+    *,
+    stages: Sequence[tuple[str, Sequence[str]]] = (),
+    rules: Rules | None = None,
+) -> WidthGraph:
+    """The width variables and MACs of a network; the network itself is left as it is.
+
+    Args:
+        model: Takes images of shape ``batch 3 height width`` and gives logits.
+        resolution: Side of the square image that MACs are counted for, in pixels.
+        stages: Where stages and blocks lie, for extrapolation over depth: names, each with
+            the module names of its blocks in order.
+        rules: Rules for operations that have none here or whose rule is wrong for this
+            network: by module type or by function, see `Call`.
+
+    Raises:
+        InputError: ``torch.fx`` cannot follow the forward code, an operation has no rule, or
+            the resolution is too small for the network's strides.
+
+    Source: specification of MorphNet, part II, section 8.
+    """
+    rules = rules or {}
+    traced = symbolic_trace(on_meta(model).eval(), rules)
+    labeller = _Labeller(traced, rules, resolution)
+    labeller.run(torch.empty(1, 3, resolution, resolution, device="meta"))
+    named = tuple(Stage(name, tuple(blocks)) for name, blocks in stages)
+    return assembled(labeller.ledger, named)
+
+
+def symbolic_trace(model: nn.Module, rules: Rules | None = None) -> fx.GraphModule:
+    """The network as a ``torch.fx`` graph whose nodes are torch's layers and functions.
+
+    Raises:
+        InputError: The forward code depends on values in a way that ``torch.fx`` cannot follow.
+    """
+    leaves = tuple(one for one in rules or {} if isinstance(one, type))
+    tracer = _Tracer(leaves)
+    try:
+        return fx.GraphModule(model, tracer.trace(model))
+    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"network is {type(model).__name__}, but torch.fx cannot trace it ({reason}); move "
+            "what depends on values into a module of its own and give that a rule"
+        ) from error
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters and buffers are shapes without values."""
+    values = itertools.chain(model.parameters(), model.buffers())
+    memo: dict[int, Any] = {}
+    for value in values:
+        empty = torch.empty_like(value, device="meta")
+        memo[id(value)] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+class _Tracer(fx.Tracer):
+    """Enters every module but torch's own layers and those with a rule of the user's."""
+
+    def __init__(self, leaves: tuple[type, ...]) -> None:
+        super().__init__()
+        self._leaves = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Labeller(fx.Interpreter):
+    """Runs the traced network on the meta device, and the rules beside it."""
+
+    def __init__(self, module: fx.GraphModule, rules: Rules, resolution: int) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.ledger = Ledger(resolution)
+        self._rules = rules
+        self._labelled: dict[fx.Node, Any] = {}
+        self._modules = dict(module.named_modules())
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node: its shapes on the meta device, then its channels."""
+        try:
+            result = super().run_node(n)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"resolution is {self.ledger.resolution}, but node `{n.name}` in {place(n)} cannot "
+                f"run on such an image ({str(error).splitlines()[0]}); use a larger resolution, or "
+                "check that the network takes images of that size"
+            ) from error
+        self._labelled[n] = self._channels(n, result)
+        return result
+
+    def _channels(self, node: fx.Node, result: Any) -> Any:
+        if node.op == "placeholder":
+            labels = self.ledger.mint("image", result.shape[1])
+            self.ledger.fixed.append(labels)
+            return Channels(labels)
+        if node.op == "get_attr":
+            return ParameterValue(str(node.target))
+        if node.op == "output":
+            outputs = flat(fx.node.map_arg(node.args, self._labelled.get))
+            self.ledger.fixed += [one.labels.ravel() for one in outputs if isinstance(one, Channels)]
+            return None
+        if not any(isinstance(one, torch.Tensor) for one in flat(result)):
+            return result  # sizes, and arithmetic on them
+        return self._ruled(node, result)
+
+    def _ruled(self, node: fx.Node, result: Any) -> Any:
+        module = self._modules[str(node.target)] if node.op == "call_module" else None
+        call = Call(
+            ledger=self.ledger,
+            node=node,
+            module=module,
+            args=tuple(fx.node.map_arg(node.args, self._labelled.__getitem__)),
+            kwargs=dict(fx.node.map_arg(node.kwargs, self._labelled.__getitem__)),
+            shapes=tuple(self._shape(one) for one in node.args),
+            shape=tuple(result.shape) if isinstance(result, torch.Tensor) else (),
+        )
+        operands = list(flat((call.args, call.kwargs)))
+        if not any(isinstance(one, Channels) and one is not NONE for one in operands):
+            return NONE  # made by the forward code, or one number for all channels
+        rule = self._rule(node, module)
+        if rule is None:
+            raise refusal(node, module, "there is no rule for what it does to channels")
+        return rule(call)
+
+    def _shape(self, argument: Any) -> tuple[int, ...] | None:
+        value = self.env.get(argument) if isinstance(argument, fx.Node) else None
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+    def _rule(self, node: fx.Node, module: nn.Module | None) -> Rule | None:
+        if module is not None:
+            kinds = type(module).__mro__
+            own = next((self._rules[kind] for kind in kinds if kind in self._rules), None)
+            return own or next((MODULE_RULES[one] for one in kinds if one in MODULE_RULES), None)
+        if node.target in self._rules:
+            return self._rules[node.target]
+        return FUNCTION_RULES.get(torch_function_name(node) or "")
