@@ -17,7 +17,7 @@ _HOMES = {
     "trace": "widthopt.tracing",
 }
 
-__all__ = ["InputError", "WidthGraph", "match_macs", "resize", "search", "trace"]  # noqa: F822
+__all__ = ["InputError", "WidthGraph", "match_macs", "resize", "search", "trace"]
 
 
 def __getattr__(name: str) -> Any:

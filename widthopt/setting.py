@@ -4,7 +4,7 @@
 runs. ``conf/`` is the one home of their default values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,6 +27,11 @@ class Network(Protocol):
 
     def stages(self, model: Any) -> Sequence[tuple[str, Sequence[str]]]:
         """The stages of a built model: a name and the module names of its blocks, in order."""
+        ...
+
+    @property
+    def rules(self) -> Mapping[Any, Any]:
+        """Tracing rules for operations of its own, by module type or function; often none."""
         ...
 
 

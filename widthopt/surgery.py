@@ -228,7 +228,7 @@ def _entries_of(rewrite: Rewrite) -> list[int]:
     blocks: list[range] = []
     position = 0
     for run in rewrite.reads:
-        for _ in range(run.count):
+        for _ in range(run.classes):
             blocks.append(range(position, position + run.repeat))
             position += run.repeat
     return [entry for pick in rewrite.picks for entry in blocks[pick]]

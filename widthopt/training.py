@@ -132,7 +132,7 @@ class Objective:
     def backpropagate(self, loss: Tensor, *, share: float) -> None:
         """Backward of ``share * loss``, outside autocast as it should be."""
         with torch.autocast(loss.device.type, enabled=False):
-            (loss * share).backward()  # type: ignore[no-untyped-call]
+            (loss * share).backward()
 
     def before_step(self) -> None:
         """Called once in a step, when the gradients of all its images are there."""

@@ -12,7 +12,7 @@ Reading a graph needs neither torch nor numpy.
 import json
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,7 @@ FORMAT = 1
 
 
 class Run(NamedTuple):
-    """``count`` classes of a variable from ``start`` on, each ``repeat`` entries long.
+    """``classes`` classes of a variable from ``start`` on, each ``repeat`` entries long.
 
     ``repeat`` is above 1 where one channel fills several entries of the axis: behind a
     flatten (height x width), or where a whole group of a grouped convolution is one class.
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
     variable: int
     start: int
-    count: int
+    classes: int
     repeat: int
 
 
@@ -49,7 +49,8 @@ class Variable:
         name: The first module, in forward order, whose output it is.
         channels: Its size in the traced network.
         unit: Channels in one class; channel counts are multiples of it.
-        free: False for the image's channels and the network's outputs.
+        free: False for the image's channels, the network's outputs, and a single channel
+            that is spread over the channels of another tensor.
         writers: Every module whose output it is, in forward order.
     """
 
@@ -168,12 +169,12 @@ class WidthGraph:
         """The length of an axis as a linear form: entries per class, by variable index."""
         entries: dict[int, int] = defaultdict(int)
         for run in axis:
-            entries[run.variable] += run.count * run.repeat
+            entries[run.variable] += run.classes * run.repeat
         return {index: total // self.variables[index].classes for index, total in entries.items()}
 
     def length(self, axis: Axis) -> int:
         """Entries of an axis in the traced network."""
-        return sum(run.count * run.repeat for run in axis)
+        return sum(run.classes * run.repeat for run in axis)
 
     @cached_property
     def quadratic(self) -> Quadratic:
@@ -274,6 +275,24 @@ class WidthGraph:
                 f"{_some(unknown)}); `widthopt macs` lists them"
             )
 
+    def connected_without(self, name: str) -> bool:
+        """Whether the image still reaches the outputs if a width variable has no channels.
+
+        True for what a shortcut goes around; False for a residual stream, or a layer of a
+        chain: without it the network is cut in two.
+        """
+        reached = {index for index, one in enumerate(self.variables) if one.writers == ("image",)}
+        outputs = {i for i, one in enumerate(self.variables) if not one.free} - reached
+        grown = True
+        while grown:
+            before = len(reached)
+            for layer in self.layers:
+                if reached & self.form(layer.reads).keys():
+                    writes = self.form(layer.writes).keys()
+                    reached |= {i for i in writes if self.variables[i].name != name}
+            grown = len(reached) > before
+        return outputs <= reached
+
     def check(self, channels: Mapping[str, int]) -> None:
         """Raise InputError unless a network can be built at these channel counts."""
         self._check_names(channels)
@@ -297,7 +316,7 @@ class WidthGraph:
         origins = self.origins(channels, keep)
 
         def axis(old: Axis) -> Axis:
-            return tuple(run for one in old if (run := self._resized_run(one, origins)).count)
+            return tuple(run for one in old if (run := self._resized_run(one, origins)).classes)
 
         return replace(
             self,
@@ -347,8 +366,8 @@ class WidthGraph:
 
     def _resized_run(self, run: Run, origins: Mapping[int, Sequence[int]]) -> Run:
         first = bisect_left(origins[run.variable], run.start)
-        last = bisect_left(origins[run.variable], run.start + run.count)
-        return run._replace(start=first, count=last - first)
+        last = bisect_left(origins[run.variable], run.start + run.classes)
+        return run._replace(start=first, classes=last - first)
 
     def _resized_picks(
         self, rewrite: Rewrite, origins: Mapping[int, Sequence[int]]
@@ -357,8 +376,8 @@ class WidthGraph:
         places: list[range] = []
         position = 0
         for run in rewrite.reads:
-            for start in range(run.start, run.start + run.count):
-                count = self._resized_run(run._replace(start=start, count=1), origins).count
+            for start in range(run.start, run.start + run.classes):
+                count = self._resized_run(run._replace(start=start, classes=1), origins).classes
                 places.append(range(position, position + count))
                 position += count
         return tuple(place for pick in rewrite.picks for place in places[pick])
@@ -373,8 +392,8 @@ class WidthGraph:
         places: list[int] = []
         position = 0
         for run in axis:
-            for number in range(run.start, run.start + run.count):
-                copies = self._resized_run(run._replace(start=number, count=1), origins).count
+            for number in range(run.start, run.start + run.classes):
+                copies = self._resized_run(run._replace(start=number, classes=1), origins).classes
                 places.extend(list(range(position, position + run.repeat)) * copies)
                 position += run.repeat
         return places
@@ -434,10 +453,12 @@ def _check_count(variable: Variable, count: int, *, least: int) -> None:
         )
 
 
-def _some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, for a message."""
+    if not names:
+        return "none"
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) + more) if names else "none"
+    return ", ".join(names[:most]) + more
 
 
 def _axes(data: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -7,12 +7,13 @@ else as torch's layers do. The laws are those of the constructors in torchvision
 import math
 from collections.abc import Callable
 
+import widthopt.operators  # noqa: F401  (before torchvision)
+
+
+# isort: split
 import torch
 from torch import nn
 from torch.nn import init
-
-import widthopt.operators  # noqa: F401  (before torchvision)
-
 from torchvision import models
 from torchvision.models.googlenet import GoogLeNet
 from torchvision.models.inception import Inception3

@@ -3,15 +3,16 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 import widthopt.operators  # noqa: F401  (before torchvision)
 
+
+# isort: split
+from torch import nn
 from torchvision import models
 
 from widthopt.errors import InputError
@@ -50,9 +51,7 @@ class TorchvisionNetwork:
         """See `widthopt.setting.Network`."""
         if isinstance(model, (models.MobileNetV2, models.MobileNetV3)):
             return _mobile_stages(model)
-        pattern = next(
-            (one for kind, one in _STAGES.items() if isinstance(model, kind)), r"(?!)"
-        )
+        pattern = next((one for kind, one in _STAGES.items() if isinstance(model, kind)), r"(?!)")
         stages = [
             (name, [f"{name}.{child}" for child, one in module.named_children() if _is_block(one)])
             for name, module in model.named_modules()
@@ -84,12 +83,15 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _mobile_stages(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """MobileNet's blocks lie in one row; a stage begins where a block has no shortcut."""
+    """MobileNet's blocks lie in one row; a stage begins where a block has no shortcut.
+
+    MobileNetV3-Large's very first block has one all the same.
+    """
     stages: list[tuple[str, list[str]]] = []
     for name, block in model.named_modules():
         if not hasattr(block, "use_res_connect"):
             continue
-        if not block.use_res_connect:
+        if not stages or not block.use_res_connect:
             stages.append((f"stage{len(stages) + 1}", []))
         stages[-1][1].append(name)
     return stages
@@ -104,23 +106,21 @@ def _names() -> list[str]:
 def _deepened(
     name: str, builder: Callable[..., Any], arguments: Mapping[str, Any], depth: int
 ) -> nn.Module:
-    for kind, deepen in _DEEPEN.items():
-        with _constructions_of(kind) as seen:
-            try:
-                builder(**arguments)
-            except _SeenError:
-                pass
-        if seen:
-            given = inspect.signature(kind.__init__).bind(None, *seen[0][0], **seen[0][1])
-            keywords = dict(given.arguments)
-            keywords.pop("self")
-            keywords |= keywords.pop("kwargs", {})
-            deepened: nn.Module = kind(**{**keywords, **deepen(keywords, depth)})
-            return deepened
-    raise InputError(
-        f"depth is {depth}, but torchvision's builder of {name} takes no depths; use depth 1, or "
-        "one of the ResNets, RegNets, EfficientNets, ConvNeXts, DenseNets or mobilenet_v2"
-    )
+    kind = inspect.signature(builder).return_annotation
+    deepen = _DEEPEN.get(kind)
+    if deepen is None:
+        raise InputError(
+            f"depth is {depth}, but torchvision's builder of {name} takes no depths; use depth 1, "
+            "or a ResNet, RegNet, EfficientNet, ConvNeXt, DenseNet or mobilenet_v2"
+        )
+    with _constructions_of(kind) as seen, suppress(_SeenError):
+        builder(**arguments)
+    args, kwargs = seen[0]
+    given = inspect.signature(kind.__init__).bind(None, *args, **kwargs).arguments
+    keywords = {**given, **given.get("kwargs", {})}
+    keywords = {key: value for key, value in keywords.items() if key not in {"self", "kwargs"}}
+    deepened: nn.Module = kind(**{**keywords, **deepen(keywords, depth)})
+    return deepened
 
 
 class _SeenError(Exception):
@@ -128,7 +128,9 @@ class _SeenError(Exception):
 
 
 @contextmanager
-def _constructions_of(kind: type[nn.Module]) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+def _constructions_of(
+    kind: type[nn.Module],
+) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """The arguments that a builder gives a network's constructor, which does not run.
 
     torchvision keeps the depths of a named network inside its builder, and this is where they

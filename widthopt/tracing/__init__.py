@@ -8,8 +8,8 @@ occur in exactly the same axes form a width variable.
 """
 
 import copy
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -66,10 +66,10 @@ def trace(
     """
     rules = rules or {}
     traced = symbolic_trace(on_meta(model).eval(), rules)
-    labeller = _Labeller(traced, rules, resolution)
+    named = {name for name, _ in _values(model)}
+    labeller = _Labeller(traced, rules, resolution, parameters=named)
     labeller.run(torch.empty(1, 3, resolution, resolution, device="meta"))
-    named = tuple(Stage(name, tuple(blocks)) for name, blocks in stages)
-    return assembled(labeller.ledger, named)
+    return assembled(labeller.ledger, tuple(Stage(name, tuple(blocks)) for name, blocks in stages))
 
 
 def symbolic_trace(model: nn.Module, rules: Rules | None = None) -> fx.GraphModule:
@@ -92,12 +92,17 @@ def symbolic_trace(model: nn.Module, rules: Rules | None = None) -> fx.GraphModu
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a network whose parameters and buffers are shapes without values."""
-    values = itertools.chain(model.parameters(), model.buffers())
     memo: dict[int, Any] = {}
-    for value in values:
+    for _, value in _values(model):
         empty = torch.empty_like(value, device="meta")
         memo[id(value)] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
+
+
+def _values(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by every name that they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 class _Tracer(fx.Tracer):
@@ -114,10 +119,14 @@ class _Tracer(fx.Tracer):
 class _Labeller(fx.Interpreter):
     """Runs the traced network on the meta device, and the rules beside it."""
 
-    def __init__(self, module: fx.GraphModule, rules: Rules, resolution: int) -> None:
+    def __init__(
+        self, module: fx.GraphModule, rules: Rules, resolution: int, *, parameters: AbstractSet[str]
+    ) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False  # our messages are one line
         self.ledger = Ledger(resolution)
         self._rules = rules
+        self._parameters = parameters
         self._labelled: dict[fx.Node, Any] = {}
         self._modules = dict(module.named_modules())
 
@@ -134,16 +143,24 @@ class _Labeller(fx.Interpreter):
         self._labelled[n] = self._channels(n, result)
         return result
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter or buffer, or a constant of the forward code, as a shape."""
+        value = super().get_attr(target, args, kwargs)
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
     def _channels(self, node: fx.Node, result: Any) -> Any:
         if node.op == "placeholder":
             labels = self.ledger.mint("image", result.shape[1])
             self.ledger.fixed.append(labels)
             return Channels(labels)
         if node.op == "get_attr":
-            return ParameterValue(str(node.target))
+            known = node.target in self._parameters
+            return ParameterValue(str(node.target)) if known else NONE
         if node.op == "output":
             outputs = flat(fx.node.map_arg(node.args, self._labelled.get))
-            self.ledger.fixed += [one.labels.ravel() for one in outputs if isinstance(one, Channels)]
+            self.ledger.fixed += [
+                one.labels.ravel() for one in outputs if isinstance(one, Channels)
+            ]
             return None
         if not any(isinstance(one, torch.Tensor) for one in flat(result)):
             return result  # sizes, and arithmetic on them

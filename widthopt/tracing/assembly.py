@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,55 +59,75 @@ def assembled(ledger: Ledger, stages: tuple[Stage, ...]) -> WidthGraph:
     )
 
 
+class _Blocks(NamedTuple):
+    """An axis block by block: one entry of each array for each block.
+
+    The labels of one class that a grouped convolution made consecutive are one block.
+    """
+
+    variables: Labels
+    classes: Labels
+    sizes: Labels
+
+
 class _Assembly:
     """Sorts classes into variables and writes axes as runs."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._roots = _roots(ledger.count, ledger.ties)
-        self._place: dict[int, tuple[int, int]] = {}  # root -> variable, class within it
-        self._block: list[int] = []  # consecutive blocks of one class, by variable
+        self._variable = np.full(ledger.count, -1)  # by root: its variable
+        self._class = np.full(ledger.count, -1)  # by root: the class within it
         self.variables: list[Variable] = []
-        self._sort()
+        self._block = self._sort()
 
-    def _sort(self) -> None:
-        """Bucket classes by the axes that contain them, reading axes included.
+    def _sort(self) -> Labels:
+        """Bucket classes into variables; the consecutive labels of a class, by variable."""
+        ledger, buckets, minted = self._ledger, self._buckets(), dict(self._ledger.minted)
+        fixed = {root for labels in ledger.fixed for root in self._roots[labels].tolist()}
+        writers = self._writers()
+        members: dict[tuple[int, bool], dict[int, None]] = {}
+        for labels in minted.values():
+            for root in self._roots[labels].tolist():
+                members.setdefault((int(buckets[root]), root in fixed), {})[root] = None
+        taken: dict[str, int] = defaultdict(int)
+        blocks = []
+        for (_, is_fixed), roots in members.items():
+            leader, *_ = roots
+            first = writers[leader][0]
+            taken[first] += 1
+            name = first if taken[first] == 1 else f"{first}:{taken[first]}"
+            written = self._roots[minted[first]] == leader
+            self._variable[list(roots)] = len(self.variables)
+            self._class[list(roots)] = np.arange(len(roots))
+            unit = int(written.sum())
+            blocks.append(_longest_run(written))
+            self.variables.append(
+                Variable(name, unit * len(roots), unit, not is_fixed, tuple(writers[leader]))
+            )
+        return np.array(blocks)
 
-        Producers alone would not do: half of a layer's output may go elsewhere.
+    def _buckets(self) -> Labels:
+        """By root: a number that classes share if exactly the same axes contain them.
+
+        Reading axes are included. Producers alone would not do: half of a layer's output may
+        go elsewhere. Each axis in turn splits the buckets that it cuts through.
         """
-        ledger, signature = self._ledger, defaultdict[int, list[tuple[int, int]]](list)
+        ledger = self._ledger
         axes = [Channels(labels) for _, labels in ledger.minted]
         for layer in ledger.layers:
             axes += [layer.reads, layer.writes]
         axes += [channels for _, _, channels in ledger.norms]
         axes += ledger.parameters.values()
-        for number, channels in enumerate(axes):
+        buckets, used = np.zeros(ledger.count, dtype=np.int64), 1
+        for channels in axes:
             roots, counts = np.unique(self._roots[channels.labels], return_counts=True)
-            for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
-                signature[root].append((number, count * channels.repeat))
-        fixed = {root for labels in ledger.fixed for root in self._roots[labels].tolist()}
-        writers = self._writers()
-        members: dict[tuple[object, ...], list[int]] = {}
-        for _, labels in ledger.minted:
-            for root in dict.fromkeys(self._roots[labels].tolist()):
-                if root not in self._place:
-                    bucket = (tuple(signature[root]), root in fixed)
-                    members.setdefault(bucket, []).append(root)
-                    self._place[root] = (-1, -1)
-        taken: dict[str, int] = defaultdict(int)
-        for (key, is_fixed), roots in members.items():  # type: ignore[misc]  # the pair above
-            first = writers[roots[0]][0]
-            taken[first] += 1
-            name = first if taken[first] == 1 else f"{first}:{taken[first]}"
-            labels = self._roots[dict(ledger.minted)[first]]
-            for number, root in enumerate(roots):
-                self._place[root] = (len(self.variables), number)
-            unit = int((labels == roots[0]).sum())
-            self._block.append(_longest_run(labels == roots[0]))
-            self.variables.append(
-                Variable(name, unit * len(roots), unit, not is_fixed, tuple(writers[roots[0]]))
-            )
-            assert key, "a class that no axis contains"
+            counts *= channels.repeat
+            keys = buckets[roots] * (counts.max() + 1) + counts
+            split, places = np.unique(keys, return_inverse=True)
+            buckets[roots] = used + places
+            used += len(split)
+        return buckets
 
     def _writers(self) -> dict[int, list[str]]:
         """For each class, the modules whose output it is, in forward order."""
@@ -119,46 +140,34 @@ class _Assembly:
                 writers[root][name] = None
         return {root: list(names) for root, names in writers.items()}
 
-    def _blocks(self, channels: Channels) -> list[tuple[int, int, int, int]]:
-        """Variable, class and length of each block of an axis, and its labels' count.
-
-        The labels of one class that a grouped convolution made consecutive are one block.
-        """
-        roots = self._roots[channels.labels].tolist()
-        blocks: list[tuple[int, int, int, int]] = []
-        at = 0
-        while at < len(roots):
-            variable, number = self._place[roots[at]]
-            size = self._block[variable]
-            if roots[at : at + size] != [roots[at]] * size:
-                size = 1
-            blocks.append((variable, number, size * channels.repeat, size))
-            at += size
-        return blocks
+    def _blocks(self, channels: Channels) -> _Blocks:
+        labels = self._roots[channels.labels]
+        starts = np.flatnonzero(np.diff(labels, prepend=-1))  # of stretches of one class
+        roots, lengths = labels[starts], np.diff(starts, append=len(labels))
+        variables = self._variable[roots]
+        full, single = np.divmod(lengths, self._block[variables])
+        counts = full + single
+        stretch = np.repeat(np.arange(len(starts)), counts)
+        within = np.arange(len(stretch)) - np.repeat(counts.cumsum() - counts, counts)
+        sizes = np.where(within < full[stretch], self._block[variables][stretch], 1)
+        return _Blocks(variables[stretch], self._class[roots][stretch], sizes)
 
     def axis(self, channels: Channels) -> Axis:
         """An axis as runs of consecutive classes."""
-        runs: list[Run] = []
-        for variable, number, repeat, _ in self._blocks(channels):
-            last = runs[-1] if runs else None
-            if (
-                last is not None
-                and (last.variable, last.repeat) == (variable, repeat)
-                and last.start + last.count == number
-            ):
-                runs[-1] = last._replace(count=last.count + 1)
-            else:
-                runs.append(Run(variable, number, 1, repeat))
-        return tuple(runs)
+        variables, classes, sizes = self._blocks(channels)
+        new = (np.diff(variables) != 0) | (np.diff(sizes) != 0) | (np.diff(classes) != 1)
+        starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+        lengths = np.diff(starts, append=len(variables))
+        columns = (variables[starts], classes[starts], lengths, sizes[starts] * channels.repeat)
+        return tuple(Run(*run) for run in zip(*(one.tolist() for one in columns), strict=True))
 
     def picks(self, reads: Channels, places: Labels) -> tuple[int, ...]:
         """Places of labels, as places of blocks."""
         picks: list[int] = []
-        starts: dict[int, tuple[int, int]] = {}
-        at = 0
-        for number, (_, _, _, size) in enumerate(self._blocks(reads)):
-            starts[at] = (number, size)
-            at += size
+        sizes = self._blocks(reads).sizes
+        starts = dict(
+            zip((sizes.cumsum() - sizes).tolist(), enumerate(sizes.tolist()), strict=True)
+        )
         position = 0
         wanted = places.tolist()
         while position < len(wanted):

@@ -235,16 +235,15 @@ def same_channels(call: Call) -> Any:
 def tied_channels(call: Call) -> Any:
     """The rule of an operation that combines its operands entry by entry, with broadcasting."""
     operands = [
-        (one, shape)
-        for one, shape in zip(call.args, call.shapes, strict=True)
-        if shape is not None
+        (one, shape) for one, shape in zip(call.args, call.shapes, strict=True) if shape is not None
     ]
     result = NONE
     for one, shape in operands:
         if isinstance(one, Channels) and one is not NONE:
             dim = one.dim + len(call.shape) - len(shape)
             if call.shape[dim] != shape[one.dim]:
-                continue  # a single channel, spread over all channels of another operand
+                call.ledger.fixed.append(one.labels)  # spread over the others' channels: stays 1
+                continue
             if result is not NONE and dim != result.dim:
                 raise call.refuse("it combines tensors whose channels lie on different axes")
             result = tied(call, result, Channels(one.labels, one.repeat, dim))

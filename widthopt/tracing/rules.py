@@ -92,7 +92,9 @@ def _normalisation(call: Call) -> Any:
     if isinstance(module, nn.GroupNorm):
         grouped = channels.labels.reshape(module.num_groups, -1)
         call.ledger.tie(grouped[:-1], grouped[1:])  # as many channels in every group
-    last = channels.dim == len(call.shape) - 1 and len(getattr(module, "normalized_shape", " ")) == 1
+    last = (
+        channels.dim == len(call.shape) - 1 and len(getattr(module, "normalized_shape", " ")) == 1
+    )
     if isinstance(module, nn.LayerNorm) and not last:
         raise call.refuse("it normalises other axes than the channels")
     batch = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 (their base class)
@@ -123,9 +125,7 @@ def _concatenation(call: Call) -> Channels:
     if any(not isinstance(one, Channels) or one is NONE for one in parts):
         raise call.refuse("it joins tensors with channels to tensors without")
     first: Channels = parts[0]
-    if any(
-        (one.dim, one.labels.ndim, one.repeat) != (first.dim, 1, first.repeat) for one in parts
-    ):
+    if any((one.dim, one.labels.ndim, one.repeat) != (first.dim, 1, first.repeat) for one in parts):
         raise call.refuse("it joins tensors whose channels are laid out differently")
     if call.argument(1, "dim", 0) % len(call.shape) == first.dim:
         return Channels(np.concatenate([one.labels for one in parts]), first.repeat, first.dim)

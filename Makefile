@@ -1,0 +1,51 @@
+# `make demo` shows what this is for; `make test` runs the tests. Both set up what they need.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Hydra 1.3 does not start on Python 3.14.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+
+.PHONY: help install demo test test-slow check format bench wheel clean
+
+help:  ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+install: $(VENV)/installed  ## make the virtual environment and install into it
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; name it: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## width transfer, whole, on real digits: 5 minutes or less on 2 cores
+	$(BIN)/widthopt experiment=demo
+
+test: install  ## the default tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install  ## the tests that take longer
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: install  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install  ## all benchmarks, each a small table
+	@for one in benchmarks/[a-z]*.py; do \
+		[ $$one = benchmarks/harness.py ] || $(BIN)/python $$one || exit 1; done
+
+wheel: install  ## build the wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
+clean:  ## remove what `make` made, but no runs
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

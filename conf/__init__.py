@@ -1,0 +1,1 @@
+"""The configuration groups, the one home of default values."""

@@ -1,0 +1,72 @@
+import widthopt.operators  # noqa: F401 (before torchvision)
+
+
+# isort: split
+import functools
+import math
+
+import hypothesis
+import pytest
+import torch
+from torch import nn
+
+from widthopt.networks import TorchvisionNetwork
+from widthopt.tracing import trace
+
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile("widthopt", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("widthopt")
+
+
+@functools.cache
+def _traced(name, resolution, depth, classes):
+    network = TorchvisionNetwork(name)
+    # RegNet's constructor computes with tensors, so it cannot run where there are no values.
+    with torch.device("cpu" if "regnet" in name else "meta"):
+        model = network.build(depth=depth, classes=classes)
+    return model, trace(model, resolution, stages=network.stages(model))
+
+
+@pytest.fixture(scope="session")
+def traced():
+    """A torchvision network, its weights unset, and its graph; each is made once."""
+
+    def get(name, resolution=224, *, depth=1, classes=1000):
+        return _traced(name, resolution, depth, classes)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def counted():
+    """Multiply-adds of a module by hooks on its layers: every weight, at every position."""
+
+    def count(model, resolution):
+        total = 0
+
+        def hook(module, inputs, output):
+            nonlocal total
+            if isinstance(module, nn.Linear):
+                positions = math.prod(output.shape[:-1])
+            else:
+                transposed = module.transposed
+                positions = math.prod((inputs[0] if transposed else output).shape[2:])
+            total += positions * module.weight.numel()
+
+        handles = [
+            module.register_forward_hook(hook)
+            for module in model.modules()
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))  # noqa: SLF001
+        ]
+        training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            model(torch.zeros(1, 3, resolution, resolution, device=device))
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+        return total
+
+    return count

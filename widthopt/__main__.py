@@ -1,0 +1,110 @@
+"""The command: a Hydra application, and the words that may stand first instead.
+
+torch and everything that needs it is imported only once there is something to compute.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from widthopt.errors import InputError
+
+
+logger = logging.getLogger("widthopt")
+
+WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
+"""Exit codes: what was asked for cannot be done; it went wrong; Ctrl-C."""
+
+
+def main() -> None:
+    """Run the command that the process was started with."""
+    sys.path.append(os.getcwd())  # noqa: PTH109 (a user's own network lies in the current folder)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    words = sys.argv[1:]
+    commands: dict[str, Callable[[Sequence[str]], None]] = {"macs": _macs, "plan": _plan}
+    try:
+        if words and words[0] in commands:
+            commands[words[0]](words[1:])
+        else:
+            _hydra()
+    except InputError as error:
+        _end(error, WRONG_INPUT)
+    except (HydraException, OmegaConfBaseException) as error:
+        from widthopt.config import refusal  # noqa: PLC0415 (imports torch)
+
+        _end(refusal(error, ()), WRONG_INPUT)
+    except KeyboardInterrupt:
+        _end("stopped; the same command goes on from the last checkpoint", STOPPED)
+
+
+def _end(message: object, code: int) -> NoReturn:
+    sys.stderr.write(f"widthopt: {message}\n")
+    sys.exit(code)
+
+
+def _hydra() -> None:
+    """Compose and run, or sweep with ``-m``, as Hydra applications do."""
+    import launchers  # noqa: PLC0415 (Hydra's launchers register when they are wanted)
+
+    launchers.register()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to `main`, which words them
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(_run)()
+
+
+def _run(config: DictConfig) -> None:
+    """One run of Hydra's: from a composed configuration to the table and the figures."""
+    from widthopt.config import request  # noqa: PLC0415 (imports torch)
+    from widthopt.report import report  # noqa: PLC0415
+    from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
+
+    try:
+        report(request(config))
+    except InputError as error:
+        _end(error, WRONG_INPUT)
+    except Diverged as error:
+        _end(error, FAILED)
+    except Interrupted as error:
+        _end(error, STOPPED)
+
+
+def _plan(words: Sequence[str]) -> None:
+    """``widthopt plan [OVERRIDE ...] [--json]``."""
+    parser = argparse.ArgumentParser("widthopt plan", description="What a run would cost.")
+    parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_intermixed_args(words)
+    from widthopt.config import compose  # noqa: PLC0415 (imports torch)
+    from widthopt.report import show_plan  # noqa: PLC0415
+
+    show_plan(compose(arguments.overrides), as_json=arguments.json)
+
+
+def _macs(words: Sequence[str]) -> None:
+    """``widthopt macs [OVERRIDE ...] [--channels FILE] [--json]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt macs", description="MACs, parameters and width variables of the target."
+    )
+    parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
+    parser.add_argument("--channels", type=Path, help="a JSON file of channel counts")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_intermixed_args(words)
+    from widthopt.config import compose  # noqa: PLC0415 (imports torch)
+    from widthopt.report import show_macs  # noqa: PLC0415
+
+    show_macs(
+        compose(arguments.overrides), channels=arguments.channels, as_json=arguments.json
+    )
+
+
+if __name__ == "__main__":
+    main()

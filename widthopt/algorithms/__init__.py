@@ -1,0 +1,83 @@
+"""Width optimisation algorithms A, all behind one door.
+
+``conf/algorithm`` chooses one by its ``_target_``: a new algorithm is one file here, or
+anywhere, and one conf file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from widthopt.data import Counts, Split
+from widthopt.setting import Recipe, Runtime, Setting
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a search runs under, beside its setting, data and budget.
+
+    Attributes:
+        recipe: How networks are trained; ``search_epochs`` is for searches.
+        runtime: Where and how to compute.
+        seed: The run's seed.
+        folder: Where checkpoints and what else is worth keeping go.
+    """
+
+    recipe: Recipe
+    runtime: Runtime
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """What a width search hands on: the widths, what they cost to find, and how it went.
+
+    Attributes:
+        multipliers: A factor on the channels of the un-enlarged network N for each free width
+            variable; a direction, not yet matched to a budget.
+        overhead_macs: MACs of all forward and backward passes of the search.
+        seconds: Time that the search took, of all processes that took part.
+        flags: What went wrong, by name; see `widthopt.algorithms.morphnet`.
+        details: What else is worth recording, as plain data.
+    """
+
+    multipliers: dict[str, float]
+    overhead_macs: int
+    seconds: float
+    flags: Mapping[str, Any]
+    details: Mapping[str, Any]
+
+
+class WidthSearch(Protocol):
+    """A width optimisation algorithm A (paper section 3.1)."""
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name in records, figures and messages."""
+        ...
+
+    def search(
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+    ) -> SearchResult:
+        """Optimise the widths of the setting's network under a test-time budget.
+
+        Args:
+            setting: The proxy, or the target itself.
+            data: Its training images, and images held out of them for validation.
+            budget_macs: MACs that the optimised network of this setting may cost.
+            conditions: What it runs under.
+
+        Raises:
+            InputError: The algorithm cannot search this network.
+        """
+        ...
+
+    def overhead_macs(self, setting: Setting, counts: Counts, *, recipe: Recipe) -> int:
+        """What `search` will cost, in closed form (design, section 9).
+
+        Raises:
+            InputError: The algorithm cannot search this network.
+        """
+        ...

@@ -1,0 +1,269 @@
+"""MorphNet: prune with a penalty on MACs, then grow to the budget.
+
+The network is trained once with the penalty of `widthopt.algorithms.penalty`; the channels
+that stay alive are the direction of the optimised widths, which the extrapolation then grows.
+
+Source: Gordon et al., 2018, "MorphNet: Fast & Simple Resource-Constrained Structure Learning
+of Deep Networks"; paper section 3.2 and appendix A; the decisions D1-D26 that its
+specification lists.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from widthopt.algorithms import Conditions, SearchResult
+from widthopt.algorithms.penalty import Penalty, check_searchable
+from widthopt.data import Counts, Split
+from widthopt.devices import place
+from widthopt.errors import InputError
+from widthopt.evaluation import evaluate
+from widthopt.seeds import derived_seed
+from widthopt.setting import Recipe, Setting
+from widthopt.store import write_atomically
+from widthopt.surgery import Blueprint
+from widthopt.training import Objective, learning_rate, train
+from widthopt.widthgraph import WidthGraph
+
+
+logger = logging.getLogger("widthopt")
+
+FLICKER = 2.2
+"""Amplitude of a dead scale in units of learning rate x pressure, at momentum 0.9 (D9)."""
+
+GAP_POINTS = 2.0
+"""Loss of accuracy by the last truncation, in points, that declares the result invalid (D6)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MorphNet:
+    """The algorithm; its values are in ``conf/algorithm/morphnet.yaml``.
+
+    Attributes:
+        name: Its name in records.
+        strength: Lambda, the factor on R/F0 in the loss; 1 in the paper.
+        threshold: A class of channels is alive if its scale is strictly above this.
+        tie: How the scales of tied channels combine: ``max``, or ``l2``.
+        depthwise: ``double`` charges depthwise layers on both sides, ``single`` by gradient.
+        truncate: Set dead channels to zero at the end of every epoch.
+        floor: Classes that every variable keeps, the largest ones.
+    """
+
+    name: str
+    strength: float
+    threshold: float
+    tie: Literal["max", "l2"]
+    depthwise: Literal["double", "single"]
+    truncate: bool
+    floor: int
+
+    def __post_init__(self) -> None:
+        for key, least in (("strength", 0.0), ("threshold", 0.0)):
+            value = getattr(self, key)
+            if not value >= least or math.isinf(value):
+                raise InputError(
+                    f"algorithm.{key} is {value:g}, but it is a number from 0 up; the default is "
+                    f"{'1' if key == 'strength' else '0.01'}"
+                )
+        if self.floor < 1:
+            raise InputError(
+                f"algorithm.floor is {self.floor}, but every layer keeps at least one channel; "
+                "use a whole number from 1 up"
+            )
+
+    def search(
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+    ) -> SearchResult:
+        """See `widthopt.algorithms.WidthSearch`.
+
+        The flags say: ``collapsed``, variables that fell to the floor; ``cut``, those among
+        them that no shortcut goes around; ``suspect``, those that only the absolute threshold
+        empties (a layer that works at a small scale); ``masked_accuracy_gap``, points that
+        the last truncation cost, more than two of which make ``valid`` False, as ``cut`` does;
+        ``unchanged``, nothing was pruned; ``fixed``, variables that no schedule this short
+        could have pruned; ``budget_reached``, always True here: what is pruned is grown.
+        """
+        del budget_macs  # the direction does not depend on it; the extrapolation grows to it
+        recipe, runtime = conditions.recipe, conditions.runtime
+        blueprint = Blueprint(setting)
+        graph = blueprint.graph
+        model = blueprint.build(
+            graph.channels, seed=derived_seed(conditions.seed, "search weights")
+        )
+        place(model, runtime)
+        penalty = Penalty(
+            model, graph, threshold=self.threshold, tie=self.tie, depthwise=self.depthwise
+        )
+        start = self._start(penalty, recipe, data)
+        objective = _Pruning(penalty, self, recipe)
+        trained = train(
+            model,
+            data.train,
+            recipe=recipe,
+            epochs=recipe.search_epochs,
+            seed=derived_seed(conditions.seed, "search"),
+            runtime=runtime,
+            objective=objective,
+            folder=conditions.folder,
+            label=f"{self.name} search",
+        )
+        full = evaluate(model, data.evaluation, runtime=runtime)
+        found = _found(penalty, graph, self.floor)
+        relative = _found(penalty, graph, self.floor, relative=True)
+        gammas = {
+            name: value.detach().cpu().contiguous()
+            for name, value in model.state_dict().items()
+            if name.rpartition(".")[0] in {one.name for one in graph.norms if one.gamma}
+            and name.endswith(".weight")
+        }
+        write_atomically(conditions.folder / "gammas.safetensors", save(gammas))
+        alive, alive_relative = penalty.counts(), penalty.counts(relative=True)
+        largest, mixed = penalty.largest(), penalty.mixed
+        penalty.truncate()
+        masked = evaluate(model, data.evaluation, runtime=runtime)
+        gap = full.top1 - masked.top1
+        collapsed = [name for name in penalty.searchable if alive[name] < self.floor]
+        cut = [name for name in collapsed if not graph.connected_without(name)]
+        flags: dict[str, Any] = {
+            "budget_reached": True,
+            "collapsed": collapsed,
+            "cut": cut,
+            "fixed": start["fixed"],
+            "masked_accuracy_gap": gap,
+            "suspect": [name for name in collapsed if alive_relative[name] >= self.floor],
+            "unchanged": all(alive[name] == one.classes for name, one in graph.free.items()),
+            "valid": not cut and gap <= GAP_POINTS,
+        }
+        _warn(flags)
+        channels = {name: alive[name] * one.unit for name, one in graph.free.items()}
+        return SearchResult(
+            multipliers=found,
+            overhead_macs=3 * graph.macs() * trained.images
+            + graph.macs() * (full.images + masked.images),
+            seconds=trained.seconds,
+            flags=flags,
+            details={
+                **start,
+                "alive_macs": graph.macs(channels) / graph.macs(),
+                "channels_alive": channels,
+                "epochs": objective.history(),
+                "largest_scale": largest,
+                "mixed_classes": mixed,
+                "multipliers_relative": relative,
+                "searched_macs": graph.macs(),
+                "threshold": self.threshold,
+                "strength": self.strength,
+                "top1_before_truncation": full.top1,
+                "top1_after_truncation": masked.top1,
+            },
+        )
+
+    def overhead_macs(self, setting: Setting, counts: Counts, *, recipe: Recipe) -> int:
+        """See `widthopt.algorithms.WidthSearch`: training, and two passes of validation."""
+        graph = Blueprint(setting).graph
+        check_searchable(graph)
+        macs: int = graph.macs()
+        trained = counts.per_epoch * recipe.search_epochs
+        return 3 * macs * trained + 2 * macs * counts.evaluation
+
+    def _start(self, penalty: Penalty, recipe: Recipe, data: Split) -> dict[str, Any]:
+        """Checks before the first step, and what they found (specification, 3.2 and P23)."""
+        value = float(penalty.value_and_gradient()[0])
+        assert math.isfinite(value), "the penalty is not finite at the start"
+        pressure, members = penalty.pressure(), penalty.members()
+        steps, epochs = data.train.steps_per_epoch, recipe.search_epochs
+        rates = [
+            learning_rate(recipe, step=step, steps_per_epoch=steps, epochs=epochs)
+            for step in range(steps * epochs)
+        ]
+        travel = sum(rates) / (1 - recipe.momentum)
+        reach = {name: self.strength * one * travel for name, one in pressure.items()}
+        fixed = [name for name, one in reach.items() if one < members[name]]
+        logger.info("the penalty R/F0 starts at %.4f", value)
+        if fixed and self.strength > 0:
+            logger.warning(
+                "this schedule is too short for the penalty to prune %d of %d width variables "
+                "(from %s on): more epochs or images, or a larger algorithm.strength, would",
+                len(fixed), len(reach), fixed[0],
+            )  # fmt: skip
+        flicker = FLICKER * max(rates) * self.strength * max(pressure.values())
+        if flicker > self.threshold:
+            logger.warning(
+                "dead scales may flicker up to %.3g, above algorithm.threshold %g, until the "
+                "learning rate falls", flicker, self.threshold,
+            )  # fmt: skip
+        return {"penalty_at_start": value, "reach": reach, "fixed": fixed, "travel": travel}
+
+
+class _Pruning(Objective):
+    """The recipe's loss plus ``strength`` times R/F0."""
+
+    def __init__(self, penalty: Penalty, algorithm: MorphNet, recipe: Recipe) -> None:
+        super().__init__(label_smoothing=recipe.label_smoothing)
+        self._penalty, self._algorithm = penalty, algorithm
+        self._last_epoch = recipe.search_epochs - 1
+        self._value = torch.zeros(())
+        self._dead = torch.zeros(0, dtype=torch.bool)
+        self._history = torch.zeros(0, 4, dtype=torch.float64)
+
+    def before_step(self) -> None:
+        """Add the penalty's gradient, once in a step however many micro-batches it has."""
+        if self._algorithm.strength > 0:
+            self._value = self._penalty.add_gradient(self._algorithm.strength)
+
+    def after_epoch(self, epoch: int) -> None:
+        """Truncate, but not after the last epoch: the search measures what that costs."""
+        scales = self._penalty.scales()
+        dead = ~scales.alive.cpu()
+        revived = int((self._dead & ~dead).sum()) if len(self._dead) else 0
+        self._dead = dead
+        row = torch.tensor([[epoch, float(self._value), int(dead.sum()), revived]])
+        self._history = torch.cat([self._history, row.double()])
+        logger.info(
+            "epoch %d: penalty R/F0 %.4f, %d of %d classes dead, %d revived",
+            epoch, float(self._value), int(dead.sum()), len(dead), revived,
+        )  # fmt: skip
+        if self._algorithm.truncate and epoch < self._last_epoch:
+            self._penalty.truncate()
+
+    def history(self) -> list[dict[str, float]]:
+        """By epoch: R/F0, classes dead, and classes that came back to life."""
+        names = ("epoch", "penalty", "dead", "revived")
+        return [dict(zip(names, row, strict=True)) for row in self._history.tolist()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {"dead": self._dead, "history": self._history}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        self._dead, self._history = tensors["dead"], tensors["history"]
+
+
+def _found(
+    penalty: Penalty, graph: WidthGraph, floor: int, *, relative: bool = False
+) -> dict[str, float]:
+    """The direction: what stays alive of each variable, but the floor, over what there was."""
+    counts = penalty.counts(relative=relative)
+    return {
+        name: max(counts[name], min(floor, one.classes)) / one.classes
+        for name, one in graph.free.items()
+    }
+
+
+def _warn(flags: Mapping[str, Any]) -> None:
+    if flags["unchanged"]:
+        logger.warning("nothing was pruned: the penalty is too weak for this schedule")
+    if flags["cut"]:
+        logger.warning("the search cut the network at %s: not valid", ", ".join(flags["cut"]))
+    if flags["masked_accuracy_gap"] > GAP_POINTS:
+        logger.warning(
+            "removing the dead channels cost %.1f points: they were not dead, not valid",
+            flags["masked_accuracy_gap"],
+        )

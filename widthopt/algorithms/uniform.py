@@ -1,0 +1,28 @@
+"""The un-optimised network: every multiplier is one, and finding them costs nothing."""
+
+from dataclasses import dataclass
+
+from widthopt.algorithms import Conditions, SearchResult
+from widthopt.data import Counts, Split
+from widthopt.setting import Recipe, Setting
+from widthopt.surgery import Blueprint
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """The baseline of every figure."""
+
+    name: str
+
+    def search(
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+    ) -> SearchResult:
+        """See `widthopt.algorithms.WidthSearch`."""
+        del data, budget_macs, conditions
+        ones = dict.fromkeys(Blueprint(setting).graph.free, 1.0)
+        return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
+
+    def overhead_macs(self, setting: Setting, counts: Counts, *, recipe: Recipe) -> int:
+        """See `widthopt.algorithms.WidthSearch`."""
+        del setting, counts, recipe
+        return 0

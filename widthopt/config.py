@@ -1,0 +1,201 @@
+"""From what a user typed to a `Request`: composed, typed and checked before anything starts."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib import import_module
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from widthopt.errors import InputError
+from widthopt.pipeline import Request, Target, found
+from widthopt.records import Found
+from widthopt.setting import Runtime
+
+
+CONFIG_MODULE = "conf"
+CONFIG_NAME = "config"
+
+_GROUPS = ("network", "dataset", "projection", "algorithm", "extrapolation", "recipe")
+_VALUES = ("target", "budget_macs", "methods", "seeds", "root", "runtime")
+
+
+def search(*overrides: str) -> Found:
+    """Better channel counts, as the command would find them, without the final training.
+
+    ``widthopt.search("network=custom", "network.factory=my_module.my_network")``.
+
+    Args:
+        overrides: As typed behind ``widthopt``.
+
+    Returns:
+        The channel counts of the target found for the first seed, and how.
+
+    Raises:
+        InputError: Something asked for cannot be done.
+    """
+    return found(compose(overrides))
+
+
+def compose(overrides: Sequence[str]) -> Request:
+    """The request that these overrides make of ``conf/``.
+
+    Raises:
+        InputError: They do not fit it.
+    """
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return request(hydra_compose(CONFIG_NAME, overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refusal(error, overrides) from error
+
+
+def request(config: DictConfig) -> Request:
+    """A composed configuration as typed values.
+
+    Raises:
+        InputError: A key is unknown or missing, or a value has the wrong type or range.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InputError(
+            f"{missing[0]} is missing, but this choice needs it; add {missing[0]}=... to the "
+            "command"
+        )
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise refusal(error, ()) from error
+    assert isinstance(plain, dict)
+    values = {str(key): value for key, value in plain.items()}
+    unknown = [key for key in values if key not in (*_GROUPS, *_VALUES)]
+    if unknown:
+        raise InputError(_unknown(unknown[0], (*_GROUPS, *_VALUES)))
+    chosen = {group: _instance(group, values[group]) for group in _GROUPS}
+    return Request(
+        **chosen,
+        target=_typed(Target, "target", values["target"]),
+        budget_macs=_value(int | None, "budget_macs", values["budget_macs"]),
+        methods=_value(tuple[str, ...], "methods", values["methods"]),
+        seeds=_value(tuple[int, ...], "seeds", values["seeds"]),
+        root=_value(str, "root", values["root"]),
+        runtime=_typed(Runtime, "runtime", values["runtime"]),
+        fields={key: values[key] for key in values if key not in {"root", "runtime"}},
+    )
+
+
+def _instance(group: str, values: Mapping[str, Any]) -> Any:
+    """What a group's ``_target_`` makes of its values."""
+    name = values.get("_target_") if isinstance(values, Mapping) else None
+    if not isinstance(name, str):
+        raise InputError(
+            f"{group} is {values}, but a choice of this group has a _target_; see conf/{group}"
+        )
+    module, _, attribute = name.rpartition(".")
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{group}._target_ is {name}, but it cannot be imported ({error}); start in the "
+            "folder that holds it, or install it"
+        ) from error
+    return _typed(kind, group, {key: one for key, one in values.items() if key != "_target_"})
+
+
+def _typed(kind: type[Any], key: str, values: Mapping[str, Any]) -> Any:
+    """A dataclass made from plain values, each of the type that its field says."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind) if field.init]
+    for name in values:
+        if name not in names:
+            raise InputError(_unknown(f"{key}.{name}", [f"{key}.{one}" for one in names]))
+    for name in names:
+        if name not in values:
+            raise InputError(f"{key}.{name} is missing, but {key} needs it; add {key}.{name}=...")
+    return kind(**{name: _value(hints[name], f"{key}.{name}", values[name]) for name in names})
+
+
+def _unknown(key: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(sorted(names))}"
+    return f"{key} is not a key, but only known keys are read; {remedy}"
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+}
+
+
+def _value(kind: Any, key: str, value: Any) -> Any:
+    """A plain value as this type; whole numbers are numbers, and nothing else converts."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _value(next(one for one in arguments if one is not types.NoneType), key, value)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise InputError(
+            f"{key} is {value}, but it is one of a few words; use {', '.join(map(str, arguments))}"
+        )
+    if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
+        return _values(kind, key, value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise InputError(f"{key} is {value}, but it is a table; write {{name: value}}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise InputError(f"{key} is {value}, but it must be {_WORDS[kind]}; correct it")
+
+
+def _values(kind: Any, key: str, value: Any) -> tuple[Any, ...]:
+    arguments = get_args(kind)
+    one = arguments[0]
+    length = None if get_origin(kind) is not tuple or Ellipsis in arguments else len(arguments)
+    if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
+        size = "" if length is None else f" of {length}"
+        raise InputError(f"{key} is {value}, but it is a list{size}; write [a, b]")
+    return tuple(_value(one, f"{key}[{place}]", item) for place, item in enumerate(value))
+
+
+def refusal(error: Exception, overrides: Sequence[str]) -> InputError:
+    """Hydra's error about a configuration, in one line."""
+    text = " ".join(str(error).split())
+    cause = error.__cause__ or error
+    if isinstance(error, OverrideParseException):
+        return InputError(
+            f"{error.override} is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; "
+            "see widthopt --help"
+        )
+    if "Could not find '" in text and "Available options" in str(error):
+        wanted = text.split("Could not find '")[1].split("'")[0]
+        group, _, choice = wanted.rpartition("/")
+        options = str(error).split(":", 1)[1].split("\n")
+        names = sorted(line.strip() for line in options if line.strip())
+        return InputError(
+            f"{group} is {choice}, but there is no such choice; use one of {', '.join(names)}"
+        )
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override"):
+        wanted = text.split("'")[1]
+        return InputError(_unknown(wanted, list(_GROUPS + _VALUES)))
+    typed = f"{' '.join(overrides)}: " if overrides else ""
+    return InputError(
+        f"{key or 'the configuration'} cannot be used, but {typed}{text}; see widthopt --help"
+    )

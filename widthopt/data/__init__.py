@@ -1,0 +1,46 @@
+"""Data sets, stratified fractions, resolution, augmentation and batches.
+
+A `Dataset` names images and how they are normalised; `check` says what is wrong with it
+before work starts; `search_split` and `target_split` turn it into batches on a device.
+torch is imported with the batches, not with the choice of a data set.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from widthopt.data.choice import Dataset, classes
+from widthopt.data.images import Images
+from widthopt.data.subsets import Counts, check, search_counts, target_counts
+
+
+if TYPE_CHECKING:
+    from widthopt.data.batches import (
+        EvaluationBatches,
+        Split,
+        TrainBatches,
+        search_split,
+        target_split,
+    )
+
+__all__ = [
+    "Counts",
+    "Dataset",
+    "EvaluationBatches",
+    "Images",
+    "Split",
+    "TrainBatches",
+    "check",
+    "classes",
+    "search_counts",
+    "search_split",
+    "target_counts",
+    "target_split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The names that need torch, from the module that has them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from widthopt.data import batches  # noqa: PLC0415 (imports torch)
+
+    return getattr(batches, name)

@@ -1,0 +1,47 @@
+"""Accuracy against the overhead that was saved: the form of the paper's figures 3 to 6."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from widthopt.figures.style import COLOURS, MARKERS
+from widthopt.records import Record, Summary, by_method
+
+
+def draw(axes: Axes, records: Sequence[Record]) -> None:
+    """Draw one point for each searched setting, and the un-optimised baseline as a line.
+
+    Bars and the shade are one sample standard deviation over seeds. The overhead is that
+    counted, relative to a search on the target itself, so its unit cancels.
+    """
+    for method, ones in by_method(records).items():
+        top1 = Summary.of(one.top1 for one in ones)
+        if method == "uniform":
+            axes.axhline(top1.mean, color=COLOURS[method], linestyle="--", label=method)
+            axes.axhspan(
+                top1.mean - top1.std,
+                top1.mean + top1.std,
+                color=COLOURS[method],
+                alpha=0.1,
+                linewidth=0,
+            )
+            continue
+        saved = Summary.of(100 * one.found.saved for one in ones)
+        axes.errorbar(
+            saved.mean,
+            top1.mean,
+            yerr=top1.std or None,
+            color=COLOURS[method],
+            marker=MARKERS[method],
+            markersize=6,
+            capsize=3,
+            linestyle="none",
+            label=f"{records[0].algorithm}, {method}",
+        )
+    axes.set_xlim(-4, 104)
+    axes.set(
+        xlabel="width optimization overhead saved (%)",
+        ylabel=f"{records[0].dataset} top-1 accuracy (%)",
+    )
+    axes.set_title(f"{records[0].network}: accuracy at equal FLOPs (multiply-adds)")
+    axes.legend()

@@ -1,0 +1,479 @@
+"""One request end to end: search on the proxy, extrapolate, train the target, evaluate.
+
+Searches and trainings are stages of the store, named by everything that their result
+depends on, so none is done twice; a run's folder gathers what belongs to one request.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from widthopt import data, identity
+from widthopt.algorithms import Conditions, SearchResult, WidthSearch
+from widthopt.algorithms.uniform import Uniform
+from widthopt.data import Dataset, Split
+from widthopt.devices import resolve_device
+from widthopt.errors import InputError
+from widthopt.evaluation import evaluate
+from widthopt.extrapolation import Extrapolation
+from widthopt.projection import Projection, nominal_saving
+from widthopt.records import METHODS, Found, Record, to_json
+from widthopt.seeds import derived_seed
+from widthopt.setting import Network, Recipe, Runtime, Setting
+from widthopt.store import Stage, Store, writable, write_atomically
+from widthopt.surgery import Blueprint
+from widthopt.training import train
+from widthopt.widths import TOLERANCE, Match, match_macs, multipliers
+
+
+logger = logging.getLogger("widthopt")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The target's network axes; its data is always the whole data set.
+
+    Attributes:
+        width: Width multiplier.
+        depth: Depth multiplier.
+        resolution: Side of the square input, in pixels.
+    """
+
+    width: float
+    depth: int
+    resolution: int
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.resolution < 1:
+            key = "depth" if self.depth < 1 else "resolution"
+            raise InputError(
+                f"target.{key} is {getattr(self, key)}, but it must be a whole number from 1 up; "
+                "correct it"
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one run is asked for; `widthopt.config` makes it from ``conf/`` and overrides.
+
+    Attributes:
+        fields: The composed values that results may depend on, as plain data.
+    """
+
+    network: Network
+    dataset: Dataset
+    projection: Projection
+    algorithm: WidthSearch
+    extrapolation: Extrapolation
+    recipe: Recipe
+    target: Target
+    budget_macs: int | None
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    root: str
+    runtime: Runtime
+    fields: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
+            raise InputError(
+                f"methods is [{', '.join(self.methods)}], but it lists some of "
+                f"{', '.join(METHODS)}, each once; correct it"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(
+                f"seeds is [{', '.join(map(str, self.seeds))}], but it lists whole numbers from 0 "
+                "up, each once; correct it"
+            )
+
+    @property
+    def target_setting(self) -> Setting:
+        """The target with the data set's classes and all of its images."""
+        target, classes = self.target, self.dataset.class_count()
+        return Setting(self.network, classes, target.width, target.depth, target.resolution, 1.0)
+
+    def blueprint(self, setting: Setting | None = None) -> Blueprint:
+        """The network of a setting, of the target's if None.
+
+        Raises:
+            InputError: There is no such network; the message names the key that was typed.
+        """
+        setting = setting or self.target_setting
+        try:
+            return Blueprint(setting)
+        except InputError as error:
+            axis = str(error).split(" ", 1)[0]
+            if axis not in {"width", "depth", "resolution"}:
+                raise
+            typed = getattr(self.projection, axis) is not None
+            projected = typed and getattr(self.target, axis) != getattr(setting, axis)
+            group = "projection" if projected else "target"
+            raise InputError(f"{group}.{error}") from error
+
+
+class Point:
+    """A request checked and sized, before any work: its settings, networks and budget.
+
+    Raises:
+        InputError: Anything asked for cannot be done; nothing has started or been written.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        data.check(request.dataset, fraction=request.projection.fraction or 1.0)
+        self.target = request.target_setting
+        transfer = "transfer" in request.methods
+        self.proxy = request.projection(self.target) if transfer else self.target
+        self.target_blueprint = request.blueprint(self.target)
+        self.proxy_blueprint = request.blueprint(self.proxy)
+        graph = self.target_blueprint.graph
+        self.budget_macs: int = graph.macs() if request.budget_macs is None else request.budget_macs
+        ones = dict.fromkeys(graph.free, 1.0)
+        match_macs(graph, ones, budget_macs=self.budget_macs)
+        if transfer:
+            # Finds out now whether the proxy's widths can be carried over.
+            request.extrapolation(
+                dict.fromkeys(self.proxy_blueprint.graph.free, 1.0),
+                source=self.proxy_blueprint.graph,
+                target=graph,
+                budget_macs=self.budget_macs,
+            )
+        self.device = resolve_device(request.runtime)
+
+    def setting(self, method: str) -> Setting:
+        """What a method searches."""
+        return self.proxy if method == "transfer" else self.target
+
+    def blueprint(self, method: str) -> Blueprint:
+        """The network of `setting`."""
+        return self.proxy_blueprint if method == "transfer" else self.target_blueprint
+
+    def algorithm(self, method: str) -> WidthSearch:
+        """What a method searches with."""
+        return Uniform("uniform") if method == "uniform" else self.request.algorithm
+
+    def conditions(self, seed: int, folder: Path) -> Conditions:
+        """What a search runs under."""
+        return Conditions(self.request.recipe, self.request.runtime, seed, folder)
+
+    def search_data(self, setting: Setting, seed: int) -> Split:
+        """The images that a search sees: some of the training images, and none of the test's."""
+        return data.search_split(
+            self.request.dataset,
+            resolution=setting.resolution,
+            fraction=setting.fraction,
+            seed=seed,
+            recipe=self.request.recipe,
+            runtime=self.request.runtime,
+            device=self.device,
+        )
+
+    def overhead_macs(self, method: str, seed: int) -> int:
+        """What the search of a method takes, in closed form."""
+        setting, recipe = self.setting(method), self.request.recipe
+        counts = data.search_counts(
+            self.request.dataset,
+            fraction=setting.fraction,
+            seed=seed,
+            batch_size=recipe.batch_size,
+        )
+        return self.algorithm(method).overhead_macs(setting, counts, recipe=recipe)
+
+    @cached_property
+    def store(self) -> Store:
+        """Where stages are kept."""
+        return Store(Path(self.request.root) / "stages")
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of this request's run, named by its content."""
+        fields = self.request.fields
+        key = identity.key("run", fields)
+        name = f"{self.request.network.name}-{self.request.dataset.name}-{key}"
+        return Path(self.request.root) / name.replace("/", "_")
+
+    def search_stage(self, method: str, seed: int) -> Stage:
+        """The stage of a search; the same for all requests that need the same one."""
+        setting, fields = self.setting(method), self.request.fields
+        recipe = {key: one for key, one in fields["recipe"].items() if key != "epochs"}
+        named = {
+            "network": fields["network"],
+            "dataset": _naming(self.request.dataset, fields["dataset"]),
+            "setting": _axes(setting),
+            "algorithm": fields["algorithm"],
+            "recipe": recipe,
+            "budget": self._budget_share,
+            "seed": seed,
+        }
+        return self.store.stage("search", named)
+
+    def train_stage(self, channels: Mapping[str, int], seed: int) -> Stage:
+        """The stage of a final training; methods that found the same channels share it."""
+        fields = self.request.fields
+        recipe = {key: one for key, one in fields["recipe"].items() if key != "search_epochs"}
+        named = {
+            "network": fields["network"],
+            "dataset": _naming(self.request.dataset, fields["dataset"]),
+            "setting": _axes(self.target),
+            "channels": dict(channels),
+            "recipe": recipe,
+            "seed": seed,
+        }
+        return self.store.stage("train", named)
+
+    @property
+    def _budget_share(self) -> float:
+        """The budget as a part of what the un-optimised target costs."""
+        return self.budget_macs / int(self.target_blueprint.graph.macs())
+
+    def search_budget(self, method: str) -> int:
+        """MACs that the searched network may cost once optimised: the same share of its own."""
+        return round(self._budget_share * self.blueprint(method).graph.macs())
+
+
+def _axes(setting: Setting) -> dict[str, float]:
+    return {
+        "width": setting.width,
+        "depth": setting.depth,
+        "resolution": setting.resolution,
+        "fraction": setting.fraction,
+    }
+
+
+def _naming(dataset: Dataset, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The data set's values that results depend on."""
+    neutral = getattr(dataset, "NEUTRAL", frozenset())
+    return {key: value for key, value in fields.items() if key not in neutral}
+
+
+def found(request: Request, *, method: str = "transfer") -> Found:
+    """Search and extrapolate for the first seed, without the final training.
+
+    Raises:
+        InputError: Something asked for cannot be done.
+    """
+    point = Point(request)
+    writable(point.store.root)
+    return _found(point, method, request.seeds[0])
+
+
+def run(request: Request, show: Callable[[str], None] = logger.info) -> list[Record]:
+    """Everything that a request asks for; what was done before is not done again.
+
+    Args:
+        request: What to do.
+        show: Called with a line about each stage before it begins.
+
+    Returns:
+        One record for each method and seed; also in the run's folder, with the resolved
+        configuration, channel counts and links to the stages, which hold the checkpoints.
+
+    Raises:
+        InputError: Something asked for cannot be done; nothing has started.
+    """
+    point = Point(request)
+    for folder in (point.store.root, point.folder, point.folder / "channels"):
+        writable(folder)
+    write_atomically(point.folder / "config.yaml", OmegaConf.to_yaml(dict(request.fields)))
+    write_atomically(point.folder / "graph.json", point.target_blueprint.graph.to_json())
+    records = []
+    with _logged(point.folder / "run.log"):
+        for seed in request.seeds:
+            for method in request.methods:
+                show(f"{method}, seed {seed}")
+                records.append(_record(point, method, seed))
+                write_atomically(point.folder / "record.json", to_json(records))
+    return records
+
+
+def _record(point: Point, method: str, seed: int) -> Record:
+    request = point.request
+    one = _found(point, method, seed)
+    content = {"network": request.network.name, **asdict(one)}
+    path = point.folder / "channels" / f"{method}-seed{seed}.json"
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    stage = point.train_stage(one.channels, seed)
+    with stage.claim():
+        trained = stage.result()
+        if trained is None:
+            trained = _trained(point, one.channels, seed, stage.folder)
+            stage.finish(trained)
+    stages = {"train": stage.folder.name}
+    if method != "uniform":
+        stages["search"] = point.search_stage(method, seed).folder.name
+    for kind, name in stages.items():
+        _link(point.folder / f"{kind}-{method}-seed{seed}", Path("..") / "stages" / name)
+    return Record(
+        network=request.network.name,
+        dataset=request.dataset.name,
+        algorithm=request.algorithm.name,
+        target=_axes(point.target),
+        proxy=_axes(point.setting(method)),
+        found=one,
+        top1=trained["top1"],
+        top5=trained["top5"],
+        train_macs=trained["macs"],
+        train_seconds=trained["seconds"],
+        train_loss=trained["loss"],
+        stages=stages,
+    )
+
+
+def _found(point: Point, method: str, seed: int) -> Found:
+    result = _searched(point, method, seed)
+    target = point.target_blueprint
+    match: Match = point.request.extrapolation(
+        result.multipliers,
+        source=point.blueprint(method).graph,
+        target=target.graph,
+        budget_macs=point.budget_macs,
+    )
+    if match.shortfall > TOLERANCE:
+        logger.warning(
+            "%s: %.2f %% of the budget is left over, because one step of any width costs more",
+            method, 100 * match.shortfall,
+        )  # fmt: skip
+    flags = {**result.flags, "budget_shortfall": match.shortfall}
+    return Found(
+        method=method,
+        seed=seed,
+        channels=match.channels,
+        multipliers=multipliers(match.channels, target.graph),
+        alpha=match.alpha,
+        macs=match.macs,
+        budget_macs=match.budget_macs,
+        parameters=target.parameters(match.channels),
+        overhead_macs=result.overhead_macs,
+        direct_overhead_macs=point.overhead_macs("direct", seed) if method != "uniform" else 0,
+        nominal_saving=nominal_saving(point.target, point.setting(method)),
+        search_seconds=result.seconds,
+        flags=flags,
+        searched=result.multipliers,
+    )
+
+
+def _searched(point: Point, method: str, seed: int) -> SearchResult:
+    """The search of a method, done now or before."""
+    algorithm, setting = point.algorithm(method), point.setting(method)
+    if method == "uniform":
+        ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
+        return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
+    stage = point.search_stage(method, seed)
+    with stage.claim():
+        done = stage.result()
+        if done is None:
+            result = algorithm.search(
+                setting,
+                point.search_data(setting, seed),
+                budget_macs=point.search_budget(method),
+                conditions=point.conditions(seed, stage.folder),
+            )
+            stage.finish(asdict(result))
+            return result
+    return SearchResult(**done)
+
+
+def _trained(
+    point: Point, channels: Mapping[str, int], seed: int, folder: Path
+) -> dict[str, float]:
+    """Train the target at these channels on all of its data, and evaluate it."""
+    request = point.request
+    split = data.target_split(
+        request.dataset,
+        resolution=point.target.resolution,
+        seed=seed,
+        recipe=request.recipe,
+        runtime=request.runtime,
+        device=point.device,
+    )
+    model = point.target_blueprint.build(channels, seed=derived_seed(seed, "weights"))
+    trained = train(
+        model,
+        split.train,
+        recipe=request.recipe,
+        epochs=request.recipe.epochs,
+        seed=derived_seed(seed, "training"),
+        runtime=request.runtime,
+        folder=folder,
+        label="training",
+    )
+    accuracy = evaluate(model, split.evaluation, runtime=request.runtime)
+    return {
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "test_images": accuracy.images,
+        "macs": 3 * point.target_blueprint.graph.macs(channels) * trained.images,
+        "seconds": trained.seconds,
+        "loss": trained.loss,
+        "train_top1": trained.top1,
+    }
+
+
+def _link(path: Path, to: Path) -> None:
+    """A link in the run's folder to a stage, remade where it leads elsewhere."""
+    if path.is_symlink() and Path(os.readlink(path)) == to:
+        return
+    path.unlink(missing_ok=True)
+    path.symlink_to(to)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Write what is logged to a file too."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One stage of a request that has not started: what it is, what it costs, whether it is done.
+
+    Attributes:
+        what: The stage in words.
+        macs: Its MACs; for a training those of its budget.
+        done: True if its result is there; None where that depends on a search to come.
+    """
+
+    what: str
+    macs: int
+    done: bool | None
+
+
+def plan(request: Request) -> Sequence[Planned]:
+    """What `run` would do, in its order; starts nothing and writes nothing.
+
+    Raises:
+        InputError: Something asked for cannot be done.
+    """
+    point = Point(request)
+    counts = data.target_counts(request.dataset, batch_size=request.recipe.batch_size)
+    train_macs = 3 * point.budget_macs * counts.per_epoch * request.recipe.epochs
+    planned = []
+    for seed in request.seeds:
+        for method in request.methods:
+            result = None
+            if method != "uniform":
+                result = point.search_stage(method, seed).result()
+                what = f"{method}: {request.algorithm.name} search, seed {seed}"
+                planned.append(Planned(what, point.overhead_macs(method, seed), result is not None))
+            done: bool | None = None
+            if method == "uniform" or result is not None:
+                channels = _found(point, method, seed).channels
+                done = point.train_stage(channels, seed).result() is not None
+            planned.append(Planned(f"{method}: training, seed {seed}", train_macs, done))
+    return planned

@@ -1,0 +1,170 @@
+"""What one point of a run came to, as plain data; figures and tables see nothing else."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from widthopt.errors import InputError
+
+
+FORMAT = 1
+"""Version of the JSON form."""
+
+METHODS = ("uniform", "direct", "transfer")
+"""The three curves of every figure of the paper, in the order they are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Channel counts for a target, and how they were found.
+
+    Attributes:
+        method: ``uniform``, ``direct`` or ``transfer``.
+        seed: The run's seed.
+        channels: Count of each free width variable of the target, in forward order.
+        multipliers: The same as factors on the un-optimised target's channels.
+        alpha: The paper's matching factor.
+        macs: MACs of the optimised target, one forward pass on one image.
+        budget_macs: MACs it was allowed.
+        parameters: Parameters of the optimised target.
+        overhead_macs: MACs spent on finding the widths, as counted.
+        direct_overhead_macs: What a search on the target itself takes, in closed form.
+        nominal_saving: How many times cheaper the proxy is, by the idealised law.
+        search_seconds: Time that the search took.
+        flags: What went wrong in the search.
+        searched: The multipliers that the search handed on, before extrapolation.
+    """
+
+    method: str
+    seed: int
+    channels: dict[str, int]
+    multipliers: dict[str, float]
+    alpha: float
+    macs: int
+    budget_macs: int
+    parameters: int
+    overhead_macs: int
+    direct_overhead_macs: int
+    nominal_saving: float
+    search_seconds: float
+    flags: Mapping[str, Any]
+    searched: dict[str, float]
+
+    @property
+    def saved(self) -> float:
+        """Part of the direct search's overhead that was saved, in [0, 1] for a cheaper proxy."""
+        if self.direct_overhead_macs == 0:
+            return 0.0
+        return 1 - self.overhead_macs / self.direct_overhead_macs
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One method at one seed, from search to evaluation.
+
+    Attributes:
+        network: The network's name.
+        dataset: The data set's name.
+        algorithm: The search's name.
+        target: Width, depth, resolution and fraction of the target.
+        proxy: The same of the setting that was searched; of the target where none was.
+        found: The channel counts.
+        top1: Test accuracy after the last epoch, in per cent.
+        top5: Likewise, among the five likeliest classes.
+        train_macs: MACs of the final training.
+        train_seconds: Time that it took.
+        train_loss: Mean training loss of its last epoch.
+        stages: Folders of its stages below the root, by kind.
+    """
+
+    network: str
+    dataset: str
+    algorithm: str
+    target: Mapping[str, float]
+    proxy: Mapping[str, float]
+    found: Found
+    top1: float
+    top5: float
+    train_macs: int
+    train_seconds: float
+    train_loss: float
+    stages: Mapping[str, str]
+
+
+class Summary(NamedTuple):
+    """A quantity over seeds: mean, sample standard deviation (0 for one seed), and how many."""
+
+    mean: float
+    std: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Summary":
+        """Summarise at least one value."""
+        values = list(values)
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(statistics.fmean(values), std, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.std:.1f}" if self.seeds > 1 else f"{self.mean:.1f}"
+
+
+def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of each method there is, in the order that methods are shown."""
+    present = {method: [one for one in records if one.found.method == method] for method in METHODS}
+    return {method: ones for method, ones in present.items() if ones}
+
+
+def to_json(records: Sequence[Record]) -> str:
+    """Records as JSON text; `from_json` reads it back."""
+    content = {"format": FORMAT, "records": [asdict(record) for record in records]}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def from_json(text: str, *, name: str = "record.json") -> list[Record]:
+    """Read what `to_json` wrote.
+
+    Raises:
+        InputError: It is something else.
+    """
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise InputError(
+                f"{name} has format {content['format']}, but this version reads {FORMAT}; run again"
+            )
+        return [
+            Record(**{**one, "found": Found(**one["found"])}) for one in content["records"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name} is no record ({error}), but one is needed; run again") from error
+
+
+def read_channels(path: Path) -> dict[str, int]:
+    """Channel counts from a file: ``{"channels": {name: count}}``, or that table alone.
+
+    Raises:
+        InputError: There is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        table = content.get("channels", content)
+        return {str(name): _whole(count) for name, count in table.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"--channels is {path}, but channel counts cannot be read from it ({error}); give a "
+            "JSON file such as a run's channels/transfer-seed0.json"
+        ) from error
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"{value} is not a whole number")
+
+

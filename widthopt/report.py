@@ -1,0 +1,156 @@
+"""What a person sees: what a run will cost, its table and figures, a network's widths."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from widthopt.figures import channels as channels_figure
+from widthopt.figures import savings as savings_figure
+from widthopt.figures.style import RC
+from widthopt.figures.summary import short, table
+from widthopt.pipeline import Planned, Point, Request, plan, run
+from widthopt.records import Record, read_channels
+from widthopt.store import write_atomically
+
+
+logger = logging.getLogger("widthopt")
+
+
+def report(request: Request) -> None:
+    """Say what a run will cost, run it, and show what came out.
+
+    Raises:
+        InputError: Something asked for cannot be done; nothing has started.
+    """
+    console = _console()
+    console.print(_plan_table(plan(request)))
+    records = run(request, show=lambda line: console.print(f"[bold]{line}[/bold]"))
+    folder = Point(request).folder
+    pictures = draw(records, folder / "figures")
+    console.print(table(records))
+    for record in records:
+        for line in _complaints(record):
+            console.print(line)
+    _write_table(records, folder / "table.txt")
+    for path in (*pictures, folder / "record.json", folder / "channels"):
+        console.print(str(path), soft_wrap=True)
+
+
+def _console(*, width: int | None = None) -> Console:
+    """Standard output; wide enough for the table where it is not a terminal."""
+    console = Console(width=width, highlight=False)
+    return console if console.is_terminal or width else Console(width=118, highlight=False)
+
+
+def _write_table(records: Sequence[Record], path: Path) -> None:
+    console = Console(width=118, highlight=False, record=True, quiet=True)
+    console.print(table(records))
+    write_atomically(path, console.export_text())
+
+
+def _complaints(record: Record) -> list[str]:
+    """What went wrong in a search, so that matching FLOPs does not hide it."""
+    flags, found = record.found.flags, record.found
+    name = f"{found.method}, seed {found.seed}"
+    lines = []
+    if flags.get("valid") is False:
+        lines.append(
+            f"{name}: the search is not valid: removing its dead channels cost "
+            f"{flags['masked_accuracy_gap']:.1f} points, cut: {', '.join(flags['cut']) or 'nothing'}"
+        )
+    if flags.get("unchanged"):
+        lines.append(f"{name}: the search pruned nothing; its widths are the un-optimised ones")
+    if flags.get("collapsed"):
+        lines.append(f"{name}: fell to the floor: {', '.join(flags['collapsed'])}")
+    if flags.get("budget_reached") is False:
+        lines.append(f"{name}: the search did not reach its budget")
+    return lines
+
+
+def draw(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw the figures of a run as PNG files; where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, kind in (("channels", channels_figure), ("accuracy", savings_figure)):
+        with mpl.rc_context(dict(RC)):
+            figure = Figure()
+            kind.draw(figure.subplots(), records)
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1])
+    return paths
+
+
+def show_plan(request: Request, *, as_json: bool) -> None:
+    """Print what a request would do and what it costs; starts nothing.
+
+    Raises:
+        InputError: Something asked for cannot be done.
+    """
+    planned = plan(request)
+    if as_json:
+        print(json.dumps([asdict(one) for one in planned], indent=2))  # noqa: T201
+        return
+    _console().print(_plan_table(planned))
+
+
+def _plan_table(planned: Sequence[Planned]) -> Table:
+    result = Table(title="What this takes", title_justify="left")
+    result.add_column("stage")
+    result.add_column("MACs", justify="right")
+    result.add_column("state")
+    states: Mapping[bool | None, str] = {True: "done", False: "to do", None: "after the search"}
+    for one in planned:
+        result.add_row(one.what, short(one.macs), states[one.done])
+    left = sum(one.macs for one in planned if not one.done)
+    result.add_section()
+    result.add_row("left to do", short(left), "")
+    return result
+
+
+def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None:
+    """Print MACs, parameters and width variables of a request's target.
+
+    Args:
+        request: Only its network, target and number of classes matter.
+        channels: A file of channel counts, instead of the un-optimised ones.
+        as_json: Print one JSON object.
+
+    Raises:
+        InputError: There is no such network, or the counts do not fit it.
+    """
+    blueprint = request.blueprint()
+    graph = blueprint.graph
+    counts = graph.channels if channels is None else read_channels(channels)
+    graph.check(counts)
+    macs, parameters = graph.macs(counts), blueprint.parameters(counts)
+    if as_json:
+        content = {
+            "network": request.network.name,
+            "resolution": graph.resolution,
+            "macs": macs,
+            "parameters": parameters,
+            "channels": counts,
+        }
+        print(json.dumps(content, indent=2))  # noqa: T201
+        return
+    target = request.target
+    result = Table(
+        title=f"{request.network.name}, width {target.width:g}, depth {target.depth}, "
+        f"{graph.resolution} pixels: {macs:,} MACs, {parameters:,} parameters",
+        title_justify="left",
+    )
+    result.add_column("width variable")
+    result.add_column("channels", justify="right")
+    result.add_column("MACs per channel", justify="right")
+    result.add_column("layers that write it", justify="right")
+    slopes = graph.gradient(counts)
+    for name, variable in graph.free.items():
+        result.add_row(name, str(counts[name]), short(slopes[name]), str(len(variable.writers)))
+    _console().print(result)
