@@ -14,7 +14,7 @@ from widthopt.networks import TorchvisionNetwork
 from widthopt.tracing import trace
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("widthopt", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("widthopt")
 

@@ -59,9 +59,9 @@ def test_macs_are_those_that_hooks_count(traced, counted, name):
     "name",
     ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "regnet_y_400mf", "vgg11", "squeezenet1_1"],
 )
-def test_macs_follow_the_resolution(counted, name, resolution):
-    model = TorchvisionNetwork(name).build(depth=1, classes=10).to("meta")
-    assert trace(model, resolution).macs() == counted(model, resolution)
+def test_macs_follow_the_resolution(traced, counted, name, resolution):
+    model, graph = traced(name, resolution)
+    assert graph.macs() == counted(model.to("meta"), resolution)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,9 @@ def test_every_layer_and_normalisation_of_a_network_is_in_its_graph(traced, name
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm))  # noqa: SLF001
     }
     assert {layer.name for layer in graph.layers} == layers
-    assert {norm.name for norm in graph.norms} == norms
+    called = {norm.name for norm in graph.norms}
+    read = {one.name.rpartition(".")[0] for one in graph.parameters}  # by the forward code
+    assert called <= norms <= called | read
     gammas = {norm.name for norm in graph.norms if norm.gamma}
     assert gammas == {n for n in norms if not isinstance(model.get_submodule(n), nn.LayerNorm)}
 
@@ -329,8 +331,7 @@ SMALL = {
             d=conv(4, 5),
         ),
         {"a": (5, 1, "a"), "b": (7, 1, "b"), "c": (4, 1, "c")},
-        lambda n: 64
-        * (3 * n["a"] + 3 * n["b"] + 9 * (n["a"] + n["b"]) * n["c"] + 5 * n["c"]),
+        lambda n: 64 * (3 * n["a"] + 3 * n["b"] + 9 * (n["a"] + n["b"]) * n["c"] + 5 * n["c"]),
     ),
     "concatenation of a tensor with itself": (
         Net(
@@ -355,45 +356,53 @@ SMALL = {
     "chunk": (
         Net(halves, b=conv(4, 4), c=conv(4, 6), **SPLIT),
         {"a": (4, 1, "a"), "a:2": (4, 1, "a"), "b": (4, 1, "b"), "c": (6, 1, "c")},
-        lambda n: 64
-        * (
-            3 * (n["a"] + n["a:2"])
-            + n["a"] * n["b"]
-            + n["a:2"] * n["c"]
-            + 5 * (n["b"] + n["c"])
+        lambda n: (
+            64
+            * (
+                3 * (n["a"] + n["a:2"])
+                + n["a"] * n["b"]
+                + n["a:2"] * n["c"]
+                + 5 * (n["b"] + n["c"])
+            )
         ),
     ),
     "split": (
         Net(sections, b=conv(2, 4), c=conv(6, 6), **SPLIT),
         {"a": (2, 1, "a"), "a:2": (6, 1, "a"), "b": (4, 1, "b"), "c": (6, 1, "c")},
-        lambda n: 64
-        * (
-            3 * (n["a"] + n["a:2"])
-            + n["a"] * n["b"]
-            + n["a:2"] * n["c"]
-            + 5 * (n["b"] + n["c"])
+        lambda n: (
+            64
+            * (
+                3 * (n["a"] + n["a:2"])
+                + n["a"] * n["b"]
+                + n["a:2"] * n["c"]
+                + 5 * (n["b"] + n["c"])
+            )
         ),
     ),
     "slice": (
         Net(slices, b=conv(2, 4), c=conv(6, 6), **SPLIT),
         {"a": (2, 1, "a"), "a:2": (6, 1, "a"), "b": (4, 1, "b"), "c": (6, 1, "c")},
-        lambda n: 64
-        * (
-            3 * (n["a"] + n["a:2"])
-            + n["a"] * n["b"]
-            + n["a:2"] * n["c"]
-            + 5 * (n["b"] + n["c"])
+        lambda n: (
+            64
+            * (
+                3 * (n["a"] + n["a:2"])
+                + n["a"] * n["b"]
+                + n["a:2"] * n["c"]
+                + 5 * (n["b"] + n["c"])
+            )
         ),
     ),
     "channel shuffle": (
         Net(shuffled, b=conv(4, 4), c=conv(4, 6), **SPLIT),
         {"a": (4, 1, "a"), "a:2": (4, 1, "a"), "b": (4, 1, "b"), "c": (6, 1, "c")},
-        lambda n: 64
-        * (
-            3 * (n["a"] + n["a:2"])
-            + n["a"] * n["b"]
-            + n["a:2"] * n["c"]
-            + 5 * (n["b"] + n["c"])
+        lambda n: (
+            64
+            * (
+                3 * (n["a"] + n["a:2"])
+                + n["a"] * n["b"]
+                + n["a:2"] * n["c"]
+                + 5 * (n["b"] + n["c"])
+            )
         ),
     ),
     "channel shuffle module": (
@@ -528,9 +537,9 @@ SMALL = {
     ),
     "a number, and pixel statistics": (
         Net(
-            lambda s, x: s.c(2 * s.a((x - s.norm.running_mean.view(3, 1, 1)) / 0.5) + 1),
+            lambda s, x: s.c(2 * s.a((x - s.mean.weight) / 0.5) + 1),
             a=conv(3, 8),
-            norm=nn.BatchNorm2d(3),
+            mean=Scale(3),
             c=conv(8, 5),
         ),
         {"a": (8, 1, "a")},
@@ -549,9 +558,7 @@ def test_tied_channels_are_those_of_the_topology(kind):
 
 @pytest.mark.parametrize("kind", SMALL)
 @pytest.mark.parametrize("step", [-1, 0, 3])
-def test_macs_at_any_counts_are_those_by_hand_and_those_of_the_resized_network(
-    counted, kind, step
-):
+def test_macs_at_any_counts_are_those_by_hand_and_those_of_the_resized_network(counted, kind, step):
     net, variables, by_hand = SMALL[kind]
     graph = trace(net, 8)
     channels = {
@@ -568,9 +575,7 @@ def test_macs_at_any_counts_are_those_by_hand_and_those_of_the_resized_network(
 def test_a_shuffle_sends_the_channels_that_it_should_to_each_branch(kind, first):
     graph = trace(SMALL[kind][0], 8)
     written = next(layer.writes for layer in graph.layers if layer.name == "a")
-    owners = [
-        graph.variables[run.variable].name for run in written for _ in range(run.classes)
-    ]
+    owners = [graph.variables[run.variable].name for run in written for _ in range(run.classes)]
     assert [place for place, owner in enumerate(owners) if owner == "a"] == first
 
 
@@ -691,7 +696,10 @@ def test_a_rule_of_the_users_own_comes_before_ours():
         (lambda s, x: s.a(x)[:, [1, 0]], "it indexes with something other than numbers and slices"),
         (lambda s, x: s.a(x)[:, :4, :2], "it slices channels and positions at once"),
         (lambda s, x: functional.pad(s.a(x), (0, 0, 0, 0, 1, 1)), "it pads the channels"),
-        (lambda s, x: s.a(x).view(2, 4, 8, 8), "it joins the channels with an axis before them"),
+        (
+            lambda s, x: s.a(x).permute(0, 2, 3, 1).flatten(1),
+            "it joins the channels with an axis before them",
+        ),
         (lambda s, x: s.a(x) * torch.ones(8, 1, 1), "an entry per channel of unknown origin"),
         (
             lambda s, x: s.a(x).flatten(1) + s.lin(x.mean((2, 3))),
@@ -757,7 +765,7 @@ def test_forward_code_that_depends_on_values_is_refused_in_one_line(forward):
     [
         ("resnet18", 16, r"`layer\d\..*` strides over a map of one pixel then"),
         ("mobilenet_v2", 8, r"`features\..*` strides over a map of one pixel then"),
-        ("vgg11", 16, r"`features\.20` strides over a map of one pixel then"),
+        ("resnet18", 2, "`maxpool` strides over a map of one pixel then"),
         ("alexnet", 32, r"node `features_12` in module `features.12` cannot run on such an image "),
     ],
 )
@@ -765,7 +773,8 @@ def test_an_image_too_small_for_the_strides_is_refused(name, resolution, message
     with torch.device("meta"):
         model = TorchvisionNetwork(name).build(depth=1, classes=10)
     with pytest.raises(
-        InputError, match=f"^resolution is {resolution}, but {message}.*; use a larger resolution.*$"
+        InputError,
+        match=f"^resolution is {resolution}, but {message}.*; use a larger resolution.*$",
     ):
         trace(model, resolution)
 

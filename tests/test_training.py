@@ -690,11 +690,10 @@ def test_channels_last_is_automatic_on_cuda_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs is 0, but must be at least 1; set recipe.epochs"),
         ({"batches": Synthetic(65)}, "recipe.batch_size is 65, but there are 64 training images"),
         (
             {"recipe": dataclasses.replace(RECIPE, accumulation=17)},
-            "recipe.accumulation is 17, but must be from 1 to the batch size, 16; lower it",
+            "recipe.accumulation is 17, but the data has only enough images for batches of 16; ",
         ),
     ],
 )

@@ -63,9 +63,7 @@ GRAPH = WidthGraph(
 
 def by_hand(a, b):
     """The sum over layers, as it stands in the comment above."""
-    return (
-        900 * 3 * a + 900 * a + 25 * (a + b) * b + 25 * 9 * 3 * b + 25 * a * a + 4 * b * 10
-    )
+    return 900 * 3 * a + 900 * a + 25 * (a + b) * b + 25 * 9 * 3 * b + 25 * a * a + 4 * b * 10
 
 
 def counts(least=0):
@@ -199,8 +197,10 @@ def test_a_resized_graph_keeps_half_variables_apart(traced):
     [
         (
             {"a": 8},
-            r"channels is a table of 1 names, but this network has 2 free width variables "
-            r"\(missing: b; unknown: none\); `widthopt macs` lists them",
+            (
+                r"channels is a table of 1 names, but this network has 2 free width variables "
+                r"\(missing: b; unknown: none\); `widthopt macs` lists them"
+            ),
         ),
         (
             {"a": 8, "b": 12, "conv9": 1},
@@ -209,8 +209,10 @@ def test_a_resized_graph_keeps_half_variables_apart(traced):
         ({"a": 8, "b": 12, **dict.fromkeys("cdefg", 1)}, "unknown: c, d, e and 2 more"),
         (
             {"a": -1, "b": 12},
-            "channels.a is -1, but it must be a whole number from 0 up; the network as traced "
-            "has 8",
+            (
+                "channels.a is -1, but it must be a whole number from 0 up; the network as traced "
+                "has 8"
+            ),
         ),
         (
             {"a": 8, "b": 10},

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import hydra
 from hydra.errors import HydraException
@@ -28,8 +28,10 @@ WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 def main() -> None:
     """Run the command that the process was started with."""
     sys.path.append(os.getcwd())  # noqa: PTH109 (a user's own network lies in the current folder)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logger.setLevel(logging.INFO)
+    # Threads that wait must not spin: on a machine with other work they would starve it and
+    # themselves (three to ten times slower). Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _log_to_stderr()
     words = sys.argv[1:]
     commands: dict[str, Callable[[Sequence[str]], None]] = {"macs": _macs, "plan": _plan}
     try:
@@ -42,9 +44,26 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         from widthopt.config import refusal  # noqa: PLC0415 (imports torch)
 
-        _end(refusal(error, ()), WRONG_INPUT)
+        _end(refusal(error), WRONG_INPUT)
     except KeyboardInterrupt:
         _end("stopped; the same command goes on from the last checkpoint", STOPPED)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever standard error is now: a progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _log_to_stderr() -> None:
+    """Show what is logged; a run's own log file has the details as well."""
+    handler = _Stderr()
+    handler.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
 
 
 def _end(message: object, code: int) -> NoReturn:
@@ -101,9 +120,7 @@ def _macs(words: Sequence[str]) -> None:
     from widthopt.config import compose  # noqa: PLC0415 (imports torch)
     from widthopt.report import show_macs  # noqa: PLC0415
 
-    show_macs(
-        compose(arguments.overrides), channels=arguments.channels, as_json=arguments.json
-    )
+    show_macs(compose(arguments.overrides), channels=arguments.channels, as_json=arguments.json)
 
 
 if __name__ == "__main__":

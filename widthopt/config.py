@@ -1,6 +1,7 @@
 """From what a user typed to a `Request`: composed, typed and checked before anything starts."""
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -54,7 +55,7 @@ def compose(overrides: Sequence[str]) -> Request:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return request(hydra_compose(CONFIG_NAME, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides) from error
+        raise refusal(error) from error
 
 
 def request(config: DictConfig) -> Request:
@@ -63,16 +64,12 @@ def request(config: DictConfig) -> Request:
     Raises:
         InputError: A key is unknown or missing, or a value has the wrong type or range.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise InputError(
-            f"{missing[0]} is missing, but this choice needs it; add {missing[0]}=... to the "
-            "command"
-        )
     try:
+        for key in sorted(OmegaConf.missing_keys(config)):
+            raise InputError(_missing(key))
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise refusal(error, ()) from error
+        raise refusal(error) from error
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items()}
     unknown = [key for key in values if key not in (*_GROUPS, *_VALUES)]
@@ -91,7 +88,7 @@ def request(config: DictConfig) -> Request:
     )
 
 
-def _instance(group: str, values: Mapping[str, Any]) -> Any:
+def _instance(group: str, values: Any) -> Any:
     """What a group's ``_target_`` makes of its values."""
     name = values.get("_target_") if isinstance(values, Mapping) else None
     if not isinstance(name, str):
@@ -123,8 +120,9 @@ def _typed(kind: type[Any], key: str, values: Mapping[str, Any]) -> Any:
 
 
 def _unknown(key: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(sorted(names))}"
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    listed = sorted(name for name in names if name.count(".") == key.count("."))
+    remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(listed)}"
     return f"{key} is not a key, but only known keys are read; {remedy}"
 
 
@@ -139,29 +137,25 @@ _WORDS = {
 def _value(kind: Any, key: str, value: Any) -> Any:
     """A plain value as this type; whole numbers are numbers, and nothing else converts."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _value(next(one for one in arguments if one is not types.NoneType), key, value)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise InputError(
-            f"{key} is {value}, but it is one of a few words; use {', '.join(map(str, arguments))}"
-        )
+        inner = next(one for one in arguments if one is not types.NoneType)
+        return None if value is None else _value(inner, key, value)
     if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
         return _values(kind, key, value)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise InputError(f"{key} is {value}, but it is a table; write {{name: value}}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    rule = ""
+    if origin is Literal:
+        rule = "" if value in arguments else f"one of {', '.join(map(str, arguments))}"
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        rule = "" if isinstance(value, Mapping) else "a table, {name: value}"
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise InputError(f"{key} is {value}, but it must be {_WORDS[kind]}; correct it")
+    elif kind is not Any and (
+        not isinstance(value, kind) or isinstance(value, bool) > (kind is bool)
+    ):
+        rule = _WORDS[kind]
+    if rule:
+        raise InputError(f"{key} is {value}, but it must be {rule}; correct it")
+    return value
 
 
 def _values(kind: Any, key: str, value: Any) -> tuple[Any, ...]:
@@ -174,28 +168,42 @@ def _values(kind: Any, key: str, value: Any) -> tuple[Any, ...]:
     return tuple(_value(one, f"{key}[{place}]", item) for place, item in enumerate(value))
 
 
-def refusal(error: Exception, overrides: Sequence[str]) -> InputError:
+def _missing(key: str) -> str:
+    return f"{key} is missing, but this choice needs it; add {key}=... to the command"
+
+
+def refusal(error: Exception) -> InputError:
     """Hydra's error about a configuration, in one line."""
-    text = " ".join(str(error).split())
-    cause = error.__cause__ or error
+    text = str(error)
+    line = " ".join(text.split())
     if isinstance(error, OverrideParseException):
         return InputError(
-            f"{error.override} is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; "
+            f"{error.override!s} is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; "
             "see widthopt --help"
         )
-    if "Could not find '" in text and "Available options" in str(error):
-        wanted = text.split("Could not find '")[1].split("'")[0]
-        group, _, choice = wanted.rpartition("/")
-        options = str(error).split(":", 1)[1].split("\n")
-        names = sorted(line.strip() for line in options if line.strip())
+    if found := re.search(r"Could not find '(.+)/(.+)'", text):
+        listed = text.partition("Available options")[2].partition("Config search path")[0]
+        names = [name.strip() for name in listed.split("\n")[1:] if name.strip()]
         return InputError(
-            f"{group} is {choice}, but there is no such choice; use one of {', '.join(names)}"
+            f"{found[1]} is {found[2]}, but there is no such choice; use one of "
+            f"{', '.join(sorted(names))}"
         )
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override"):
-        wanted = text.split("'")[1]
-        return InputError(_unknown(wanted, list(_GROUPS + _VALUES)))
-    typed = f"{' '.join(overrides)}: " if overrides else ""
-    return InputError(
-        f"{key or 'the configuration'} cannot be used, but {typed}{text}; see widthopt --help"
-    )
+    if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return InputError(_missing(found[1]))
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return InputError(_unknown(found[1], _keys()))
+    key = getattr(error, "full_key", None) or "the configuration"
+    return InputError(f"{key} cannot be read, but it must be ({line}); see widthopt --help")
+
+
+def _keys() -> list[str]:
+    """Every key of the default configuration, groups and values alike."""
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        config = OmegaConf.to_container(hydra_compose(CONFIG_NAME))
+    assert isinstance(config, dict)
+    names: list[str] = []
+    for group, values in config.items():
+        names.append(str(group))
+        if isinstance(values, dict):
+            names += [f"{group}.{name}" for name in values if name != "_target_"]
+    return names

@@ -1,15 +1,35 @@
-"""How often a network is right: top-1 and top-5 accuracy."""
+"""How often a network is right, and BatchNorm statistics that fit it."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthopt.devices import autocast, place
 from widthopt.errors import InputError
 from widthopt.setting import Runtime
+
+
+class TrainBatches(Protocol):
+    """Training images in batches; see `widthopt.training.Batches`."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one batch."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one epoch."""
+        ...
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from 0."""
+        ...
 
 
 class EvaluationBatches(Protocol):
@@ -75,6 +95,58 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, *, runtime: Runtime) 
         raise InputError("the evaluation has 0 images, but needs at least 1; give it more data")
     top1, top5 = (100 * count / images for count in right.tolist())
     return Accuracy(top1=top1, top5=top5, images=images)
+
+
+RECALIBRATION_IMAGES = 4096
+"""How many training images new BatchNorm statistics are the mean over, where there are so many."""
+
+
+def recalibration_steps(batch_size: int, steps_per_epoch: int) -> int:
+    """Batches that `recalibrate` passes forward."""
+    return min(steps_per_epoch, -(-RECALIBRATION_IMAGES // batch_size))
+
+
+def recalibrate(model: nn.Module, batches: TrainBatches, *, runtime: Runtime) -> int:
+    """Replace the running statistics of every BatchNorm by means over training images.
+
+    A running mean forgets slowly, so after a short training, or once channels were removed,
+    it describes a network that is no longer there. Every batch counts alike.
+
+    Args:
+        model: Moved to the device; its parameters and modes stay as they are.
+        batches: The first batches of their first epoch are passed forward.
+        runtime: Where to compute, and how.
+
+    Returns:
+        How many images were passed forward.
+
+    Source: Yu and Huang, 2019, "Universally Slimmable Networks", section 3.3, post-statistics
+    of batch normalization.
+    """
+    device, layout = place(model, runtime)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # nothing is drawn: dropout is off
+    images = 0
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.training = True
+        steps = recalibration_steps(batches.batch_size, batches.steps_per_epoch)
+        with torch.no_grad():
+            for pixels, _ in itertools.islice(batches.epoch(0), steps):
+                with autocast(runtime, device):
+                    model(pixels.to(device).contiguous(memory_format=layout))
+                images += len(pixels)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+    return images
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

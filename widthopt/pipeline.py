@@ -6,7 +6,6 @@ depends on, so none is done twice; a run's folder gathers what belongs to one re
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -233,11 +232,13 @@ class Point:
     @property
     def _budget_share(self) -> float:
         """The budget as a part of what the un-optimised target costs."""
-        return self.budget_macs / int(self.target_blueprint.graph.macs())
+        macs: int = self.target_blueprint.graph.macs()
+        return self.budget_macs / macs
 
     def search_budget(self, method: str) -> int:
         """MACs that the searched network may cost once optimised: the same share of its own."""
-        return round(self._budget_share * self.blueprint(method).graph.macs())
+        macs: int = self.blueprint(method).graph.macs()
+        return round(self._budget_share * macs)
 
 
 def _axes(setting: Setting) -> dict[str, float]:
@@ -251,7 +252,7 @@ def _axes(setting: Setting) -> dict[str, float]:
 
 def _naming(dataset: Dataset, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The data set's values that results depend on."""
-    neutral = getattr(dataset, "NEUTRAL", frozenset())
+    neutral: frozenset[str] = getattr(dataset, "NEUTRAL", frozenset())
     return {key: value for key, value in fields.items() if key not in neutral}
 
 
@@ -262,15 +263,15 @@ def found(request: Request, *, method: str = "transfer") -> Found:
         InputError: Something asked for cannot be done.
     """
     point = Point(request)
-    writable(point.store.root)
+    writable(Path(request.root))
     return _found(point, method, request.seeds[0])
 
 
-def run(request: Request, show: Callable[[str], None] = logger.info) -> list[Record]:
+def run(point: Point, show: Callable[[str], None] = logger.info) -> list[Record]:
     """Everything that a request asks for; what was done before is not done again.
 
     Args:
-        request: What to do.
+        point: What to do, checked.
         show: Called with a line about each stage before it begins.
 
     Returns:
@@ -278,9 +279,9 @@ def run(request: Request, show: Callable[[str], None] = logger.info) -> list[Rec
         configuration, channel counts and links to the stages, which hold the checkpoints.
 
     Raises:
-        InputError: Something asked for cannot be done; nothing has started.
+        InputError: Results cannot be written, or an algorithm cannot go on.
     """
-    point = Point(request)
+    request = point.request
     for folder in (point.store.root, point.folder, point.folder / "channels"):
         writable(folder)
     write_atomically(point.folder / "config.yaml", OmegaConf.to_yaml(dict(request.fields)))
@@ -321,7 +322,7 @@ def _record(point: Point, method: str, seed: int) -> Record:
         found=one,
         top1=trained["top1"],
         top5=trained["top5"],
-        train_macs=trained["macs"],
+        train_macs=int(trained["macs"]),
         train_seconds=trained["seconds"],
         train_loss=trained["loss"],
         stages=stages,
@@ -420,7 +421,7 @@ def _trained(
 
 def _link(path: Path, to: Path) -> None:
     """A link in the run's folder to a stage, remade where it leads elsewhere."""
-    if path.is_symlink() and Path(os.readlink(path)) == to:
+    if path.is_symlink() and path.readlink() == to:
         return
     path.unlink(missing_ok=True)
     path.symlink_to(to)
@@ -430,6 +431,7 @@ def _link(path: Path, to: Path) -> None:
 def _logged(path: Path) -> Iterator[None]:
     """Write what is logged to a file too."""
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:
@@ -454,13 +456,13 @@ class Planned:
     done: bool | None
 
 
-def plan(request: Request) -> Sequence[Planned]:
+def plan(point: Point) -> Sequence[Planned]:
     """What `run` would do, in its order; starts nothing and writes nothing.
 
     Raises:
-        InputError: Something asked for cannot be done.
+        InputError: The algorithm cannot search this network.
     """
-    point = Point(request)
+    request = point.request
     counts = data.target_counts(request.dataset, batch_size=request.recipe.batch_size)
     train_macs = 3 * point.budget_macs * counts.per_epoch * request.recipe.epochs
     planned = []

@@ -136,9 +136,7 @@ def from_json(text: str, *, name: str = "record.json") -> list[Record]:
             raise InputError(
                 f"{name} has format {content['format']}, but this version reads {FORMAT}; run again"
             )
-        return [
-            Record(**{**one, "found": Found(**one["found"])}) for one in content["records"]
-        ]
+        return [Record(**{**one, "found": Found(**one["found"])}) for one in content["records"]]
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -166,5 +164,3 @@ def _whole(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise ValueError(f"{value} is not a whole number")
-
-

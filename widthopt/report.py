@@ -17,7 +17,7 @@ from widthopt.figures.style import RC
 from widthopt.figures.summary import short, table
 from widthopt.pipeline import Planned, Point, Request, plan, run
 from widthopt.records import Record, read_channels
-from widthopt.store import write_atomically
+from widthopt.store import writable, write_atomically
 
 
 logger = logging.getLogger("widthopt")
@@ -29,10 +29,11 @@ def report(request: Request) -> None:
     Raises:
         InputError: Something asked for cannot be done; nothing has started.
     """
-    console = _console()
-    console.print(_plan_table(plan(request)))
-    records = run(request, show=lambda line: console.print(f"[bold]{line}[/bold]"))
-    folder = Point(request).folder
+    console, point = _console(), Point(request)
+    writable(Path(request.root))
+    console.print(_plan_table(plan(point)))
+    records = run(point, show=lambda line: console.print(f"[bold]{line}[/bold]"))
+    folder = point.folder
     pictures = draw(records, folder / "figures")
     console.print(table(records))
     for record in records:
@@ -63,7 +64,8 @@ def _complaints(record: Record) -> list[str]:
     if flags.get("valid") is False:
         lines.append(
             f"{name}: the search is not valid: removing its dead channels cost "
-            f"{flags['masked_accuracy_gap']:.1f} points, cut: {', '.join(flags['cut']) or 'nothing'}"
+            f"{flags['masked_accuracy_gap']:.1f} points; cut: "
+            f"{', '.join(flags['cut']) or 'nothing'}"
         )
     if flags.get("unchanged"):
         lines.append(f"{name}: the search pruned nothing; its widths are the un-optimised ones")
@@ -79,7 +81,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, kind in (("channels", channels_figure), ("accuracy", savings_figure)):
-        with mpl.rc_context(dict(RC)):
+        with mpl.rc_context(RC):
             figure = Figure()
             kind.draw(figure.subplots(), records)
             paths.append(folder / f"{name}.png")
@@ -93,7 +95,7 @@ def show_plan(request: Request, *, as_json: bool) -> None:
     Raises:
         InputError: Something asked for cannot be done.
     """
-    planned = plan(request)
+    planned = plan(Point(request))
     if as_json:
         print(json.dumps([asdict(one) for one in planned], indent=2))  # noqa: T201
         return

@@ -4,9 +4,12 @@
 runs. ``conf/`` is the one home of their default values.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from widthopt.errors import InputError
 
 
 class Network(Protocol):
@@ -89,6 +92,29 @@ class Recipe:
     weight_decay: float
     label_smoothing: float
     augmentation: Literal["paper", "crop", "none"]
+
+    def __post_init__(self) -> None:
+        for key, holds, rule in (
+            ("batch_size", self.batch_size >= 1, "a step takes at least one image"),
+            ("accumulation", self.accumulation >= 1, "a step has at least one micro-batch"),
+            (
+                "accumulation",
+                self.accumulation <= self.batch_size,
+                f"recipe.batch_size is {self.batch_size} and every micro-batch has an image",
+            ),
+            ("epochs", self.epochs >= 1, "a training takes at least one epoch"),
+            ("search_epochs", self.search_epochs >= 1, "a search takes at least one epoch"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "it is a number above 0"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "it is a number from 0 up"),
+            ("momentum", 0 <= self.momentum < 1, "it is a number from 0 up and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "it is a number from 0 up"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "it is from 0 up and below 1"),
+        ):
+            if not holds:
+                raise InputError(
+                    f"recipe.{key} is {getattr(self, key):g}, but {rule}; conf/recipe/paper.yaml "
+                    "has the paper's value"
+                )
 
     @property
     def peak_learning_rate(self) -> float:

@@ -84,7 +84,7 @@ class Batches(Protocol):
         """Number of classes."""
         ...
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch (from 0), from its step ``first_step`` on.
 
         Each is float32 images, ``batch channels height width``, and their int64 labels.
@@ -444,7 +444,7 @@ def train(
     Source: paper appendix A.
     """
     recipe = dataclasses.replace(recipe, batch_size=batches.batch_size)
-    _possible(recipe, batches, epochs)
+    _possible(recipe, batches)
     loop = Loop(
         model,
         recipe=recipe,
@@ -486,23 +486,21 @@ def train(
     )
 
 
-def _possible(recipe: Recipe, batches: Batches, epochs: int) -> None:
+def _possible(recipe: Recipe, batches: Batches) -> None:
     """Check what can be checked before the first step.
 
     Raises:
         InputError: It cannot be done.
     """
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}, but must be at least 1; set recipe.epochs")
     if batches.steps_per_epoch < 1:
         raise InputError(
             f"recipe.batch_size is {recipe.batch_size:,}, but there are {batches.images:,} "
             "training images; lower it"
         )
-    if not 1 <= recipe.accumulation <= recipe.batch_size:
+    if recipe.accumulation > recipe.batch_size:
         raise InputError(
-            f"recipe.accumulation is {recipe.accumulation:,}, but must be from 1 to the batch "
-            f"size, {recipe.batch_size:,}; lower it"
+            f"recipe.accumulation is {recipe.accumulation:,}, but the data has only enough images "
+            f"for batches of {recipe.batch_size:,}; lower it"
         )
 
 
@@ -655,7 +653,7 @@ class _Stop:
 
 
 class _Shown:
-    """A progress bar on a terminal, else one line in the log for each epoch."""
+    """A progress bar on a terminal; one line in the log for each epoch, which a bar hides."""
 
     def __init__(
         self, tally: _Tally, batches: Batches, *, epochs: int, label: str, bar: bool
@@ -696,9 +694,9 @@ class _Shown:
 
     def epoch(self, epoch: int) -> None:
         """Note the end of an epoch."""
-        if self._bar is None:
-            name = f"{self._label}: " if self._label else ""
-            logger.info("%sepoch %d of %d, %s", name, epoch + 1, self._epochs, self._text())
+        level = logging.INFO if self._bar is None else logging.DEBUG
+        name = f"{self._label}: " if self._label else ""
+        logger.log(level, "%sepoch %d of %d, %s", name, epoch + 1, self._epochs, self._text())
 
     def _draw(self, bar: Progress) -> None:
         """Draw the bar as it is."""

@@ -11,7 +11,7 @@ Reading a graph needs neither torch nor numpy.
 
 import json
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -376,10 +376,10 @@ class WidthGraph:
         places: list[range] = []
         position = 0
         for run in rewrite.reads:
-            for start in range(run.start, run.start + run.classes):
-                count = self._resized_run(run._replace(start=start, classes=1), origins).classes
-                places.append(range(position, position + count))
-                position += count
+            copies = Counter(origins[run.variable])
+            for number in range(run.start, run.start + run.classes):
+                places.append(range(position, position + copies[number]))
+                position += copies[number]
         return tuple(place for pick in rewrite.picks for place in places[pick])
 
     def entries(self, axis: Axis, origins: Mapping[int, Sequence[int]]) -> list[int]:
@@ -392,9 +392,9 @@ class WidthGraph:
         places: list[int] = []
         position = 0
         for run in axis:
+            copies = Counter(origins[run.variable])
             for number in range(run.start, run.start + run.classes):
-                copies = self._resized_run(run._replace(start=number, classes=1), origins).classes
-                places.extend(list(range(position, position + run.repeat)) * copies)
+                places.extend(list(range(position, position + run.repeat)) * copies[number])
                 position += run.repeat
         return places
 
@@ -411,36 +411,39 @@ class WidthGraph:
         """
         try:
             data = json.loads(text)
-            if data["format"] != FORMAT:
-                raise InputError(
-                    f"graph format is {data['format']}, but this version reads {FORMAT}; "
-                    "trace the network again"
-                )
-            return cls(
-                resolution=int(data["resolution"]),
-                variables=tuple(
-                    Variable(**{**one, "writers": tuple(one["writers"])})
-                    for one in data["variables"]
-                ),
-                layers=tuple(Layer(**_axes(one, "reads", "writes")) for one in data["layers"]),
-                norms=tuple(Norm(**_axes(one, "axis")) for one in data["norms"]),
-                parameters=tuple(Parameter(**_axes(one, "axis")) for one in data["parameters"]),
-                rewrites=tuple(
-                    Rewrite(**{**_axes(one, "reads", "writes"), "picks": tuple(one["picks"])})
-                    for one in data["rewrites"]
-                ),
-                stages=tuple(Stage(one["name"], tuple(one["blocks"])) for one in data["stages"]),
-            )
-        except InputError:
-            raise
+            version = data["format"]
+            graph = cls._of(data) if version == FORMAT else None
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"graph is not a width graph ({error}), but JSON that `to_json` wrote is needed; "
                 "trace the network again"
             ) from error
+        if graph is None:
+            raise InputError(
+                f"graph format is {version}, but this version reads {FORMAT}; trace the network "
+                "again"
+            )
+        return graph
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any]) -> "WidthGraph":
+        return cls(
+            resolution=int(data["resolution"]),
+            variables=tuple(
+                Variable(**{**one, "writers": tuple(one["writers"])}) for one in data["variables"]
+            ),
+            layers=tuple(Layer(**_axes(one, "reads", "writes")) for one in data["layers"]),
+            norms=tuple(Norm(**_axes(one, "axis")) for one in data["norms"]),
+            parameters=tuple(Parameter(**_axes(one, "axis")) for one in data["parameters"]),
+            rewrites=tuple(
+                Rewrite(**{**_axes(one, "reads", "writes"), "picks": tuple(one["picks"])})
+                for one in data["rewrites"]
+            ),
+            stages=tuple(Stage(one["name"], tuple(one["blocks"])) for one in data["stages"]),
+        )
 
 
-def _check_count(variable: Variable, count: int, *, least: int) -> None:
+def _check_count(variable: Variable, count: Any, *, least: int) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < least:
         raise InputError(
             f"channels.{variable.name} is {count}, but it must be a whole number from {least} up; "

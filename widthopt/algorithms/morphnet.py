@@ -23,7 +23,7 @@ from widthopt.algorithms.penalty import Penalty, check_searchable
 from widthopt.data import Counts, Split
 from widthopt.devices import place
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate
+from widthopt.evaluation import evaluate, recalibrate, recalibration_steps
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Setting
 from widthopt.store import write_atomically
@@ -113,6 +113,9 @@ class MorphNet:
             folder=conditions.folder,
             label=f"{self.name} search",
         )
+        # Reading: accuracy is compared with fresh statistics on both sides, so that the gap is
+        # what the dead channels did and not how slowly running means follow.
+        calibrated = recalibrate(model, data.train, runtime=runtime)
         full = evaluate(model, data.evaluation, runtime=runtime)
         found = _found(penalty, graph, self.floor)
         relative = _found(penalty, graph, self.floor, relative=True)
@@ -126,9 +129,11 @@ class MorphNet:
         alive, alive_relative = penalty.counts(), penalty.counts(relative=True)
         largest, mixed = penalty.largest(), penalty.mixed
         penalty.truncate()
+        calibrated += recalibrate(model, data.train, runtime=runtime)
         masked = evaluate(model, data.evaluation, runtime=runtime)
         gap = full.top1 - masked.top1
-        collapsed = [name for name in penalty.searchable if alive[name] < self.floor]
+        least = {name: min(self.floor, one.classes) for name, one in graph.free.items()}
+        collapsed = [name for name in penalty.searchable if alive[name] < least[name]]
         cut = [name for name in collapsed if not graph.connected_without(name)]
         flags: dict[str, Any] = {
             "budget_reached": True,
@@ -136,7 +141,7 @@ class MorphNet:
             "cut": cut,
             "fixed": start["fixed"],
             "masked_accuracy_gap": gap,
-            "suspect": [name for name in collapsed if alive_relative[name] >= self.floor],
+            "suspect": [name for name in collapsed if alive_relative[name] >= least[name]],
             "unchanged": all(alive[name] == one.classes for name, one in graph.free.items()),
             "valid": not cut and gap <= GAP_POINTS,
         }
@@ -145,7 +150,7 @@ class MorphNet:
         return SearchResult(
             multipliers=found,
             overhead_macs=3 * graph.macs() * trained.images
-            + graph.macs() * (full.images + masked.images),
+            + graph.macs() * (calibrated + full.images + masked.images),
             seconds=trained.seconds,
             flags=flags,
             details={
@@ -165,12 +170,14 @@ class MorphNet:
         )
 
     def overhead_macs(self, setting: Setting, counts: Counts, *, recipe: Recipe) -> int:
-        """See `widthopt.algorithms.WidthSearch`: training, and two passes of validation."""
+        """See `WidthSearch`: training, and twice recalibration and validation."""
         graph = Blueprint(setting).graph
         check_searchable(graph)
         macs: int = graph.macs()
         trained = counts.per_epoch * recipe.search_epochs
-        return 3 * macs * trained + 2 * macs * counts.evaluation
+        steps = recalibration_steps(counts.batch_size, counts.steps_per_epoch)
+        calibrated = steps * counts.batch_size
+        return 3 * macs * trained + 2 * macs * (calibrated + counts.evaluation)
 
     def _start(self, penalty: Penalty, recipe: Recipe, data: Split) -> dict[str, Any]:
         """Checks before the first step, and what they found (specification, 3.2 and P23)."""
@@ -185,7 +192,7 @@ class MorphNet:
         travel = sum(rates) / (1 - recipe.momentum)
         reach = {name: self.strength * one * travel for name, one in pressure.items()}
         fixed = [name for name, one in reach.items() if one < members[name]]
-        logger.info("the penalty R/F0 starts at %.4f", value)
+        logger.debug("the penalty R/F0 starts at %.4f", value)
         if fixed and self.strength > 0:
             logger.warning(
                 "this schedule is too short for the penalty to prune %d of %d width variables "
@@ -194,7 +201,7 @@ class MorphNet:
             )  # fmt: skip
         flicker = FLICKER * max(rates) * self.strength * max(pressure.values())
         if flicker > self.threshold:
-            logger.warning(
+            logger.info(
                 "dead scales may flicker up to %.3g, above algorithm.threshold %g, until the "
                 "learning rate falls", flicker, self.threshold,
             )  # fmt: skip
@@ -208,32 +215,31 @@ class _Pruning(Objective):
         super().__init__(label_smoothing=recipe.label_smoothing)
         self._penalty, self._algorithm = penalty, algorithm
         self._last_epoch = recipe.search_epochs - 1
-        self._value = torch.zeros(())
         self._dead = torch.zeros(0, dtype=torch.bool)
         self._history = torch.zeros(0, 4, dtype=torch.float64)
 
     def before_step(self) -> None:
         """Add the penalty's gradient, once in a step however many micro-batches it has."""
         if self._algorithm.strength > 0:
-            self._value = self._penalty.add_gradient(self._algorithm.strength)
+            self._penalty.add_gradient(self._algorithm.strength)
 
     def after_epoch(self, epoch: int) -> None:
         """Truncate, but not after the last epoch: the search measures what that costs."""
-        scales = self._penalty.scales()
-        dead = ~scales.alive.cpu()
+        value = float(self._penalty.value_and_gradient()[0])
+        dead = ~self._penalty.scales().alive.cpu()
         revived = int((self._dead & ~dead).sum()) if len(self._dead) else 0
         self._dead = dead
-        row = torch.tensor([[epoch, float(self._value), int(dead.sum()), revived]])
+        row = torch.tensor([[epoch, value, int(dead.sum()), revived]])
         self._history = torch.cat([self._history, row.double()])
-        logger.info(
+        logger.debug(
             "epoch %d: penalty R/F0 %.4f, %d of %d classes dead, %d revived",
-            epoch, float(self._value), int(dead.sum()), len(dead), revived,
+            epoch, value, int(dead.sum()), len(dead), revived,
         )  # fmt: skip
         if self._algorithm.truncate and epoch < self._last_epoch:
             self._penalty.truncate()
 
     def history(self) -> list[dict[str, float]]:
-        """By epoch: R/F0, classes dead, and classes that came back to life."""
+        """By epoch: R/F0 at its end, classes dead, and classes that came back to life."""
         names = ("epoch", "penalty", "dead", "revived")
         return [dict(zip(names, row, strict=True)) for row in self._history.tolist()]
 

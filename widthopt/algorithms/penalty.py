@@ -88,8 +88,8 @@ class Penalty:
         row = {index: place for place, index in enumerate(rows)}
         modules = {norm.name: norm.axis for norm in graph.norms if norm.gamma}
         norms = [model.get_submodule(name) for name in modules]
-        self._gammas = [_parameter(norm, "weight") for norm in norms]
-        self._betas = [_parameter(norm, "bias") for norm in norms]
+        self._gammas: list[Tensor] = [_parameter(norm, "weight") for norm in norms]
+        self._betas: list[Tensor] = [_parameter(norm, "bias") for norm in norms]
         classes: dict[tuple[int, int], int] = {}
         slots: list[int] = []
         for axis in modules.values():
@@ -110,15 +110,17 @@ class Penalty:
             0.0 if name in self.searchable else float(graph.free[name].classes)
             for name in self.variables
         ]
-        self._kept = torch.tensor(kept, device=device)
+        # Half precision would lose the steps of a scale; float64 is kept.
+        dtype = torch.promote_types(self._gammas[0].dtype, torch.float32)
+        self._kept = torch.tensor(kept, device=device, dtype=dtype)
         slopes, curvature = _polynomial(graph, row, self.macs, depthwise=depthwise)
-        self._slopes = slopes.float().to(device)
-        self._curvature = curvature.float().to(device)
+        self._slopes = slopes.to(device, dtype)
+        self._curvature = curvature.to(device, dtype)
 
     @torch.no_grad()
     def scales(self) -> Scales:
         """The scales as they are now."""
-        flat = torch.cat(self._gammas).float().abs()
+        flat = torch.cat(self._gammas).to(self._slopes.dtype).abs()
         count = len(self._class_row)
         classes = flat.new_zeros(count)
         if self._tie == "max":
@@ -198,7 +200,8 @@ class Penalty:
             )
             bound = self._threshold * largest.clamp_max(1)[self._class_row]
             alive = (scales.classes > bound) | ~self._class_free
-        counts = self._kept.index_add(0, self._class_row, (alive & self._class_free).float())
+        living = (alive & self._class_free).to(self._kept.dtype)
+        counts = self._kept.index_add(0, self._class_row, living)
         return dict(zip(self.variables, map(int, counts.tolist()), strict=True))
 
     def largest(self) -> dict[str, float]:
@@ -231,7 +234,7 @@ class Penalty:
     def mixed(self) -> int:
         """Classes with both dead and living slots: in a series chain these are dead in effect."""
         scales = self.scales()
-        living = (scales.flat > self._threshold).float()
+        living = (scales.flat > self._threshold).to(scales.classes.dtype)
         count = torch.zeros_like(scales.classes).index_add_(0, self._slot_class, living)
         total = torch.bincount(self._slot_class, minlength=len(self._class_row))
         return int(((count > 0) & (count < total)).sum())
@@ -243,7 +246,7 @@ def _parameter(norm: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from widthopt.errors import InputError
@@ -234,9 +235,10 @@ def threaded(
     """
     with ThreadPoolExecutor(_processors()) as pool:
         results = pool.map(task, items)
-        if progress is None:
+        console = Console(stderr=True)
+        if progress is None or not console.is_terminal:
             return list(results)
-        return list(track(results, progress, total=len(items), transient=True))
+        return list(track(results, progress, total=len(items), transient=True, console=console))
 
 
 def _processors() -> int:

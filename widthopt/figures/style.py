@@ -9,7 +9,7 @@ COLOURS: Mapping[str, str] = {"uniform": "#555555", "direct": "#0072b2", "transf
 
 MARKERS: Mapping[str, str] = {"uniform": "s", "direct": "o", "transfer": "^"}
 
-RC: Mapping[str, Any] = {
+RC: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,

@@ -37,6 +37,8 @@ from widthopt.widthgraph import Stage, WidthGraph
 
 __all__ = ["Call", "Channels", "Rule", "on_meta", "same_channels", "tied_channels", "trace"]
 
+NO_RULE = "there is no rule for what it does to channels"
+
 Rules = Mapping[Any, Rule]
 """Rules of a user's own, by module type or by function."""
 
@@ -135,18 +137,32 @@ class _Labeller(fx.Interpreter):
         try:
             result = super().run_node(n)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise InputError(
-                f"resolution is {self.ledger.resolution}, but node `{n.name}` in {place(n)} cannot "
-                f"run on such an image ({str(error).splitlines()[0]}); use a larger resolution, or "
-                "check that the network takes images of that size"
-            ) from error
+            result = self._run_on_zeros(n, error)
         self._labelled[n] = self._channels(n, result)
         return result
 
+    def _run_on_zeros(self, node: fx.Node, error: Exception) -> Any:
+        """The shapes of a node with a rule of the user's, whose code may look at values."""
+        module = self._module(node)
+        if self._own_rule(node, module) is not None and node.op != "call_method":
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _zeros)
+            called: Any = copy.deepcopy(module).to_empty(device="cpu") if module else node.target
+            try:
+                return fx.node.map_aggregate(called(*args, **kwargs), _shape)
+            except (RuntimeError, ValueError, IndexError) as again:
+                error = again
+        elif node.op.startswith("call") and self._rule(node, module) is None:
+            raise refusal(node, module, NO_RULE) from error
+        raise InputError(
+            f"resolution is {self.ledger.resolution}, but node `{node.name}` in {place(node)} "
+            f"cannot run on such an image ({str(error).splitlines()[0]}); use a larger resolution, "
+            "or check that the network takes images of that size"
+        ) from error
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A parameter or buffer, or a constant of the forward code, as a shape."""
-        value = super().get_attr(target, args, kwargs)
-        return value.to("meta") if isinstance(value, torch.Tensor) else value
+        return _shape(super().get_attr(target, args, kwargs))
 
     def _channels(self, node: fx.Node, result: Any) -> Any:
         if node.op == "placeholder":
@@ -167,7 +183,7 @@ class _Labeller(fx.Interpreter):
         return self._ruled(node, result)
 
     def _ruled(self, node: fx.Node, result: Any) -> Any:
-        module = self._modules[str(node.target)] if node.op == "call_module" else None
+        module = self._module(node)
         call = Call(
             ledger=self.ledger,
             node=node,
@@ -182,18 +198,37 @@ class _Labeller(fx.Interpreter):
             return NONE  # made by the forward code, or one number for all channels
         rule = self._rule(node, module)
         if rule is None:
-            raise refusal(node, module, "there is no rule for what it does to channels")
+            raise refusal(node, module, NO_RULE)
         return rule(call)
 
     def _shape(self, argument: Any) -> tuple[int, ...] | None:
         value = self.env.get(argument) if isinstance(argument, fx.Node) else None
         return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self._modules[str(node.target)] if node.op == "call_module" else None
+
+    def _own_rule(self, node: fx.Node, module: nn.Module | None) -> Rule | None:
+        if module is None:
+            return self._rules.get(node.target)
+        return next((self._rules[one] for one in type(module).__mro__ if one in self._rules), None)
+
     def _rule(self, node: fx.Node, module: nn.Module | None) -> Rule | None:
-        if module is not None:
-            kinds = type(module).__mro__
-            own = next((self._rules[kind] for kind in kinds if kind in self._rules), None)
-            return own or next((MODULE_RULES[one] for one in kinds if one in MODULE_RULES), None)
-        if node.target in self._rules:
-            return self._rules[node.target]
-        return FUNCTION_RULES.get(torch_function_name(node) or "")
+        own = self._own_rule(node, module)
+        if own is not None:
+            return own
+        if module is None:
+            return FUNCTION_RULES.get(torch_function_name(node) or "")
+        return next(
+            (MODULE_RULES[one] for one in type(module).__mro__ if one in MODULE_RULES), None
+        )
+
+
+def _zeros(value: Any) -> Any:
+    """A tensor of zeros for one without values."""
+    return torch.zeros_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
+
+
+def _shape(value: Any) -> Any:
+    """A tensor without values for one that may have them."""
+    return value.to("meta") if isinstance(value, torch.Tensor) else value

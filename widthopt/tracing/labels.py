@@ -278,4 +278,4 @@ def torch_function_name(node: fx.Node) -> str | None:
     if getattr(operator, name, None) is target or getattr(torch, name, None) is target:
         return name
     module = str(getattr(target, "__module__", None) or "")
-    return name if module.split(".")[0] in {"torch", "torchvision"} else None
+    return name if module.partition(".")[0] in {"torch", "torchvision"} else None

@@ -7,6 +7,8 @@ anything from sizes that happen to be equal; what they cannot be sure of they re
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -135,7 +137,8 @@ def _concatenation(call: Call) -> Channels:
 
 
 def _reduction(call: Call) -> Channels:
-    channels, dims = call.args[0], call.dims(call.argument(1, "dim"))
+    channels: Channels = call.args[0]
+    dims = call.dims(call.argument(1, "dim"))
     if channels is NONE or channels.dim in dims:
         return NONE  # one number for all channels
     kept = call.argument(2, "keepdim", default=False)
@@ -174,7 +177,8 @@ def _reordered(call: Call, order: Sequence[int]) -> Channels:
 
 def _reshape(call: Call) -> Channels:
     """A view, reshape or flatten: channels are flattened with what follows, or shuffled."""
-    channels, after = call.args[0], call.shape
+    channels: Channels = call.args[0]
+    after = call.shape
     if channels is NONE:
         return NONE
     size = call.before[channels.dim]
@@ -191,23 +195,27 @@ def _reshape(call: Call) -> Channels:
         return call.selected(channels.source, channels.places.reshape(-1), place)
     behind = math.prod(call.before[channels.dim + 1 :])
     if after[place] in {channels.entries, channels.entries * behind}:
-        repeat = channels.repeat * (after[place] // channels.entries)
-        result = replace(channels, dim=place, repeat=repeat)
-        if any(one == after[place] for one in flat(call.node.args[1:]) if type(one) is int):
-            if place != len(after) - 1:
-                raise call.refuse("it has a channel count written into it: write -1 there")
-            call.ledger.rewrites.append(
-                LabelledRewrite(
-                    call.node.name, "flatten", call.source, channels, result, np.arange(0)
-                )
-            )
-        return result
+        return _flattened(call, channels, place)
     pair = after[place : place + PAIR]
     if channels.repeat == 1 and math.prod(pair) == channels.entries:
         call.ledger.sources[call.source] = channels
         places = np.arange(channels.entries).reshape(pair)
         return Channels(channels.labels.reshape(pair), 1, place, call.source, places)
     raise call.refuse("it splits the channels in a way that is no channel shuffle")
+
+
+def _flattened(call: Call, channels: Channels, place: int) -> Channels:
+    """Channels on axis ``place`` of the result, alone or with all that was behind them."""
+    size = call.shape[place]
+    repeat = channels.repeat * (size // channels.entries)
+    result = replace(channels, dim=place, repeat=repeat)
+    if any(one == size for one in flat(call.node.args[1:]) if type(one) is int):
+        if place != len(call.shape) - 1:
+            raise call.refuse("it has a channel count written into it: write -1 there")
+        call.ledger.rewrites.append(
+            LabelledRewrite(call.node.name, "flatten", call.source, channels, result, np.arange(0))
+        )
+    return result
 
 
 def _picked(call: Call, pick: Callable[[Labels], Labels]) -> Channels:
@@ -230,8 +238,13 @@ def _recorded(call: Call, channels: Channels) -> Channels:
 
 
 def _channel_shuffle(call: Call) -> Channels:
-    groups = call.module.groups if call.module is not None else call.argument(1, "groups")
-    return _recorded(call, _picked(call, lambda entries: entries.reshape(groups, -1).T.ravel()))
+    module: Any = call.module
+    groups: int = module.groups if module is not None else call.argument(1, "groups")
+
+    def shuffled(entries: Labels) -> Labels:
+        return entries.reshape(groups, -1).T.ravel()
+
+    return _recorded(call, _picked(call, shuffled))
 
 
 def _parts(call: Call, ends: Sequence[int], dim: int) -> tuple[Channels, ...]:
@@ -239,11 +252,8 @@ def _parts(call: Call, ends: Sequence[int], dim: int) -> tuple[Channels, ...]:
     channels: Channels = call.args[0]
     if channels is NONE or dim != channels.dim:
         return tuple(channels for _ in ends)
-    starts = [0, *ends[:-1]]
-    return tuple(
-        _picked(call, lambda entries, start=start, end=end: entries[start:end])
-        for start, end in zip(starts, ends, strict=True)
-    )
+    pieces = [slice(start, end) for start, end in pairwise([0, *ends])]
+    return tuple(_picked(call, itemgetter(piece)) for piece in pieces)
 
 
 def _chunk(call: Call) -> tuple[Channels, ...]:
