@@ -122,7 +122,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
     with_penalty, without, runs = alternating(
         stepping(model, images, labels, penalty),
         stepping(plain, images, labels, None),
-        runs=15 if quick else 60,
+        runs=10 if quick else 20,
         limit_seconds=15 if quick else math.inf,
     )
     yield Figure(
@@ -133,7 +133,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
     alone, step, runs = alternating(
         lambda: penalty.add_gradient(1.0),
         stepping(plain, images, labels, None),
-        runs=10 if quick else 40,
+        runs=10 if quick else 20,
         limit_seconds=10 if quick else math.inf,
     )
     yield Figure(

@@ -13,7 +13,7 @@ _HOMES = {
     "WidthGraph": "widthopt.widthgraph",
     "match_macs": "widthopt.widths",
     "resize": "widthopt.surgery",
-    "search": "widthopt.pipeline",
+    "search": "widthopt.config",
     "trace": "widthopt.tracing",
 }
 

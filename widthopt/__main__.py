@@ -45,6 +45,12 @@ def main() -> None:
         from widthopt.config import refusal  # noqa: PLC0415 (imports torch)
 
         _end(refusal(error), WRONG_INPUT)
+    except ValueError as error:
+        from widthopt.config import NO_CHOICE, refusal  # noqa: PLC0415 (imports torch)
+
+        if NO_CHOICE not in str(error):
+            raise
+        _end(refusal(error, words), WRONG_INPUT)
     except KeyboardInterrupt:
         _end("stopped; the same command goes on from the last checkpoint", STOPPED)
 

@@ -1,16 +1,18 @@
 """From what a user typed to a `Request`: composed, typed and checked before anything starts."""
 
 import difflib
+import json
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -56,6 +58,10 @@ def compose(overrides: Sequence[str]) -> Request:
             return request(hydra_compose(CONFIG_NAME, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error) from error
+    except ValueError as error:
+        if isinstance(error, InputError) or NO_CHOICE not in str(error):
+            raise
+        raise refusal(error, overrides) from error
 
 
 def request(config: DictConfig) -> Request:
@@ -75,25 +81,34 @@ def request(config: DictConfig) -> Request:
     unknown = [key for key in values if key not in (*_GROUPS, *_VALUES)]
     if unknown:
         raise InputError(_unknown(unknown[0], (*_GROUPS, *_VALUES)))
-    chosen = {group: _instance(group, values[group]) for group in _GROUPS}
+    absent = [key for key in _VALUES if key not in values]
+    if absent:
+        raise InputError(_missing(absent[0]))
+    kinds = {group: _kind(group, values.get(group)) for group in _GROUPS}
+    kinds |= {"target": Target, "runtime": Runtime}
+    # Typed before they name anything, so that 1 and 1.0 name the same run.
+    typed = {key: _typed(kind, key, values[key]) for key, kind in kinds.items()}
+    plain_values = {
+        "budget_macs": _value(int | None, "budget_macs", values["budget_macs"]),
+        "methods": _value(tuple[str, ...], "methods", values["methods"]),
+        "seeds": _value(tuple[int, ...], "seeds", values["seeds"]),
+        "root": _value(str, "root", values["root"]),
+    }
+    composed = {**plain_values, **{key: {**values[key], **one} for key, one in typed.items()}}
     return Request(
-        **chosen,
-        target=_typed(Target, "target", values["target"]),
-        budget_macs=_value(int | None, "budget_macs", values["budget_macs"]),
-        methods=_value(tuple[str, ...], "methods", values["methods"]),
-        seeds=_value(tuple[int, ...], "seeds", values["seeds"]),
-        root=_value(str, "root", values["root"]),
-        runtime=_typed(Runtime, "runtime", values["runtime"]),
-        fields={key: values[key] for key in values if key not in {"root", "runtime"}},
+        **{key: kind(**typed[key]) for key, kind in kinds.items()},
+        **plain_values,
+        fields={key: composed[key] for key in values if key not in {"root", "runtime"}},
     )
 
 
-def _instance(group: str, values: Any) -> Any:
-    """What a group's ``_target_`` makes of its values."""
+def _kind(group: str, values: Any) -> type[Any]:
+    """The dataclass that a group's ``_target_`` names."""
     name = values.get("_target_") if isinstance(values, Mapping) else None
     if not isinstance(name, str):
         raise InputError(
-            f"{group} is {values}, but a choice of this group has a _target_; see conf/{group}"
+            f"{group} is {_shown(values)}, but a choice of this group has a _target_; "
+            f"see conf/{group}"
         )
     module, _, attribute = name.rpartition(".")
     try:
@@ -103,20 +118,30 @@ def _instance(group: str, values: Any) -> Any:
             f"{group}._target_ is {name}, but it cannot be imported ({error}); start in the "
             "folder that holds it, or install it"
         ) from error
-    return _typed(kind, group, {key: one for key, one in values.items() if key != "_target_"})
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        raise InputError(
+            f"{group}._target_ is {name}, but its values are checked by a dataclass's fields; "
+            "name a dataclass"
+        )
+    return kind
 
 
-def _typed(kind: type[Any], key: str, values: Mapping[str, Any]) -> Any:
-    """A dataclass made from plain values, each of the type that its field says."""
+def _typed(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
+    """The arguments of a dataclass from plain values, each of the type that its field says."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.init]
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"{key} is {_shown(values)}, but it is a table of keys; give them one by one, as in "
+            f"{key}.{names[0]}=..."
+        )
     for name in values:
-        if name not in names:
+        if name not in names and name != "_target_":
             raise InputError(_unknown(f"{key}.{name}", [f"{key}.{one}" for one in names]))
     for name in names:
         if name not in values:
             raise InputError(f"{key}.{name} is missing, but {key} needs it; add {key}.{name}=...")
-    return kind(**{name: _value(hints[name], f"{key}.{name}", values[name]) for name in names})
+    return {name: _value(hints[name], f"{key}.{name}", values[name]) for name in names}
 
 
 def _unknown(key: str, names: Sequence[str]) -> str:
@@ -154,8 +179,13 @@ def _value(kind: Any, key: str, value: Any) -> Any:
     ):
         rule = _WORDS[kind]
     if rule:
-        raise InputError(f"{key} is {value}, but it must be {rule}; correct it")
+        raise InputError(f"{key} is {_shown(value)}, but it must be {rule}; correct it")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A plain value as it is typed."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _values(kind: Any, key: str, value: Any) -> tuple[Any, ...]:
@@ -164,7 +194,7 @@ def _values(kind: Any, key: str, value: Any) -> tuple[Any, ...]:
     length = None if get_origin(kind) is not tuple or Ellipsis in arguments else len(arguments)
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         size = "" if length is None else f" of {length}"
-        raise InputError(f"{key} is {value}, but it is a list{size}; write [a, b]")
+        raise InputError(f"{key} is {_shown(value)}, but it is a list{size}; write [a, b]")
     return tuple(_value(one, f"{key}[{place}]", item) for place, item in enumerate(value))
 
 
@@ -172,13 +202,24 @@ def _missing(key: str) -> str:
     return f"{key} is missing, but this choice needs it; add {key}=... to the command"
 
 
-def refusal(error: Exception) -> InputError:
-    """Hydra's error about a configuration, in one line."""
+NO_CHOICE = "Config group override must be a string"
+"""How Hydra's ValueError about ``network=3`` begins; it does not say which group."""
+
+
+def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
+    """Hydra's error about a configuration, in one line.
+
+    Args:
+        error: What Hydra or OmegaConf raised.
+        words: What was typed.
+    """
     text = str(error)
+    if reason := _not_one(text, words):
+        return InputError(reason)
     line = " ".join(text.split())
     if isinstance(error, OverrideParseException):
         return InputError(
-            f"{error.override!s} is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; "
+            f"{error.override} is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; "
             "see widthopt --help"
         )
     if found := re.search(r"Could not find '(.+)/(.+)'", text):
@@ -196,6 +237,27 @@ def refusal(error: Exception) -> InputError:
     return InputError(f"{key} cannot be read, but it must be ({line}); see widthopt --help")
 
 
+def _not_one(text: str, words: Sequence[str]) -> str | None:
+    """What is wrong where one choice or one value was wanted, and something else was given."""
+    if NO_CHOICE in text:
+        typed = [word for word in words if not word.startswith("-")]
+        group, value = next(
+            (one.key_or_group, one.value())
+            for one in OverridesParser.create().parse_overrides(typed)
+            if not isinstance(one.value(), str | list | dict) and one.key_or_group not in _VALUES
+        )
+        return (
+            f"{group} is {_shown(value)}, but a group takes the name of a choice; "
+            "see widthopt --help"
+        )
+    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        return (
+            f"{found[1]} is {found[2]}, but one run takes one value; add -m to run once for each, "
+            "or write [a,b] for a list"
+        )
+    return None
+
+
 def _keys() -> list[str]:
     """Every key of the default configuration, groups and values alike."""
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
@@ -205,5 +267,5 @@ def _keys() -> list[str]:
     for group, values in config.items():
         names.append(str(group))
         if isinstance(values, dict):
-            names += [f"{group}.{name}" for name in values if name != "_target_"]
+            names += [f"{group!s}.{name!s}" for name in values if name != "_target_"]
     return names

@@ -91,17 +91,22 @@ class Projection:
     resolution: int | None
     fraction: float | None
 
+    def __post_init__(self) -> None:
+        self._axes()  # each checks its own value
+
     def __call__(self, setting: Setting) -> Setting:
         """The proxy of a setting."""
-        axes = (
+        for axis in self._axes():
+            setting = setting if axis is None else axis(setting)
+        return setting
+
+    def _axes(self) -> tuple[Width | Depth | Resolution | Fraction | None, ...]:
+        return (
             None if self.width is None else Width(self.width),
             None if self.depth is None else Depth(self.depth),
             None if self.resolution is None else Resolution(self.resolution),
             None if self.fraction is None else Fraction(self.fraction),
         )
-        for axis in axes:
-            setting = setting if axis is None else axis(setting)
-        return setting
 
 
 def nominal_saving(target: Setting, proxy: Setting) -> float:

@@ -143,11 +143,12 @@ def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None
         print(json.dumps(content, indent=2))  # noqa: T201
         return
     target = request.target
-    result = Table(
-        title=f"{request.network.name}, width {target.width:g}, depth {target.depth}, "
-        f"{graph.resolution} pixels: {macs:,} MACs, {parameters:,} parameters",
-        title_justify="left",
+    console = _console()
+    console.print(
+        f"{request.network.name}, width {target.width:g}, depth {target.depth}, "
+        f"{graph.resolution} pixels: {macs:,} MACs, {parameters:,} parameters"
     )
+    result = Table()
     result.add_column("width variable")
     result.add_column("channels", justify="right")
     result.add_column("MACs per channel", justify="right")
@@ -155,4 +156,4 @@ def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None
     slopes = graph.gradient(counts)
     for name, variable in graph.free.items():
         result.add_row(name, str(counts[name]), short(slopes[name]), str(len(variable.writers)))
-    _console().print(result)
+    console.print(result)

@@ -140,3 +140,10 @@ class Runtime:
     precision: Literal["auto", "float32", "bfloat16"]
     memory_format: Literal["auto", "contiguous", "channels_last"]
     progress: bool
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise InputError(
+                f"runtime.workers is {self.workers}, but it is a number of processes; use 0 to "
+                "load images in the training process, or a whole number above"
+            )

@@ -1,0 +1,605 @@
+"""Every choice of ``conf/`` makes typed values, and every mistake makes one clear line."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
+
+from widthopt.config import compose
+from widthopt.errors import InputError
+from widthopt.pipeline import Point
+from widthopt.setting import Recipe
+from widthopt.store import writable
+
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = ("network", "dataset", "projection", "algorithm", "extrapolation", "recipe", "experiment")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDED = {
+    ("network", "torchvision"): ["network.name=resnet50"],
+    ("network", "custom"): ["network.factory=my_module.my_network"],
+}
+"""Keys that a choice has no default for, by design."""
+
+TINY = ("target.width=0.125", "target.resolution=24", "recipe=smoke")
+
+
+class Branching(nn.Module):
+    """A network whose way depends on the values of its images, so that it cannot be traced."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 1)
+
+    def forward(self, images):
+        if images.mean() > 0:
+            images = -images
+        return self.conv(images).mean((2, 3))
+
+
+class Sorting(nn.Module):
+    """A network with an operation that no rule describes."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.head(self.conv(images).sort(1).values.mean((2, 3)))
+
+
+class Small(nn.Module):
+    """Two convolutions, for nothing but to be sized; 17 pixels are the least it takes."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 9, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 16, 5)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        return self.head(self.conv(self.norm(self.stem(images)).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def custom():
+    """Overrides that choose a network of this file."""
+    sys.modules["networks_of_this_test"] = sys.modules[__name__]
+    yield lambda kind: ("network=custom", f"network.factory=networks_of_this_test.{kind.__name__}")
+    del sys.modules["networks_of_this_test"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Make an image folder with so many images of each class; the overrides that choose it."""
+
+    def make(**counts):
+        for split in ("train", "val"):
+            for name, count in counts.items():
+                folder = tmp_path / "photos" / split / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = np.full((8, 9, 3), 10 * number, dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number}.png")
+        return ("dataset=image_folder", f"dataset.root={tmp_path / 'photos'}")
+
+    return make
+
+
+def refused(*overrides, point=False):
+    """The one line that these overrides earn; ``point`` goes on to sizes and images."""
+    with pytest.raises(InputError) as caught:
+        Point(compose([*TINY, *overrides])) if point else compose(overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# Every choice.
+
+
+def test_conf_has_the_groups_of_the_design():
+    folders = {path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
+    assert folders - {"hydra"} == set(GROUPS)
+    assert len(CHOICES) >= 6 + 9 + 4 + 2 + 2 + 3 + 1
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_becomes_typed_values(group, choice):
+    request = compose([f"{group}={choice}", *NEEDED.get((group, choice), [])])
+    if group == "experiment":
+        return
+    typed = getattr(request, group)
+    written = OmegaConf.load(CONF / group / f"{choice}.yaml")
+    for key in written.keys() - {"_target_", "defaults"}:
+        if OmegaConf.is_missing(written, key) or OmegaConf.is_interpolation(written, key):
+            continue
+        value = getattr(typed, key)
+        assert (list(value) if isinstance(value, tuple) else value) == written[key], key
+    assert {field.name for field in fields(typed)} == request.fields[group].keys() - {"_target_"}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_says_in_a_comment_what_it_is(group, choice):
+    assert (CONF / group / f"{choice}.yaml").read_text().startswith("# ")
+
+
+def test_the_paper_recipe_is_appendix_a():
+    assert compose(["recipe=paper"]).recipe == Recipe(
+        batch_size=1024,
+        accumulation=1,
+        epochs=100,
+        search_epochs=40,
+        learning_rate=0.2,
+        warmup_epochs=5.0,
+        momentum=0.9,
+        weight_decay=5e-5,
+        label_smoothing=0.1,
+        augmentation="paper",
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "axes"),
+    [
+        (1, (0.312, 1, 64, 0.05)),
+        (2, (0.707, 1, 160, 0.1)),
+        (3, (1.0, 1, 224, 0.5)),
+        (4, (1.414, 2, 320, 1.0)),
+    ],
+)
+def test_compound_projections_are_the_papers_sources(number, axes):
+    projection = compose([f"projection=compound_{number}"]).projection
+    assert (
+        projection.width,
+        projection.depth,
+        projection.resolution,
+        projection.fraction,
+    ) == axes
+
+
+def test_whole_numbers_are_numbers_and_name_the_same_run():
+    keys = ("target.width", "recipe.learning_rate", "algorithm.strength", "dataset.crop")
+    whole = compose([f"{key}=1" for key in keys])
+    real = compose([f"{key}=1.0" for key in keys])
+    assert whole == real
+    for one, kind in ((whole.target.width, float), (whole.recipe.learning_rate, float)):
+        assert type(one) is kind
+    assert repr(whole.fields) == repr(real.fields)
+
+
+def test_the_target_has_the_data_sets_resolution_unless_asked():
+    assert compose(["dataset=imagenet"]).target.resolution == 224
+    assert compose(["dataset=imagenet", "target.resolution=320"]).target.resolution == 320
+
+
+def test_the_environment_says_where_data_lies(monkeypatch):
+    monkeypatch.setenv("WIDTHOPT_DATA", "/elsewhere")
+    assert compose(["dataset=imagenet"]).dataset.root == "/elsewhere/imagenet"
+
+
+def test_what_merely_runs_is_no_part_of_the_fields():
+    assert compose([]).fields.keys() & {"root", "runtime"} == set()
+
+
+# Names that are not there.
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "network=resnet19",
+            "network is resnet19, but there is no such choice; use one of custom, mobilenet_v2, "
+            "resnet18, torchvision",
+        ),
+        (
+            "algorithm=morfnet",
+            "algorithm is morfnet, but there is no such choice; use one of morphnet, uniform",
+        ),
+        (
+            "projection=0.5",
+            "projection is 0.5, but a group takes the name of a choice; see widthopt --help",
+        ),
+        (
+            "recipe.epoch=3",
+            "recipe.epoch is not a key, but only known keys are read; did you mean recipe.epochs?",
+        ),
+        (
+            "+recipe.epoch=3",
+            "recipe.epoch is not a key, but only known keys are read; did you mean recipe.epochs?",
+        ),
+        (
+            "algoritm=uniform",
+            "algoritm is not a key, but only known keys are read; did you mean algorithm?",
+        ),
+        (
+            "+zzz=1",
+            "zzz is not a key, but only known keys are read; choose among algorithm, budget_macs, "
+            "dataset, extrapolation, methods, network, projection, recipe, root, runtime, seeds, "
+            "target",
+        ),
+        (
+            "network=torchvision",
+            "network.name is missing, but this choice needs it; add network.name=... to the "
+            "command",
+        ),
+        (
+            "network=custom",
+            "network.factory is missing, but this choice needs it; add network.factory=... to the "
+            "command",
+        ),
+        (
+            "~target.width",
+            "target.width is missing, but target needs it; add target.width=...",
+        ),
+        (
+            "~seeds",
+            "seeds is missing, but this choice needs it; add seeds=... to the command",
+        ),
+        (
+            "~network",
+            "network is null, but a choice of this group has a _target_; see conf/network",
+        ),
+        (
+            "network.name=resnet19",
+            "network.name is resnet19, but torchvision has no such classification CNN; choose "
+            "among resnet101, resnet152, resnet18, resnet34, resnet50, resnext101_32x8d, "
+            "resnext101_64x4d, resnext50_32x4d",
+        ),
+        (
+            "network._target_=no_such_module.Network",
+            "network._target_ is no_such_module.Network, but it cannot be imported (No module "
+            "named 'no_such_module'); start in the folder that holds it, or install it",
+        ),
+        (
+            "network._target_=os.path",
+            "network._target_ is os.path, but its values are checked by a dataclass's fields; "
+            "name a dataclass",
+        ),
+        (
+            "epochs 3",
+            "epochs 3 is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; see "
+            "widthopt --help",
+        ),
+    ],
+)
+def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
+    assert refused(override) == line
+
+
+# Types.
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("recipe.epochs=3.5", "recipe.epochs is 3.5, but it must be a whole number; correct it"),
+        ("recipe.epochs=true", "recipe.epochs is true, but it must be a whole number; correct it"),
+        ("recipe.epochs=null", "recipe.epochs is null, but it must be a whole number; correct it"),
+        ("target.depth=1.0", "target.depth is 1.0, but it must be a whole number; correct it"),
+        ("target.width=wide", "target.width is wide, but it must be a number; correct it"),
+        ("target.width=true", "target.width is true, but it must be a number; correct it"),
+        ("projection.width=[1]", "projection.width is [1], but it must be a number; correct it"),
+        ("dataset.flip=1", "dataset.flip is 1, but it must be true or false; correct it"),
+        ("dataset.flip=maybe", "dataset.flip is maybe, but it must be true or false; correct it"),
+        ("root=3", "root is 3, but it must be a text; correct it"),
+        ("seeds=0", "seeds is 0, but it is a list; write [a, b]"),
+        ("seeds=[0,x]", "seeds[1] is x, but it must be a whole number; correct it"),
+        ("methods=direct", "methods is direct, but it is a list; write [a, b]"),
+        ("dataset.mean=[1,1]", "dataset.mean is [1, 1], but it is a list of 3; write [a, b]"),
+        ("budget_macs=2e6", "budget_macs is 2000000.0, but it must be a whole number; correct it"),
+        (
+            "runtime.precision=float16",
+            "runtime.precision is float16, but it must be one of auto, float32, bfloat16; "
+            "correct it",
+        ),
+        (
+            "algorithm.tie=min",
+            "algorithm.tie is min, but it must be one of max, l2; correct it",
+        ),
+        (
+            "target=3",
+            "target is 3, but it is a table of keys; give them one by one, as in target.width=...",
+        ),
+        (
+            "target.width=0.25,0.5",
+            "target.width is 0.25,0.5, but one run takes one value; add -m to run once for each, "
+            "or write [a,b] for a list",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused(override, line):
+    assert refused(override) == line
+
+
+def test_a_table_is_wanted_where_there_is_one():
+    assert (
+        refused("network=custom", "network.factory=a.b", "network.arguments=[1]")
+        == "network.arguments is [1], but it must be a table, {name: value}; correct it"
+    )
+
+
+def test_a_setting_from_elsewhere_that_is_not_there_is_named():
+    line = refused("root=${oc.env:WIDTHOPT_NOT_SET}")
+    assert line.startswith("root cannot be read, but it must be (")
+    assert "WIDTHOPT_NOT_SET" in line
+
+
+# Ranges.
+
+
+@pytest.mark.parametrize("fraction", ["0", "-0.1", "1.01", "nan"])
+def test_a_fraction_lies_above_0_and_at_most_1(fraction):
+    assert refused(f"projection.fraction={fraction}") == (
+        f"projection.fraction is {fraction}, but it is a part of the training images, above 0 and "
+        "at most 1; 0.1 is ten per cent"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "projection.width=0",
+            "projection.width is 0, but a width multiplier is a number above 0; the paper uses "
+            "0.312 to 1.732",
+        ),
+        (
+            "projection.depth=0",
+            "projection.depth is 0, but a stage needs at least one block; use a whole number from "
+            "1 up",
+        ),
+        (
+            "target.depth=0",
+            "target.depth is 0, but it must be a whole number from 1 up; correct it",
+        ),
+        (
+            "target.resolution=-1",
+            "target.resolution is -1, but it must be a whole number from 1 up; correct it",
+        ),
+        (
+            "methods=[uniform,best]",
+            "methods is [uniform, best], but it lists some of uniform, direct, transfer, each "
+            "once; correct it",
+        ),
+        (
+            "methods=[]",
+            "methods is [], but it lists some of uniform, direct, transfer, each once; correct it",
+        ),
+        (
+            "methods=[direct,direct]",
+            "methods is [direct, direct], but it lists some of uniform, direct, transfer, each "
+            "once; correct it",
+        ),
+        (
+            "seeds=[1,0,1]",
+            "seeds is [1, 0, 1], but it lists whole numbers from 0 up, each once; correct it",
+        ),
+        (
+            "seeds=[-1]",
+            "seeds is [-1], but it lists whole numbers from 0 up, each once; correct it",
+        ),
+        (
+            "seeds=[]",
+            "seeds is [], but it lists whole numbers from 0 up, each once; correct it",
+        ),
+        (
+            "runtime.workers=-1",
+            "runtime.workers is -1, but it is a number of processes; use 0 to load images in the "
+            "training process, or a whole number above",
+        ),
+        (
+            "recipe.momentum=1",
+            "recipe.momentum is 1, but it is a number from 0 up and below 1; "
+            "conf/recipe/paper.yaml has the paper's value",
+        ),
+        (
+            "algorithm.floor=0",
+            "algorithm.floor is 0, but every layer keeps at least one channel; use a whole number "
+            "from 1 up",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_refused(override, line):
+    assert refused(override) == line
+
+
+# Networks that cannot be.
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("target.width=0.001", "target"), ("projection.width=0.001", "projection")],
+)
+def test_a_width_that_rounds_a_variable_to_0_is_refused_with_one_that_does_not(override, key):
+    line = refused(override, point=True)
+    assert line == (
+        f"{key}.width is 0.001, but it rounds the 64 channels of `conv1` to 0; use 0.008 or more"
+    )
+    Point(compose([*TINY, f"{key}.width=0.008"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("target.resolution=16",), "target.resolution is 16"),
+        (("target.resolution=32", "projection.resolution=16"), "projection.resolution is 16"),
+    ],
+)
+def test_a_resolution_below_what_strides_allow_is_refused(custom, overrides, key):
+    line = refused(
+        *custom(Small), "target.width=1", "projection.width=null", *overrides, point=True
+    )
+    # 16 pixels leave 4 behind the stem, too few for a 5x5 convolution.
+    assert line.startswith(f"{key}, but node `conv` in module `conv` cannot run on such an image (")
+    assert line.endswith("; use a larger resolution, or check that the network takes images of "
+                         "that size")  # fmt: skip
+
+
+def test_the_least_resolution_is_accepted(custom):
+    point = Point(compose([*TINY, *custom(Small), "target.width=1", "target.resolution=17"]))
+    assert point.target_blueprint.graph.resolution == 17
+
+
+def test_a_depth_that_the_builder_cannot_make_is_refused(custom):
+    network = ("network=torchvision", "network.name=squeezenet1_1")
+    assert refused(*network, "target.depth=2", point=True) == (
+        "target.depth is 2, but torchvision's builder of squeezenet1_1 takes no depths; use depth "
+        "1, or a ResNet, RegNet, EfficientNet, ConvNeXt, DenseNet or mobilenet_v2"
+    )
+    line = refused(*custom(Small), "target.width=1", "projection.depth=2", point=True)
+    assert line == (
+        "projection.depth is 2, but networks_of_this_test.Small takes no argument `depth`; give "
+        "it one, or use depth 1"
+    )
+
+
+def test_a_proxy_deeper_than_its_target_is_refused():
+    assert refused("projection.depth=2", point=True) == (
+        "projection.depth is too large: the proxy's stage `layer1` has 4 blocks, but the target's "
+        "has 2; a proxy is at most as deep as its target"
+    )
+
+
+def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
+    line = refused(*custom(Small), "target.width=1", "budget_macs=500", point=True)
+    # One channel each: 8 x 8 positions of 9 x 9 x 3, 4 x 4 positions of 5 x 5, 10 classes.
+    least = 64 * 243 + 16 * 25 + 10
+    assert line == (
+        f"budget_macs is 500, but the narrowest network already takes {least:,} at resolution 24; "
+        "raise the budget"
+    )
+    Point(compose([*TINY, *custom(Small), "target.width=1", f"budget_macs={least}"]))
+
+
+def test_a_network_whose_way_depends_on_its_images_is_refused(custom):
+    line = refused(*custom(Branching), "target.width=1", point=True)
+    assert line.startswith("network is Branching, but ")
+    assert "; " in line
+
+
+def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
+    line = refused(*custom(Sorting), "target.width=1", point=True)
+    assert "`sort`" in line
+    assert "rule" in line
+
+
+@pytest.mark.parametrize(
+    ("factory", "line"),
+    [
+        (
+            "nowhere.network",
+            "network.factory is nowhere.network, but nowhere cannot be imported (No module named "
+            "'nowhere'); start in the folder that holds it, or install it",
+        ),
+        (
+            "math.network",
+            "network.factory is math.network, but math has no `network`; check the spelling",
+        ),
+        (
+            "network",
+            "network.factory is network, but a dotted name such as my_module.my_network is "
+            "needed; the module is looked for in the current folder too",
+        ),
+        (
+            "builtins.dict",
+            "network.factory is builtins.dict, but it returned a dict; it must return a "
+            "torch.nn.Module",
+        ),
+    ],
+)
+def test_a_factory_that_makes_no_network_is_refused(factory, line, monkeypatch):
+    if factory == "builtins.dict":  # has no signature to look at
+        monkeypatch.setattr("builtins.table", lambda num_classes: {"n": num_classes}, raising=False)
+        factory, line = "builtins.table", line.replace("builtins.dict", "builtins.table")
+    assert refused("network=custom", f"network.factory={factory}", point=True) == line
+
+
+def test_a_device_that_is_not_there_is_refused():
+    line = refused("runtime.device=abacus", point=True)
+    assert line.startswith("runtime.device is abacus, but this machine has no such device; use one")
+
+
+# Images.
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    gone = tmp_path / "gone"
+    assert refused("dataset=image_folder", f"dataset.root={gone}", point=True) == (
+        f"dataset.root is {gone}, but there is no such folder; give the folder that holds "
+        "train/<class> and val/<class>"
+    )
+    assert refused("dataset=cifar10", f"dataset.root={gone}", point=True) == (
+        f"dataset.root is {gone}, but torchvision finds no complete CIFAR10 there (dataset not "
+        "found or corrupted); download it with dataset.download=true, or point dataset.root to "
+        "the folder that has it"
+    )
+
+
+def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path):
+    chosen = photos(ant=4, bee=4)
+    for name in ("ant/1.png", "bee/3.png"):
+        (tmp_path / "photos" / "train" / name).write_bytes(b"no image")
+    line = refused(*chosen, point=True)
+    assert line == (
+        f"dataset.root is {tmp_path / 'photos'}, but 2 of 8 images cannot be read "
+        "(train/ant/1.png, train/bee/3.png); replace or remove what cannot be read "
+        "(dataset=image_folder can also skip it, with dataset.allow_unreadable=true)"
+    )
+    with pytest.warns(UserWarning, match=r"2 of 8 images cannot be read .*; they are skipped"):
+        point = Point(compose([*TINY, *chosen, "dataset.allow_unreadable=true"]))
+    assert len(point.request.dataset.train().labels) == 6
+
+
+def test_two_classes_are_the_least(photos, tmp_path):
+    assert refused(*photos(ant=4), point=True) == (
+        f"dataset.root is {tmp_path / 'photos'}, but it has fewer than two classes (ant) and "
+        "there is nothing to tell apart; use a data set of two classes or more"
+    )
+
+
+def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_one_that_does_not(photos):
+    chosen = photos(ant=20, bee=10)
+    assert refused(*chosen, "projection.fraction=0.1", point=True) == (
+        "projection.fraction is 0.1, but class bee is left with 1 image of 10 and a class needs "
+        "2, one of them for validation; use 0.15 or more"
+    )
+    Point(compose([*TINY, *chosen, "projection.fraction=0.15"]))
+
+
+# Where results go.
+
+
+def test_a_root_that_cannot_be_written_is_refused(tmp_path):
+    root = tmp_path / "file"
+    root.write_text("no folder")
+    with pytest.raises(InputError) as caught:
+        writable(Path(compose([f"root={root / 'runs'}"]).root))
+    assert str(caught.value) == (
+        f"root is {root / 'runs'}, but it cannot be written (Not a directory); name a folder you "
+        "may write to"
+    )
+
+
+def test_a_point_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Point(compose(TINY))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_composing_needs_no_torch_to_be_named():
+    """What a wrong key costs is a second, not a training: nothing of the data is touched."""
+    script = (
+        "import sys\nfrom widthopt.config import compose\n"
+        "compose(['dataset=imagenet'])\nassert 'sklearn' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)  # noqa: S603 (our own words)
