@@ -1,6 +1,5 @@
 """Every choice of ``conf/`` makes typed values, and every mistake makes one clear line."""
 
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -198,8 +197,11 @@ def test_what_merely_runs_is_no_part_of_the_fields():
     [
         (
             "network=resnet19",
-            "network is resnet19, but there is no such choice; use one of custom, mobilenet_v2, "
-            "resnet18, torchvision",
+            (
+                "network is resnet19, but there is no such choice; use one of custom, "
+                "mobilenet_v2, "
+                "resnet18, torchvision"
+            ),
         ),
         (
             "algorithm=morfnet",
@@ -223,19 +225,28 @@ def test_what_merely_runs_is_no_part_of_the_fields():
         ),
         (
             "+zzz=1",
-            "zzz is not a key, but only known keys are read; choose among algorithm, budget_macs, "
-            "dataset, extrapolation, methods, network, projection, recipe, root, runtime, seeds, "
-            "target",
+            (
+                "zzz is not a key, but only known keys are read; choose among algorithm, "
+                "budget_macs, "
+                "dataset, extrapolation, methods, network, projection, recipe, root, runtime, "
+                "seeds, "
+                "target"
+            ),
         ),
         (
             "network=torchvision",
-            "network.name is missing, but this choice needs it; add network.name=... to the "
-            "command",
+            (
+                "network.name is missing, but this choice needs it; add network.name=... to the "
+                "command"
+            ),
         ),
         (
             "network=custom",
-            "network.factory is missing, but this choice needs it; add network.factory=... to the "
-            "command",
+            (
+                "network.factory is missing, but this choice needs it; add network.factory=... "
+                "to the "
+                "command"
+            ),
         ),
         (
             "~target.width",
@@ -251,24 +262,32 @@ def test_what_merely_runs_is_no_part_of_the_fields():
         ),
         (
             "network.name=resnet19",
-            "network.name is resnet19, but torchvision has no such classification CNN; choose "
-            "among resnet101, resnet152, resnet18, resnet34, resnet50, resnext101_32x8d, "
-            "resnext101_64x4d, resnext50_32x4d",
+            (
+                "network.name is resnet19, but torchvision has no such classification CNN; choose "
+                "among resnet101, resnet152, resnet18, resnet34, resnet50, resnext101_32x8d, "
+                "resnext101_64x4d, resnext50_32x4d"
+            ),
         ),
         (
             "network._target_=no_such_module.Network",
-            "network._target_ is no_such_module.Network, but it cannot be imported (No module "
-            "named 'no_such_module'); start in the folder that holds it, or install it",
+            (
+                "network._target_ is no_such_module.Network, but it cannot be imported (No module "
+                "named 'no_such_module'); start in the folder that holds it, or install it"
+            ),
         ),
         (
             "network._target_=os.path",
-            "network._target_ is os.path, but its values are checked by a dataclass's fields; "
-            "name a dataclass",
+            (
+                "network._target_ is os.path, but its values are checked by a dataclass's fields; "
+                "name a dataclass"
+            ),
         ),
         (
             "epochs 3",
-            "epochs 3 is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; see "
-            "widthopt --help",
+            (
+                "epochs 3 is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; see "
+                "widthopt --help"
+            ),
         ),
     ],
 )
@@ -299,8 +318,10 @@ def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
         ("budget_macs=2e6", "budget_macs is 2000000.0, but it must be a whole number; correct it"),
         (
             "runtime.precision=float16",
-            "runtime.precision is float16, but it must be one of auto, float32, bfloat16; "
-            "correct it",
+            (
+                "runtime.precision is float16, but it must be one of auto, float32, bfloat16; "
+                "correct it"
+            ),
         ),
         (
             "algorithm.tie=min",
@@ -312,8 +333,11 @@ def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
         ),
         (
             "target.width=0.25,0.5",
-            "target.width is 0.25,0.5, but one run takes one value; add -m to run once for each, "
-            "or write [a,b] for a list",
+            (
+                "target.width is 0.25,0.5, but one run takes one value; add -m to run once for "
+                "each, "
+                "or write [a,b] for a list"
+            ),
         ),
     ],
 )
@@ -322,9 +346,9 @@ def test_a_value_of_another_type_is_refused(override, line):
 
 
 def test_a_table_is_wanted_where_there_is_one():
-    assert (
-        refused("network=custom", "network.factory=a.b", "network.arguments=[1]")
-        == "network.arguments is [1], but it must be a table, {name: value}; correct it"
+    assert refused("network=custom", "network.factory=a.b", "network.arguments=[1]") == (
+        "network.arguments is [1], but it replaces a value of another kind (a table, a list or a "
+        "single value); see widthopt --help"
     )
 
 
@@ -350,13 +374,18 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
     [
         (
             "projection.width=0",
-            "projection.width is 0, but a width multiplier is a number above 0; the paper uses "
-            "0.312 to 1.732",
+            (
+                "projection.width is 0, but a width multiplier is a number above 0; the paper uses "
+                "0.312 to 1.732"
+            ),
         ),
         (
             "projection.depth=0",
-            "projection.depth is 0, but a stage needs at least one block; use a whole number from "
-            "1 up",
+            (
+                "projection.depth is 0, but a stage needs at least one block; use a whole number "
+                "from "
+                "1 up"
+            ),
         ),
         (
             "target.depth=0",
@@ -368,8 +397,10 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
         ),
         (
             "methods=[uniform,best]",
-            "methods is [uniform, best], but it lists some of uniform, direct, transfer, each "
-            "once; correct it",
+            (
+                "methods is [uniform, best], but it lists some of uniform, direct, transfer, each "
+                "once; correct it"
+            ),
         ),
         (
             "methods=[]",
@@ -377,8 +408,10 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
         ),
         (
             "methods=[direct,direct]",
-            "methods is [direct, direct], but it lists some of uniform, direct, transfer, each "
-            "once; correct it",
+            (
+                "methods is [direct, direct], but it lists some of uniform, direct, transfer, each "
+                "once; correct it"
+            ),
         ),
         (
             "seeds=[1,0,1]",
@@ -394,18 +427,26 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
         ),
         (
             "runtime.workers=-1",
-            "runtime.workers is -1, but it is a number of processes; use 0 to load images in the "
-            "training process, or a whole number above",
+            (
+                "runtime.workers is -1, but it is a number of processes; use 0 to load images in "
+                "the "
+                "training process, or a whole number above"
+            ),
         ),
         (
             "recipe.momentum=1",
-            "recipe.momentum is 1, but it is a number from 0 up and below 1; "
-            "conf/recipe/paper.yaml has the paper's value",
+            (
+                "recipe.momentum is 1, but it is a number from 0 up and below 1; "
+                "conf/recipe/paper.yaml has the paper's value"
+            ),
         ),
         (
             "algorithm.floor=0",
-            "algorithm.floor is 0, but every layer keeps at least one channel; use a whole number "
-            "from 1 up",
+            (
+                "algorithm.floor is 0, but every layer keeps at least one channel; use a whole "
+                "number "
+                "from 1 up"
+            ),
         ),
     ],
 )
@@ -482,15 +523,20 @@ def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
 
 
 def test_a_network_whose_way_depends_on_its_images_is_refused(custom):
-    line = refused(*custom(Branching), "target.width=1", point=True)
-    assert line.startswith("network is Branching, but ")
-    assert "; " in line
+    assert refused(*custom(Branching), "target.width=1", point=True) == (
+        "network is Branching, but torch.fx cannot trace it (symbolically traced variables cannot "
+        "be used as inputs to control flow); move what depends on values into a module of its own "
+        "and give that a rule"
+    )
 
 
 def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
     line = refused(*custom(Sorting), "target.width=1", point=True)
-    assert "`sort`" in line
-    assert "rule" in line
+    assert line.startswith(
+        "network operation is `sort` (node `sort` in the network's own forward), but there is no "
+        "rule for what it does to channels; give "
+    )
+    assert "network.rules" in line
 
 
 @pytest.mark.parametrize(
@@ -498,8 +544,11 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
     [
         (
             "nowhere.network",
-            "network.factory is nowhere.network, but nowhere cannot be imported (No module named "
-            "'nowhere'); start in the folder that holds it, or install it",
+            (
+                "network.factory is nowhere.network, but nowhere cannot be imported (No module "
+                "named "
+                "'nowhere'); start in the folder that holds it, or install it"
+            ),
         ),
         (
             "math.network",
@@ -507,13 +556,17 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
         ),
         (
             "network",
-            "network.factory is network, but a dotted name such as my_module.my_network is "
-            "needed; the module is looked for in the current folder too",
+            (
+                "network.factory is network, but a dotted name such as my_module.my_network is "
+                "needed; the module is looked for in the current folder too"
+            ),
         ),
         (
             "builtins.dict",
-            "network.factory is builtins.dict, but it returned a dict; it must return a "
-            "torch.nn.Module",
+            (
+                "network.factory is builtins.dict, but it returned a dict; it must return a "
+                "torch.nn.Module"
+            ),
         ),
     ],
 )
@@ -594,12 +647,3 @@ def test_a_point_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Point(compose(TINY))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_composing_needs_no_torch_to_be_named():
-    """What a wrong key costs is a second, not a training: nothing of the data is touched."""
-    script = (
-        "import sys\nfrom widthopt.config import compose\n"
-        "compose(['dataset=imagenet'])\nassert 'sklearn' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)  # noqa: S603 (our own words)

@@ -782,3 +782,24 @@ def test_an_image_too_small_for_the_strides_is_refused(name, resolution, message
 def test_the_smallest_image_that_has_something_to_stride_over_is_accepted(counted):
     model = TorchvisionNetwork("resnet18").build(depth=1, classes=10)
     assert trace(model, 17).macs() == counted(model, 17)
+
+
+class _SharedNorm(nn.Module):
+    """Two convolutions whose outputs go through one BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1)
+        self.norm, self.head = nn.BatchNorm2d(5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.other(self.norm(self.one(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_layers_behind_one_shared_batchnorm_have_one_width():
+    model = _SharedNorm()
+    graph = trace(model, 8)
+    assert graph.channels == {"one": 5}
+    smaller = resize(model, graph, {"one": 4})
+    assert smaller.eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 2)

@@ -44,7 +44,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         from widthopt.config import refusal  # noqa: PLC0415 (imports torch)
 
-        _end(refusal(error), WRONG_INPUT)
+        _end(refusal(error, words), WRONG_INPUT)
     except ValueError as error:
         from widthopt.config import NO_CHOICE, refusal  # noqa: PLC0415 (imports torch)
 

@@ -57,7 +57,7 @@ def compose(overrides: Sequence[str]) -> Request:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return request(hydra_compose(CONFIG_NAME, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error) from error
+        raise refusal(error, overrides) from error
     except ValueError as error:
         if isinstance(error, InputError) or NO_CHOICE not in str(error):
             raise
@@ -232,7 +232,7 @@ def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
     if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
         return InputError(_missing(found[1]))
     if found := re.search(r"Could not override '([^']+)'", text):
-        return InputError(_unknown(found[1], _keys()))
+        return InputError(_unknown(found[1], _keys(words)))
     key = getattr(error, "full_key", None) or "the configuration"
     return InputError(f"{key} cannot be read, but it must be ({line}); see widthopt --help")
 
@@ -255,13 +255,20 @@ def _not_one(text: str, words: Sequence[str]) -> str | None:
             f"{found[1]} is {found[2]}, but one run takes one value; add -m to run once for each, "
             "or write [a,b] for a list"
         )
+    if found := re.search(r"Error merging override ([^=]+)=(.*)", text):
+        return (
+            f"{found[1]} is {found[2]}, but it replaces a value of another kind (a table, a list "
+            "or a single value); see widthopt --help"
+        )
     return None
 
 
-def _keys() -> list[str]:
-    """Every key of the default configuration, groups and values alike."""
+def _keys(words: Sequence[str]) -> list[str]:
+    """Every key there is with the choices among ``words``, groups and values alike."""
+    groups = (*_GROUPS, "experiment")
+    chosen = [one for one in words if one.partition("=")[0] in groups and "," not in one]
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        config = OmegaConf.to_container(hydra_compose(CONFIG_NAME))
+        config = OmegaConf.to_container(hydra_compose(CONFIG_NAME, overrides=chosen))
     assert isinstance(config, dict)
     names: list[str] = []
     for group, values in config.items():

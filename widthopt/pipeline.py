@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,7 @@ def found(request: Request, *, method: str = "transfer") -> Found:
     Raises:
         InputError: Something asked for cannot be done.
     """
-    point = Point(request)
+    point = Point(replace(request, methods=(method,)))
     writable(Path(request.root))
     return _found(point, method, request.seeds[0])
 

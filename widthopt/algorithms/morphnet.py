@@ -201,7 +201,7 @@ class MorphNet:
             )  # fmt: skip
         flicker = FLICKER * max(rates) * self.strength * max(pressure.values())
         if flicker > self.threshold:
-            logger.info(
+            logger.warning(
                 "dead scales may flicker up to %.3g, above algorithm.threshold %g, until the "
                 "learning rate falls", flicker, self.threshold,
             )  # fmt: skip

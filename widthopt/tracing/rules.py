@@ -99,6 +99,9 @@ def _normalisation(call: Call) -> Any:
     )
     if isinstance(module, nn.LayerNorm) and not last:
         raise call.refuse("it normalises other axes than the channels")
+    for name, _, earlier in call.ledger.norms:
+        if name == call.name:  # called again with the same scales
+            tied(call, earlier, channels)
     batch = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 (their base class)
     call.ledger.norms.append((call.name, batch and bool(module.affine), channels))
     return channels
