@@ -264,8 +264,8 @@ def user_errors():
         (
             lambda m: custom(f"{m}.shallow", arguments={"wide": 3}).build(depth=1, classes=4),
             (
-                "network.factory is {m}.shallow, but it cannot be called with num_classes, wide (*); "
-                "it takes num_classes and network.arguments"
+                "network.factory is {m}.shallow, but it cannot be called with num_classes, wide "
+                "(*); it takes num_classes and network.arguments"
             ),
         ),
         (
