@@ -352,6 +352,36 @@ def test_a_table_is_wanted_where_there_is_one():
     )
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ("dataset=image_folder", "dataset.rooot=x"),
+            "dataset.rooot is not a key, but only known keys are read; did you mean dataset.root?",
+        ),
+        (
+            ("algorithm=uniform", "algorithm.strength=3"),
+            (
+                "algorithm.strength is not a key, but only known keys are read; choose among "
+                "algorithm.name"
+            ),
+        ),
+    ],
+)
+def test_keys_are_those_of_the_choice_that_was_made(overrides, line):
+    assert refused(*overrides) == line
+
+
+def test_a_networks_own_arguments_are_added_one_by_one():
+    network = ("network=custom", "network.factory=a.b")
+    assert refused(*network, "network.arguments={scale: 1}") == (
+        "network.arguments is a table, but its keys are added one by one; write "
+        "+network.arguments.NAME=VALUE"
+    )
+    added = compose([*network, "+network.arguments.scale=1"])
+    assert added.network.arguments == {"scale": 1}
+
+
 def test_a_setting_from_elsewhere_that_is_not_there_is_named():
     line = refused("root=${oc.env:WIDTHOPT_NOT_SET}")
     assert line.startswith("root cannot be read, but it must be (")
@@ -577,8 +607,8 @@ def test_a_factory_that_makes_no_network_is_refused(factory, line, monkeypatch):
     assert refused("network=custom", f"network.factory={factory}", point=True) == line
 
 
-def test_a_device_that_is_not_there_is_refused():
-    line = refused("runtime.device=abacus", point=True)
+def test_a_device_that_is_not_there_is_refused(custom):
+    line = refused(*custom(Small), "target.width=1", "runtime.device=abacus", point=True)
     assert line.startswith("runtime.device is abacus, but this machine has no such device; use one")
 
 
@@ -598,8 +628,8 @@ def test_a_missing_folder_is_refused(tmp_path):
     )
 
 
-def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path):
-    chosen = photos(ant=4, bee=4)
+def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path, custom):
+    chosen = (*photos(ant=4, bee=4), *custom(Small), "target.width=1")
     for name in ("ant/1.png", "bee/3.png"):
         (tmp_path / "photos" / "train" / name).write_bytes(b"no image")
     line = refused(*chosen, point=True)
@@ -620,8 +650,8 @@ def test_two_classes_are_the_least(photos, tmp_path):
     )
 
 
-def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_one_that_does_not(photos):
-    chosen = photos(ant=20, bee=10)
+def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_more(photos, custom):
+    chosen = (*photos(ant=20, bee=10), *custom(Small), "target.width=1")
     assert refused(*chosen, "projection.fraction=0.1", point=True) == (
         "projection.fraction is 0.1, but class bee is left with 1 image of 10 and a class needs "
         "2, one of them for validation; use 0.15 or more"
@@ -643,7 +673,7 @@ def test_a_root_that_cannot_be_written_is_refused(tmp_path):
     )
 
 
-def test_a_point_writes_nothing(tmp_path, monkeypatch):
+def test_a_point_writes_nothing(tmp_path, monkeypatch, custom):
     monkeypatch.chdir(tmp_path)
-    Point(compose(TINY))
+    Point(compose([*TINY, *custom(Small), "target.width=1"]))
     assert list(tmp_path.iterdir()) == []

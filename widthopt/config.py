@@ -145,9 +145,14 @@ def _typed(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
 
 
 def _unknown(key: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    listed = sorted(name for name in names if name.count(".") == key.count("."))
-    remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(listed)}"
+    """What to say about a key that is not among ``names``; the nearest of its own table's."""
+    if key in names:  # Hydra gives a table that is there no new keys unasked
+        return f"{key} is a table, but its keys are added one by one; write +{key}.NAME=VALUE"
+    table, _, last = key.rpartition(".")
+    beside = sorted(name for name in names if name.rpartition(".")[0] == table) or sorted(names)
+    near = {name.rpartition(".")[2]: name for name in beside}
+    close = difflib.get_close_matches(last, near, n=1)
+    remedy = f"did you mean {near[close[0]]}?" if close else f"choose among {', '.join(beside)}"
     return f"{key} is not a key, but only known keys are read; {remedy}"
 
 
@@ -242,14 +247,12 @@ def _not_one(text: str, words: Sequence[str]) -> str | None:
     if NO_CHOICE in text:
         typed = [word for word in words if not word.startswith("-")]
         group, value = next(
-            (one.key_or_group, one.value())
+            (one.key_or_group, str(one.input_line).partition("=")[2])
             for one in OverridesParser.create().parse_overrides(typed)
-            if not isinstance(one.value(), str | list | dict) and one.key_or_group not in _VALUES
+            if one.key_or_group in (*_GROUPS, "experiment") or "/" in one.key_or_group
+            if not isinstance(one.value(), str | list | dict)
         )
-        return (
-            f"{group} is {_shown(value)}, but a group takes the name of a choice; "
-            "see widthopt --help"
-        )
+        return f"{group} is {value}, but a group takes the name of a choice; see widthopt --help"
     if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return (
             f"{found[1]} is {found[2]}, but one run takes one value; add -m to run once for each, "

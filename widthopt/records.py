@@ -109,7 +109,7 @@ class Summary(NamedTuple):
         return cls(statistics.fmean(values), std, len(values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.std:.1f}" if self.seeds > 1 else f"{self.mean:.1f}"
+        return f"{self.mean:.1f}±{self.std:.1f}" if self.seeds > 1 else f"{self.mean:.1f}"
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:

@@ -1,5 +1,6 @@
 """What a person sees: what a run will cost, its table and figures, a network's widths."""
 
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -51,9 +52,9 @@ def _console(*, width: int | None = None) -> Console:
 
 
 def _write_table(records: Sequence[Record], path: Path) -> None:
-    console = Console(width=118, highlight=False, record=True, quiet=True)
-    console.print(table(records))
-    write_atomically(path, console.export_text())
+    text = io.StringIO()
+    Console(width=118, highlight=False, file=text).print(table(records))
+    write_atomically(path, text.getvalue())
 
 
 def _complaints(record: Record) -> list[str]:

@@ -8,6 +8,10 @@ from widthopt.figures.style import COLOURS, MARKERS
 from widthopt.records import Record, Summary, by_method
 
 
+LEAST_SPAN = 2.0
+"""Points of accuracy that the vertical axis shows at least, so that noise looks small."""
+
+
 def draw(axes: Axes, records: Sequence[Record]) -> None:
     """Draw one point for each searched setting, and the un-optimised baseline as a line.
 
@@ -39,6 +43,10 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
             label=f"{records[0].algorithm}, {method}",
         )
     axes.set_xlim(-4, 104)
+    axes.margins(y=0.2)
+    low, high = axes.get_ylim()
+    slack = max(0.0, LEAST_SPAN - (high - low)) / 2
+    axes.set_ylim(low - slack, high + slack)
     axes.set(
         xlabel="width optimization overhead saved (%)",
         ylabel=f"{records[0].dataset} top-1 accuracy (%)",

@@ -1,0 +1,380 @@
+"""The command as a person starts it: exit codes, what is said, what is there afterwards."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from widthopt.config import compose
+from widthopt.records import from_json
+from widthopt.report import show_macs
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "118"}
+TINY = (
+    "network=custom",
+    "network.factory=my_network.MyNetwork",
+    "recipe=smoke",
+    "algorithm.strength=5",
+    "target.resolution=12",
+    "projection.width=0.5",
+    "runtime.device=cpu",
+)
+"""A run of a few seconds."""
+
+NETWORK = '''
+import torch
+from torch import nn
+
+
+class Layer(nn.Sequential):
+    def __init__(self, inputs, outputs, kernel, stride):
+        super().__init__(
+            nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        )
+
+
+class MyNetwork(nn.Module):
+    """A residual sum, and two branches side by side."""
+
+    def __init__(self, num_classes, width=16):
+        super().__init__()
+        self.stem = Layer(3, width, 3, 2)
+        self.residual = nn.Sequential(Layer(width, 24, 1, 1), Layer(24, width, 3, 1))
+        self.wide = Layer(width, 20, 3, 2)
+        self.narrow = Layer(width, 12, 1, 2)
+        self.head = nn.Linear(32, num_classes)
+
+    def forward(self, images):
+        stem = self.stem(images)
+        both = stem + self.residual(stem)
+        side = torch.cat([self.wide(both), self.narrow(both)], dim=1)
+        return self.head(side.mean((2, 3)))
+'''
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of a user's, with a network in it and nothing of the project."""
+    (tmp_path / "my_network.py").write_text(NETWORK)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """An undisturbed run: the folder it ran in, and what it said."""
+    folder = tmp_path_factory.mktemp("ran")
+    (folder / "my_network.py").write_text(NETWORK)
+    done = widthopt(*TINY, "methods=[uniform,direct,transfer]", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def command(*words):
+    return [sys.executable, "-m", "widthopt", *words]
+
+
+def widthopt(*words, folder):
+    return subprocess.run(  # noqa: S603 (our own words)
+        command(*words),
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def one_line(done, code):
+    """The one line of a command that ended with this code."""
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("widthopt: ")
+    return lines[0].removeprefix("widthopt: ")
+
+
+def run_folder(folder):
+    """The folder of the only run there is."""
+    (found,) = (path for path in (folder / "runs").iterdir() if path.name != "stages")
+    return found
+
+
+def results(folder):
+    """What the records in a run's folder say, without times, and digests of the weights."""
+    run = run_folder(folder)
+    records = from_json((run / "record.json").read_text())
+    return {
+        record.found.method: (
+            record.top1,
+            record.train_loss,
+            record.found.channels,
+            record.found.flags,
+            record.stages,
+            weights(run / f"train-{record.found.method}-seed0"),
+        )
+        for record in records
+    }
+
+
+def weights(stage):
+    """The digest of a stage's last checkpoint."""
+    newest = max(stage.glob("checkpoints/step-*"))
+    return hashlib.sha256((newest / "tensors.safetensors").read_bytes()).hexdigest()
+
+
+def everything(folder):
+    return sorted(path.name for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ("recipe.epoch=3",),
+            "recipe.epoch is not a key, but only known keys are read; did you mean recipe.epochs?",
+        ),
+        (
+            ("projection=0.5",),
+            "projection is 0.5, but a group takes the name of a choice; see widthopt --help",
+        ),
+        (
+            ("root=file/runs", "recipe=smoke"),
+            (
+                "root is file/runs, but it cannot be written (Not a directory); name a folder "
+                "you may "
+                "write to"
+            ),
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
+    (tmp_path / "file").touch()
+    assert one_line(widthopt(*words, folder=tmp_path), 2) == line
+    assert everything(tmp_path) == ["file"]
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(folder):
+    line = one_line(
+        widthopt(*TINY, "recipe.learning_rate=1e9", "methods=[uniform]", folder=folder), 1
+    )
+    assert " at step " in line
+    assert "with a learning rate of " in line
+    assert line.endswith("lower recipe.learning_rate")
+    assert "no checkpoint was written before" in line or "is kept in" in line
+    assert not list(folder.rglob("result.json"))
+
+
+# Help.
+
+
+def test_help_says_what_there_is_without_loading_torch(tmp_path):
+    script = (
+        "import sys\nsys.argv = ['widthopt', '--help']\n"
+        "from widthopt.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "print('loaded:', sorted(heavy))\n"
+    )
+    done = subprocess.run(  # noqa: S603 (our own words)
+        [sys.executable, "-c", script],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.endswith("loaded: []\n")
+    for word in ("widthopt plan", "widthopt macs", "network: ", "resnet18", "seeds:", "morphnet"):
+        assert word in done.stdout
+    assert everything(tmp_path) == []
+
+
+# Sizes.
+
+
+def test_macs_are_the_published_ones_without_any_data(tmp_path):
+    done = widthopt("macs", "dataset=imagenet", "--json", folder=tmp_path)
+    content = json.loads(done.stdout)
+    # Published: 1.81 GMACs and 11,689,512 parameters (torchvision).
+    assert (content["macs"], content["parameters"]) == (1_814_073_344, 11_689_512)
+    assert (content["network"], content["resolution"]) == ("resnet18", 224)
+    assert len(content["channels"]) == 12
+    assert everything(tmp_path) == []
+
+
+def test_macs_follow_the_width_multiplier(capsys):
+    request = compose(["dataset=imagenet", "network=mobilenet_v2", "target.width=0.5"])
+    show_macs(request, channels=None, as_json=True)
+    content = json.loads(capsys.readouterr().out)
+    # Every width variable halved, the last of 1280 too, and nothing rounded to 8.
+    assert content["macs"] == 83_402_176
+    assert len(content["channels"]) == 25
+
+
+def test_macs_of_channels_from_a_file_are_those_of_the_run(ran):
+    folder, _ = ran
+    path = run_folder(folder) / "channels" / "transfer-seed0.json"
+    done = widthopt("macs", *TINY, "--channels", str(path), "--json", folder=folder)
+    content, written = json.loads(done.stdout), json.loads(path.read_text())
+    for key in ("channels", "macs", "parameters"):
+        assert content[key] == written[key]
+
+
+def test_macs_as_a_table_names_each_variable_with_its_share(folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(folder)
+    show_macs(compose([*TINY, "+network.arguments.width=8"]), channels=None, as_json=False)
+    shown = capsys.readouterr().out
+    # By hand: 36 positions, then 9; the two branches read 8 and write 20 and 12.
+    macs = 36 * (27 * 8 + 8 * 24 + 9 * 24 * 8) + 9 * (9 * 8 * 20 + 8 * 12) + 32 * 10
+    assert f"my_network.MyNetwork, width 1, depth 1, 12 pixels: {macs:,} MACs" in shown
+    for name in ("stem.0", "residual.0.0", "wide.0", "narrow.0"):
+        assert f"│ {name} " in shown
+
+
+# Plans.
+
+
+def test_a_plan_starts_nothing_and_writes_nothing(folder):
+    done = widthopt("plan", *TINY, "--json", folder=folder)
+    assert done.returncode == 0
+    planned = json.loads(done.stdout)
+    assert [stage["what"] for stage in planned] == [
+        "uniform: training, seed 0",
+        "transfer: morphnet search, seed 0",
+        "transfer: training, seed 0",
+    ]
+    assert [stage["done"] for stage in planned] == [False, False, None]
+    assert everything(folder) == ["my_network.py"]
+
+
+# A whole run.
+
+
+def test_a_run_shows_a_table_of_its_methods(ran):
+    folder, done = ran
+    for record in from_json((run_folder(folder) / "record.json").read_text()):
+        rows = [line.strip("│ ").split() for line in done.stdout.splitlines()]
+        assert any(row[:1] == [record.found.method] and f"{record.top1:.1f}" in row for row in rows)
+    assert "What this takes" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("channels")
+    assert (run_folder(folder) / "table.txt").read_text("utf-8") in done.stdout
+
+
+def test_a_run_leaves_all_that_belongs_to_it(ran):
+    folder, _ = ran
+    run = run_folder(folder)
+    methods = ("uniform", "direct", "transfer")
+    assert sorted(path.name for path in run.iterdir()) == sorted(
+        [
+            "channels", "config.yaml", "figures", "graph.json", "record.json", "run.log",
+            "table.txt", "search-direct-seed0", "search-transfer-seed0",
+            *(f"train-{method}-seed0" for method in methods),
+        ]
+    )  # fmt: skip
+    assert {path.name for path in (run / "channels").iterdir()} == {
+        f"{method}-seed0.json" for method in methods
+    }
+    for name in ("channels", "accuracy"):
+        with Image.open(run / "figures" / f"{name}.png") as image:
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    for link in (path for path in run.iterdir() if path.is_symlink()):
+        assert link.resolve().parent == folder / "runs" / "stages"
+        assert (link / "checkpoints").is_dir()
+    for word in ("strength: 5.0", "factory: my_network.MyNetwork", "resolution: 12"):
+        assert word in (run / "config.yaml").read_text()
+    assert "epoch 2 of 2" in (run / "run.log").read_text()
+    assert everything(folder / "runs")
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
+        "my_network.py", "runs"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_same_command_again_does_nothing_twice(ran):
+    folder, _ = ran
+    run = run_folder(folder)
+    before = {path: path.read_bytes() for path in run.rglob("*.json")}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("tensors.safetensors")}
+    done = widthopt(*TINY, "methods=[uniform,direct,transfer]", folder=folder)
+    assert done.returncode == 0
+    assert "epoch" not in done.stderr
+    assert "│ to do " not in done.stdout
+    assert {path: path.read_bytes() for path in run.rglob("*.json")} == before
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("tensors.safetensors")} == times
+
+
+@pytest.mark.parametrize("when", ["train", pytest.param("search", marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, when):
+    words = (*TINY, "methods=[uniform,direct,transfer]")
+    started = subprocess.Popen(  # noqa: S603 (our own words)
+        command(*words),
+        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    # Once the first epoch of such a stage is on the disk, and the second is under way.
+    while not list(folder.glob(f"runs/stages/{when}-*/checkpoints/step-*")):
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.005)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130, said
+    (line,) = (line for line in said.splitlines() if line.startswith("widthopt: "))
+    assert line == said.splitlines()[-1]
+    assert "the same command goes on from" in line
+    assert not list(run_folder(folder).glob("record.json")) or when == "search"
+
+    again = widthopt(*words, folder=folder)
+    assert again.returncode == 0, again.stderr
+    assert results(folder) == results(ran[0])
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_of_its_values(folder):
+    words = [one for one in TINY if not one.startswith("algorithm.")]
+    done = widthopt(
+        "-m", *words, "algorithm=uniform", "methods=[uniform]", "recipe.epochs=1",
+        "seeds=[0],[1]", "root=kept", folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = [path for path in (folder / "kept").iterdir() if path.name != "stages"]
+    records = [from_json((path / "record.json").read_text()) for path in runs]
+    assert sorted(record.found.seed for (record,) in records) == [0, 1]
+    assert len(list((folder / "kept" / "stages").iterdir())) == 2
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
+        "kept", "multirun.yaml", "my_network.py"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_users_own_network_and_images_need_nothing_of_the_project_edited(folder):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 10)):
+        for label, name in enumerate(("dark", "light", "noisy")):
+            (folder / "photos" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 50, (20, 24, 3)) * (3 if label == 2 else 1)
+                image = Image.fromarray((pixels + 150 * (label == 1)).astype(np.uint8))
+                image.save(folder / "photos" / split / name / f"{number}.png")
+    done = widthopt(
+        *TINY, "dataset=image_folder", "dataset.root=photos", "recipe.batch_size=16",
+        "network.name=mine", "recipe.epochs=4", folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = run_folder(folder)
+    assert run.name.startswith("mine-image_folder-")
+    records = from_json((run / "record.json").read_text())
+    assert [record.found.method for record in records] == ["uniform", "transfer"]
+    for record in records:
+        assert record.found.channels.keys() == {"stem.0", "residual.0.0", "wide.0", "narrow.0"}
+        assert record.top1 > 100 / 3
+    assert not (Path(__file__).parents[1] / "runs").exists()

@@ -1,0 +1,260 @@
+"""Figures and tables from records made by hand: what is drawn is what the records say."""
+
+from dataclasses import replace
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+from widthopt import report
+from widthopt.figures import channels, savings
+from widthopt.figures.style import COLOURS, MARKERS, RC
+from widthopt.figures.summary import short, table
+from widthopt.records import METHODS, Found, Record
+
+
+NAMES = ("conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
+COUNTS = {
+    ("uniform", 0): (16, 16, 32, 64),
+    ("uniform", 1): (16, 16, 32, 64),
+    ("direct", 0): (10, 12, 40, 90),
+    ("direct", 1): (14, 8, 40, 110),
+    ("transfer", 0): (9, 14, 44, 80),
+    ("transfer", 1): (11, 10, 52, 100),
+}
+TOP1 = {"uniform": (90.0, 91.0), "direct": (93.0, 95.0), "transfer": (92.0, 96.0)}
+OVERHEAD = {"uniform": (0, 0), "direct": (2_000_000, 2_000_000), "transfer": (200_000, 600_000)}
+
+
+def record(method, seed):
+    counts = COUNTS[method, seed]
+    found = Found(
+        method=method,
+        seed=seed,
+        channels=dict(zip(NAMES, counts, strict=True)),
+        multipliers=dict.fromkeys(NAMES, 1.0),
+        alpha=1.0,
+        macs=1_814_073 + 2 * seed,
+        budget_macs=1_814_075,
+        parameters=11_689 + 2 * seed,
+        overhead_macs=OVERHEAD[method][seed],
+        direct_overhead_macs=0 if method == "uniform" else 2_000_000,
+        nominal_saving=320.0 if method == "transfer" else 1.0,
+        search_seconds=0.0 if method == "uniform" else 10.0 + 4 * seed,
+        flags={},
+        searched=dict.fromkeys(NAMES, 1.0),
+    )
+    return Record(
+        network="resnet18",
+        dataset="digits",
+        algorithm="morphnet",
+        target={"width": 1.0, "depth": 1, "resolution": 24, "fraction": 1.0},
+        proxy={"width": 0.5, "depth": 1, "resolution": 24, "fraction": 1.0},
+        found=found,
+        top1=TOP1[method][seed],
+        top5=99.0,
+        train_macs=10**9,
+        train_seconds=20.0 + 2 * seed,
+        train_loss=0.5,
+        stages={},
+    )
+
+
+RECORDS = [record(method, seed) for seed in (0, 1) for method in METHODS]
+ONE_SEED = [record(method, 0) for method in METHODS]
+
+
+def drawn(figure, records=RECORDS):
+    with mpl.rc_context(RC):
+        axes = Figure().subplots()
+        figure.draw(axes, records)
+    return axes
+
+
+def lines(axes):
+    """What is drawn as a line with markers or as bars, by its label."""
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
+
+
+# Channels by layer.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_line_of_a_method_is_the_mean_of_its_channels(method):
+    x, y = lines(drawn(channels))[method].get_data()
+    assert list(x) == [0, 1, 2, 3]
+    assert list(y) == list(np.mean([COUNTS[method, 0], COUNTS[method, 1]], axis=0))
+
+
+def test_the_shade_is_one_sample_deviation():
+    shade = drawn(channels).collections[METHODS.index("transfer")]
+    (low, high) = shade.get_datalim(drawn(channels).transData).get_points()[:, 1]
+    # At the narrowest 10 +- sqrt(2), at the widest 90 +- sqrt(200).
+    vertices = shade.get_paths()[0].vertices[:, 1]
+    assert vertices.min() == pytest.approx(10 - 2**0.5)
+    assert vertices.max() == pytest.approx(90 + 200**0.5)
+    assert low < high
+
+
+def test_every_width_variable_is_named_in_forward_order():
+    axes = drawn(channels)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(NAMES)
+    assert axes.get_xlabel() == "width variable, in forward order"
+    assert axes.get_ylabel() == "channels"
+    assert axes.get_yscale() == "log"
+    assert "resnet18" in axes.get_title()
+
+
+# Accuracy against what was saved.
+
+
+@pytest.mark.parametrize(
+    ("method", "saved", "top1", "deviation"),
+    # 1 - 0.2 / 2 and 1 - 0.6 / 2 in per cent; deviations over two seeds: difference / sqrt(2)
+    [("direct", 0.0, 94.0, 2 / 2**0.5), ("transfer", 80.0, 94.0, 4 / 2**0.5)],
+)
+def test_a_searched_method_is_a_point_with_its_deviation(method, saved, top1, deviation):
+    point, _, (bar,) = lines(drawn(savings))[f"morphnet, {method}"]
+    assert point.get_xdata() == pytest.approx([saved])
+    assert point.get_ydata() == pytest.approx([top1])
+    ((_, low), (_, high)) = bar.get_segments()[0]
+    assert (low, high) == pytest.approx((top1 - deviation, top1 + deviation))
+
+
+def test_the_baseline_is_a_line_at_its_accuracy_with_a_shade():
+    axes = drawn(savings)
+    assert list(lines(axes)["uniform"].get_ydata()) == [90.5, 90.5]
+    shade = axes.patches[0].get_extents().transformed(axes.transData.inverted())
+    deviation = 1 / 2**0.5
+    assert (shade.y0, shade.y1) == pytest.approx((90.5 - deviation, 90.5 + deviation))
+
+
+def test_all_that_can_be_saved_is_on_the_axis():
+    axes = drawn(savings)
+    low, high = axes.get_xlim()
+    assert low < 0
+    assert high > 100
+    assert axes.get_xlabel() == "width optimization overhead saved (%)"
+    assert axes.get_ylabel() == "digits top-1 accuracy (%)"
+    assert "FLOPs (multiply-adds)" in axes.get_title()
+
+
+def test_one_seed_has_no_bars():
+    _, caps, bars = lines(drawn(savings, ONE_SEED))["morphnet, transfer"]
+    assert len(caps) == len(bars) == 0
+
+
+# Both.
+
+
+@pytest.mark.parametrize("figure", [channels, savings])
+@pytest.mark.parametrize("records", [RECORDS, ONE_SEED, RECORDS[:1], RECORDS[1:3]])
+def test_all_methods_there_are_stand_in_the_legend(figure, records):
+    axes = drawn(figure, records)
+    labels = [text.get_text().split(", ")[-1] for text in axes.get_legend().get_texts()]
+    present = {one.found.method for one in records}
+    assert sorted(labels) == sorted(present)
+
+
+def test_methods_can_be_told_apart_without_colour():
+    assert set(COLOURS) == set(MARKERS) == set(METHODS)
+    assert len(set(MARKERS.values())) == len(METHODS)
+    handles = lines(drawn(channels))
+    assert {handles[one].get_marker() for one in METHODS} == set(MARKERS.values())
+    assert {to_hex(handles[one].get_color()) for one in METHODS} == set(COLOURS.values())
+
+
+def test_the_files_are_pictures_that_are_not_empty(tmp_path):
+    paths = report.draw(RECORDS, tmp_path / "figures")
+    assert [path.name for path in paths] == ["channels.png", "accuracy.png"]
+    for path in paths:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert min(pixels.shape[:2]) > 400
+        for method in METHODS:
+            colour = np.array([int(COLOURS[method][i : i + 2], 16) for i in (1, 3, 5)])
+            assert (np.abs(pixels.astype(int) - colour).max(axis=2) < 8).sum() > 50
+
+
+# The table.
+
+
+def cells(records):
+    result = table(records)
+    columns = [column.header for column in result.columns]
+    rows = zip(*(column.cells for column in result.columns), strict=True)
+    return columns, [list(row) for row in rows]
+
+
+def test_the_table_over_two_seeds_is_what_hand_arithmetic_says():
+    columns, rows = cells(RECORDS)
+    assert columns == [
+        "method", "channels", "MACs", "params", "overhead", "nominal",
+        "saved", "top-1 %", "seconds",
+    ]  # fmt: skip
+    assert rows == [
+        ["uniform", "16-64", "1.81M", "11.7k", "-", "-", "-", "90.5±0.7",
+         "0+21"],
+        ["direct", "10-90", "1.81M", "11.7k", "2M", "1x", "0.0%", "94.0±1.4",
+         "12+21"],
+        ["transfer", "9-80", "1.81M", "11.7k", "400k", "320x", "80.0%",
+         "94.0±2.8", "12+21"],
+    ]  # fmt: skip
+    assert table(RECORDS).title == "resnet18 on digits, 2 seeds"
+
+
+def test_the_table_of_one_seed_has_no_deviations():
+    _, rows = cells(ONE_SEED)
+    assert rows[2] == [
+        "transfer", "9-80", "1.81M", "11.7k", "200k", "320x", "90.0%", "92.0", "10+20",
+    ]  # fmt: skip
+    assert table(ONE_SEED).title == "resnet18 on digits, 1 seed"
+
+
+def test_the_table_in_a_file_keeps_all_its_words(tmp_path):
+    report._write_table(RECORDS, tmp_path / "table.txt")  # noqa: SLF001 (what a run leaves)
+    text = (tmp_path / "table.txt").read_text("utf-8")
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 118
+    for cell in (cell for row in cells(RECORDS)[1] for cell in row):
+        assert f" {cell} " in text
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1k"),
+        (11_689_512, "11.7M"),
+        (1_814_073_344, "1.81G"),
+        (2.5e12, "2.5T"),
+        (6.972e17, "697P"),
+    ],
+)
+def test_counts_are_short_with_their_unit(count, words):
+    assert short(count) == words
+
+
+def test_what_went_wrong_in_a_search_is_said():
+    flags = {
+        "valid": False,
+        "masked_accuracy_gap": 3.25,
+        "cut": ["conv1"],
+        "collapsed": ["conv1", "conv2"],
+        "budget_reached": False,
+    }
+    one = replace(RECORDS[1], found=replace(RECORDS[1].found, flags=flags))
+    assert report._complaints(one) == [  # noqa: SLF001 (what a person reads below the table)
+        (
+            "direct, seed 0: the search is not valid: removing its dead channels cost 3.2 points; "
+            "cut: conv1"
+        ),
+        "direct, seed 0: fell to the floor: conv1, conv2",
+        "direct, seed 0: the search did not reach its budget",
+    ]
+    assert report._complaints(RECORDS[1]) == []  # noqa: SLF001
