@@ -3,8 +3,10 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from widthopt.errors import InputError
+from widthopt.tracing import trace
 from widthopt.widthgraph import Layer, Run, Variable, WidthGraph
 from widthopt.widths import Match, cosine, floor, match_macs, multipliers, scaled
 
@@ -239,7 +241,7 @@ def test_what_rounding_leaves_is_given_to_the_most_rounded_down_by_hand():
     """At alpha just under 1.05, a and b both round to 10; 30 MACs are left for a's 10 each."""
     graph = toy(price=10)
     match = match_macs(graph, {"a": 1, "b": 1}, budget_macs=1130)
-    assert match.channels == {"a": 12, "b": 10}
+    assert match.channels == {"a": 13, "b": 10}  # two steps, and a third for the tolerance
     assert match.macs == 1120
     assert match.shortfall == pytest.approx(10 / 1130)
 
@@ -324,3 +326,23 @@ def test_a_width_that_leaves_a_variable_empty_is_refused_and_the_least_one_named
     ):
         scaled(graph, 0.02)
     assert min(scaled(graph, 0.032).values()) == 1
+
+
+def test_the_budget_is_met_within_its_tolerance_where_one_step_of_some_width_is_that_cheap():
+    """Two dear widths that cannot grow any more, and a cheap one that takes up what is left."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 64),
+        nn.Linear(64, 10),
+    )
+    graph = trace(model, 8)
+    names = list(graph.free)
+    for extra in range(0, 3000, 250):
+        budget = graph.macs() + extra
+        match = match_macs(graph, dict.fromkeys(names, 1.0), budget_macs=budget)
+        cheapest = min(graph.macs({**match.channels, n: match.channels[n] + 1}) for n in names)
+        assert match.macs <= budget
+        assert match.shortfall <= 0.005 or cheapest > budget

@@ -51,6 +51,8 @@ def main() -> None:
         if NO_CHOICE not in str(error):
             raise
         _end(refusal(error, words), WRONG_INPUT)
+    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         _end("stopped; the same command goes on from the last checkpoint", STOPPED)
 

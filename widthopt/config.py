@@ -17,6 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import launchers
 from widthopt.errors import InputError
 from widthopt.pipeline import Request, Target, found
 from widthopt.records import Found
@@ -53,6 +54,7 @@ def compose(overrides: Sequence[str]) -> Request:
     Raises:
         InputError: They do not fit it.
     """
+    launchers.register()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return request(hydra_compose(CONFIG_NAME, overrides=list(overrides)))

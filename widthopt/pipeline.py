@@ -27,7 +27,7 @@ from widthopt.projection import Projection, nominal_saving
 from widthopt.records import METHODS, Found, Record, to_json
 from widthopt.seeds import derived_seed
 from widthopt.setting import Network, Recipe, Runtime, Setting
-from widthopt.store import Stage, Store, writable, write_atomically
+from widthopt.store import Stage, Store, writable, write_atomically, writing
 from widthopt.surgery import Blueprint
 from widthopt.training import train
 from widthopt.widths import TOLERANCE, Match, match_macs, multipliers
@@ -423,8 +423,9 @@ def _link(path: Path, to: Path) -> None:
     """A link in the run's folder to a stage, remade where it leads elsewhere."""
     if path.is_symlink() and path.readlink() == to:
         return
-    path.unlink(missing_ok=True)
-    path.symlink_to(to)
+    with writing(path.parent):
+        path.unlink(missing_ok=True)
+        path.symlink_to(to)
 
 
 @contextmanager

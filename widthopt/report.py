@@ -18,7 +18,7 @@ from widthopt.figures.style import RC
 from widthopt.figures.summary import short, table
 from widthopt.pipeline import Planned, Point, Request, plan, run
 from widthopt.records import Record, read_channels
-from widthopt.store import writable, write_atomically
+from widthopt.store import writable, write_atomically, writing
 
 
 logger = logging.getLogger("widthopt")
@@ -79,14 +79,16 @@ def _complaints(record: Record) -> list[str]:
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """Draw the figures of a run as PNG files; where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, kind in (("channels", channels_figure), ("accuracy", savings_figure)):
         with mpl.rc_context(RC):
             figure = Figure()
             kind.draw(figure.subplots(), records)
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
+            with writing(folder):
+                figure.savefig(paths[-1])
     return paths
 
 

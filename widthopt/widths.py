@@ -14,6 +14,9 @@ from widthopt.widthgraph import Variable, WidthGraph
 TOLERANCE = 0.005
 """How far below its budget a matched network may stay (design, section 10.3)."""
 
+REPAIR_STEPS = 2
+"""Steps above its share that a variable may be given without need."""
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -143,15 +146,22 @@ def _repair(
 ) -> None:
     """Give single steps to the variables most rounded down, while the budget allows.
 
-    First no variable rises more than one step above its share; what then is left over,
-    because the steps that remain are too dear, goes to the cheaper ones, up to two.
+    First no variable rises more than one step above its share. What then is left over,
+    because the steps that remain are too dear, goes to the cheaper ones, up to two steps, and
+    to more only where the match would otherwise miss its tolerance.
     """
-    for reach in (1, 2):
+    reach, given = 0, True
+    while given or reach < REPAIR_STEPS:
+        reach += 1
+        if reach > REPAIR_STEPS and graph.macs(channels) >= (1 - TOLERANCE) * budget_macs:
+            return
+        given = False
         for name in sorted(channels, key=lambda name: channels[name] / ideal[name]):
             more = {**channels, name: channels[name] + steps[name]}
             near = more[name] - ideal[name] <= reach * steps[name]
             if near and graph.macs(more) <= budget_macs:
                 channels[name] = more[name]
+                given = True
 
 
 def floor(variable: Variable, classes: int) -> int:

@@ -4,10 +4,6 @@ The paper's work on one Pillow image at a time, the padded crop of small images 
 batch at once. Every draw follows from the seed that is handed in.
 """
 
-import widthopt.operators  # noqa: F401 (goes before torchvision, which timm imports too)
-
-
-# isort: split
 import contextlib
 import random
 from collections.abc import Iterator
@@ -16,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
-from torchvision.transforms import RandomResizedCrop
 
 from widthopt.data.images import Integers, Pixels
 from widthopt.data.kept import channels_first
@@ -51,6 +45,13 @@ class PaperAugmentation:
             mean: Mean of each channel, in units of full brightness.
             flip: Whether a mirrored image keeps its class.
         """
+        # Imported here: timm takes longer to import than all the rest, and most runs need none.
+        import widthopt.operators  # noqa: F401, PLC0415 (before torchvision, which timm imports)
+
+        # isort: split
+        from timm.data.auto_augment import rand_augment_transform  # noqa: PLC0415
+        from torchvision.transforms import RandomResizedCrop  # noqa: PLC0415
+
         self._crop = RandomResizedCrop(resolution)
         self._flip = flip
         self._rand_augment = rand_augment_transform(
