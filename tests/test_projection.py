@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.projection import Depth, Fraction, Projection, Resolution, Width, nominal_saving
-from widthopt.setting import Setting
+from widthopt.setting import Recipe, Setting
 
 
 NETWORK = TorchvisionNetwork("resnet18")
@@ -131,3 +132,37 @@ def test_a_fraction_outside_its_range_is_refused(fraction):
 
 def test_the_whole_of_the_training_images_is_a_fraction():
     assert Fraction(1.0)(setting(1.0, 1, 224, 0.5)).fraction == 1
+
+
+RECIPE = Recipe(
+    batch_size=16,
+    accumulation=1,
+    epochs=1,
+    search_epochs=1,
+    learning_rate=0.2,
+    warmup_epochs=0.0,
+    momentum=0.9,
+    weight_decay=0.0,
+    label_smoothing=0.1,
+    augmentation="none",
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batch_size", 0),
+        ("accumulation", 0),
+        ("accumulation", 17),
+        ("epochs", 0),
+        ("search_epochs", 0),
+        ("learning_rate", 0.0),
+        ("warmup_epochs", -1.0),
+        ("momentum", 1.0),
+        ("weight_decay", -0.1),
+        ("label_smoothing", 1.0),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused_by_its_key(key, value):
+    with pytest.raises(InputError, match=rf"^recipe\.{key} is {value:g}, but .*; conf/recipe/"):
+        replace(RECIPE, **{key: value})

@@ -692,7 +692,7 @@ def test_channels_last_is_automatic_on_cuda_only():
     [
         ({"batches": Synthetic(65)}, "recipe.batch_size is 65, but there are 64 training images"),
         (
-            {"recipe": dataclasses.replace(RECIPE, accumulation=17)},
+            {"recipe": dataclasses.replace(RECIPE, batch_size=32, accumulation=17)},
             "recipe.accumulation is 17, but the data has only enough images for batches of 16; ",
         ),
     ],
