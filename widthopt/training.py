@@ -443,8 +443,8 @@ def train(
 
     Source: paper appendix A.
     """
-    recipe = dataclasses.replace(recipe, batch_size=batches.batch_size)
     _possible(recipe, batches)
+    recipe = dataclasses.replace(recipe, batch_size=batches.batch_size)
     loop = Loop(
         model,
         recipe=recipe,
@@ -494,13 +494,13 @@ def _possible(recipe: Recipe, batches: Batches) -> None:
     """
     if batches.steps_per_epoch < 1:
         raise InputError(
-            f"recipe.batch_size is {recipe.batch_size:,}, but there are {batches.images:,} "
+            f"recipe.batch_size is {batches.batch_size:,}, but there are {batches.images:,} "
             "training images; lower it"
         )
-    if recipe.accumulation > recipe.batch_size:
+    if recipe.accumulation > batches.batch_size:
         raise InputError(
             f"recipe.accumulation is {recipe.accumulation:,}, but the data has only enough images "
-            f"for batches of {recipe.batch_size:,}; lower it"
+            f"for batches of {batches.batch_size:,}; lower it"
         )
 
 
