@@ -4,6 +4,7 @@ import widthopt.operators  # noqa: F401 (before torchvision)
 # isort: split
 import functools
 import math
+import signal
 
 import hypothesis
 import pytest
@@ -13,6 +14,10 @@ from torch import nn
 from widthopt.networks import TorchvisionNetwork
 from widthopt.tracing import trace
 
+
+# A shell without job control starts what runs in the background with Ctrl-C ignored; the tests
+# that send it need what a terminal gives, and so do the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("widthopt", derandomize=True, deadline=None)
