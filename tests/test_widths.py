@@ -8,7 +8,7 @@ from torch import nn
 from widthopt.errors import InputError
 from widthopt.tracing import trace
 from widthopt.widthgraph import Layer, Run, Variable, WidthGraph
-from widthopt.widths import Match, cosine, floor, match_macs, multipliers, scaled
+from widthopt.widths import Match, cosine, match_macs, multipliers, scaled
 
 
 NAMES = ("resnet18", "mobilenet_v2")
@@ -260,11 +260,6 @@ def test_a_repair_that_would_break_the_budget_is_left():
 def test_every_variable_keeps_one_channel_at_least():
     match = match_macs(toy(), {"a": 1e-9, "b": 1}, budget_macs=1001)
     assert match.channels == {"a": 1, "b": 10}
-
-
-def test_a_floor_is_a_number_of_classes_or_all_there_are():
-    variable = Variable("g", 12, 4, True, ("g",))  # noqa: FBT003
-    assert [floor(variable, classes) for classes in (1, 2, 3, 4)] == [4, 8, 12, 12]
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 10), min_size=1), st.data())

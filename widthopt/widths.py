@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from widthopt.errors import InputError
-from widthopt.widthgraph import Variable, WidthGraph
+from widthopt.widthgraph import WidthGraph
 
 
 TOLERANCE = 0.005
@@ -162,11 +162,6 @@ def _repair(
             if near and graph.macs(more) <= budget_macs:
                 channels[name] = more[name]
                 given = True
-
-
-def floor(variable: Variable, classes: int) -> int:
-    """The least channels that hold this many classes, or all there are."""
-    return variable.unit * min(classes, variable.classes)
 
 
 def cosine(one: Mapping[str, float], other: Mapping[str, float]) -> float:
