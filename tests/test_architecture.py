@@ -17,6 +17,7 @@ ROWS = [
     ["extrapolation"],  # solves alpha with widths
     ["tracing", "networks", "data", "devices", "checkpoints"],
     ["surgery"],
+    ["supernet"],
     ["evaluation"],
     ["training"],
     ["algorithms"],

@@ -122,6 +122,10 @@ class Recipe:
         return self.learning_rate * self.batch_size / 256
 
 
+Backend = Literal["slice", "mask"]
+"""How a supernet runs at fewer channels than its own; see `widthopt.supernet`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """Where and how a run computes; no part of its name.

@@ -42,6 +42,10 @@ class Blueprint:
             self._model, self._traced, channels, seed=seed, rules=self.setting.network.rules
         )
 
+    def resized(self, channels: Mapping[str, int]) -> WidthGraph:
+        """The graph of the network at these channel counts, which `build` makes."""
+        return self._traced.resized(channels)
+
     def parameters(self, channels: Mapping[str, int]) -> int:
         """How many parameters the network has at these channel counts."""
         model = on_meta(self._model)
@@ -119,29 +123,19 @@ class _Resizer:
 
     def resize(self, model: nn.Module) -> None:
         """Give every layer of the model its new size, in place."""
+        for name, dims in tensor_axes(model, self._graph).items():
+            owner, _, attribute = name.rpartition(".")
+            index = {dim: self._index(axis) for dim, axis in dims.items()}
+            _select(model.get_submodule(owner), attribute, index)
         layers = {layer.name: layer for layer in self._graph.layers}  # a shared one counts once
         for layer in layers.values():
-            module = model.get_submodule(layer.name)
-            reads, writes = self._index(layer.reads), self._index(layer.writes)
-            if isinstance(module, nn.Linear):
-                module.in_features, module.out_features = len(reads), len(writes)
-                dims = {0: writes, 1: reads}
-            else:
-                dims = _resize_convolution(module, layer.kind, reads, writes)
-            _select(module, "weight", dims)
-            _select(module, "bias", {0: writes})
-        for norm in {one.name: one for one in self._graph.norms}.values():
-            module = model.get_submodule(norm.name)
-            index = self._index(norm.axis)
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                _select(module, name, {0: index})
-            _set_size(module, len(index))
+            reads, writes = len(self._index(layer.reads)), len(self._index(layer.writes))
+            _size_layer(model.get_submodule(layer.name), layer.kind, reads, writes)
+        for norm in self._graph.norms:
+            _set_size(model.get_submodule(norm.name), len(self._index(norm.axis)))
         for parameter in self._graph.parameters:
-            owner, _, name = parameter.name.rpartition(".")
-            module = model.get_submodule(owner)
-            index = self._index(parameter.axis)
-            _select(module, name, {parameter.dim: index})
-            _set_size(module, len(index))
+            owner = parameter.name.rpartition(".")[0]
+            _set_size(model.get_submodule(owner), len(self._index(parameter.axis)))
 
     def copy_unowned(self, model: nn.Module, resized: nn.Module) -> None:
         """Fill what no layer resets, such as a layer scale, from the given model."""
@@ -162,17 +156,40 @@ class _Resizer:
             values[name].detach().copy_(taken)
 
 
-def _resize_convolution(
-    module: nn.Module, kind: str, reads: Tensor, writes: Tensor
-) -> dict[int, Tensor]:
-    """Set a convolution's counts; which entries of its weight stay, by dimension."""
+def tensor_axes(model: nn.Module, graph: WidthGraph) -> dict[str, dict[int, Axis]]:
+    """The dimensions of every parameter and buffer that are channel axes, by name.
+
+    Args:
+        model: The network that ``graph`` describes.
+        graph: Its graph.
+    """
+    axes: dict[str, dict[int, Axis]] = {}
+    for layer in graph.layers:
+        transposed = getattr(model.get_submodule(layer.name), "transposed", False)
+        first, second = (layer.reads, layer.writes) if transposed else (layer.writes, layer.reads)
+        # One group of a depthwise or grouped convolution reads a constant number of channels.
+        weight = {0: first, 1: second} if layer.kind == "dense" else {0: first}
+        axes |= {f"{layer.name}.weight": weight, f"{layer.name}.bias": {0: layer.writes}}
+    for norm in graph.norms:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            axes[f"{norm.name}.{name}"] = {0: norm.axis}
+    for parameter in graph.parameters:
+        axes.setdefault(parameter.name, {})[parameter.dim] = parameter.axis
+    values = (model.named_parameters, model.named_buffers)
+    named = {name for get in values for name, _ in get(remove_duplicate=False)}
+    return {name: dims for name, dims in axes.items() if name in named}
+
+
+def _size_layer(module: nn.Module, kind: str, reads: int, writes: int) -> None:
+    """Set the counts that a convolution or linear layer keeps."""
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = reads, writes
+        return
     assert isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 (their shared base class)
     group = module.in_channels // module.groups
-    module.in_channels, module.out_channels = len(reads), len(writes)
-    if kind == "dense":
-        return {0: reads, 1: writes} if module.transposed else {0: writes, 1: reads}
-    module.groups = len(reads) // group
-    return {0: reads if module.transposed else writes}
+    module.in_channels, module.out_channels = reads, writes
+    if kind != "dense":
+        module.groups = reads // group
 
 
 def _set_size(module: nn.Module, size: int) -> None:
@@ -210,8 +227,8 @@ def _rewritten(
             if rewrite.kind == "flatten":
                 new = module.graph.call_function(torch.flatten, (source, rewrite.dim))
             else:
-                name = f"channel_selection_{number}"
-                places = torch.tensor(_entries_of(rewrite))
+                name = selection_name(number)
+                places = torch.tensor(selected_entries(rewrite))
                 module.register_buffer(name, places, persistent=False)
                 with module.graph.inserting_before(node):
                     index = module.graph.get_attr(name)
@@ -223,7 +240,12 @@ def _rewritten(
     return module
 
 
-def _entries_of(rewrite: Rewrite) -> list[int]:
+def selection_name(number: int) -> str:
+    """The buffer that says what a rewritten ``select`` takes; see `WidthGraph.rewrites`."""
+    return f"channel_selection_{number}"
+
+
+def selected_entries(rewrite: Rewrite) -> list[int]:
     """The entries of the source, block by block as they were picked."""
     blocks: list[range] = []
     position = 0

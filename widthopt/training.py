@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,14 @@ class Objective:
             logits.float(), labels, label_smoothing=self.label_smoothing
         )
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Plain data: what a checkpoint must agree in with the training that goes on from it."""
+        return {"objective": type(self).__name__}
+
+    def begin_step(self, step: int) -> None:
+        """Called before the gradients of a step, so numbered in the whole training."""
+
     def backward(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, share: float
     ) -> tuple[Tensor, Tensor]:
@@ -136,6 +144,14 @@ class Objective:
 
     def before_step(self) -> None:
         """Called once in a step, when the gradients of all its images are there."""
+
+    def after_step(self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Called when a step has updated the parameters, under the loop's autocast.
+
+        Args:
+            step: Its number in the whole training.
+            micro_batches: The images and labels of the step, as `backward` had them.
+        """
 
     def after_epoch(self, epoch: int) -> None:
         """Called when an epoch (from 0) has ended, before its checkpoint is written."""
@@ -300,7 +316,12 @@ class Loop:
         self._optimizer.zero_grad(set_to_none=True)
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self._layout)
         labels = labels.to(self.device, non_blocking=True)
-        loss, right = self._gradients(images, labels)
+        parts = self._recipe.accumulation
+        micro_batches = list(
+            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        )
+        self.objective.begin_step(step)
+        loss, right = self._gradients(micro_batches, images=len(labels))
         self.objective.before_step()
         for parameter in self._parameters:
             gradient = parameter.grad
@@ -309,6 +330,8 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self._optimizer.step()
+        with autocast(self._runtime, self.device):
+            self.objective.after_step(step, micro_batches)
         self.tally.step = step + 1
         self._unread.append((step, len(labels), loss, right))
         if len(self._unread) >= self._read_every:
@@ -368,15 +391,14 @@ class Loop:
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(drawn)
 
-    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, images: int
+    ) -> tuple[Tensor, Tensor]:
         """Fill the gradients; the mean loss and how many images were right, on the device."""
         total = torch.zeros((), device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        parts = self._recipe.accumulation
-        for pixels, classes in zip(
-            images.tensor_split(parts), labels.tensor_split(parts), strict=True
-        ):
-            share = len(classes) / len(labels)
+        for pixels, classes in micro_batches:
+            share = len(classes) / images
             with autocast(self._runtime, self.device):
                 loss, logits = self.objective.backward(self.model, pixels, classes, share=share)
             total += share * loss
@@ -613,7 +635,7 @@ def _identity(
         "epochs": epochs,
         "seed": seed,
         "steps_per_epoch": batches.steps_per_epoch,
-        "objective": type(loop.objective).__name__,
+        **loop.objective.identity,
         "parameters": hashlib.sha256(canonical(shapes).encode()).hexdigest()[:12],
     }
 

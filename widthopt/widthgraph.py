@@ -160,6 +160,22 @@ class WidthGraph:
         """The free width variables by name, in forward order."""
         return {variable.name: variable for variable in self.variables if variable.free}
 
+    @cached_property
+    def searchable(self) -> tuple[str, ...]:
+        """The free width variables whose every channel passes an affine BatchNorm, in order.
+
+        These are the ones that an algorithm can scale, or switch off, by BatchNorm.
+        """
+        scaled: dict[int, set[int]] = defaultdict(set)
+        for norm in self.norms:
+            for run in norm.axis if norm.gamma else ():
+                scaled[run.variable].update(range(run.start, run.start + run.classes))
+        return tuple(
+            variable.name
+            for index, variable in enumerate(self.variables)
+            if variable.free and len(scaled[index]) == variable.classes
+        )
+
     @property
     def channels(self) -> dict[str, int]:
         """Channel count of each free width variable of the traced network."""
