@@ -32,7 +32,9 @@ from widthopt.training import Loop, resolve_device
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
-RUNTIME = Runtime(device="auto", workers=0, precision="auto", memory_format="auto", progress=False)
+RUNTIME = Runtime(
+    device="auto", workers=0, precision="auto", memory_format="auto", backend="auto", progress=False
+)
 RECIPE = Recipe(
     batch_size=64,
     accumulation=1,

@@ -87,15 +87,15 @@ def alternating(
             break
         pair = ((first, seconds[0]), (second, seconds[1]))
         for work, spent in pair if turn % 2 else reversed(pair):
-            begin = _now()
+            begin = now()
             work()
-            duration = _now() - begin
+            duration = now() - begin
             if turn >= warmup:
                 spent.append(duration)
     return statistics.median(seconds[0]), statistics.median(seconds[1]), len(seconds[0])
 
 
-def _now() -> float:
+def now() -> float:
     """Seconds on a clock, once the accelerator has nothing left to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

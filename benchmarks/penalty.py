@@ -22,7 +22,12 @@ from widthopt.training import Loop, Objective, resolve_device
 
 
 RUNTIME = Runtime(
-    device="auto", workers=0, precision="float32", memory_format="auto", progress=False
+    device="auto",
+    workers=0,
+    precision="float32",
+    memory_format="auto",
+    backend="auto",
+    progress=False,
 )
 RECIPE = Recipe(
     batch_size=64,

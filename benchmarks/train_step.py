@@ -21,7 +21,12 @@ import torchvision
 
 
 RUNTIME = Runtime(
-    device="auto", workers=0, precision="float32", memory_format="contiguous", progress=False
+    device="auto",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="auto",
+    progress=False,
 )
 RECIPE = Recipe(
     batch_size=64,

@@ -89,7 +89,7 @@ def recipe(augmentation="crop", *, batch_size=8, accumulation=1):
 
 
 def runtime(*, workers=0, memory_format="contiguous"):
-    return Runtime("cpu", workers, "float32", memory_format, progress=False)
+    return Runtime("cpu", workers, "float32", memory_format, "auto", progress=False)
 
 
 def target(dataset, *, augmentation="crop", seed=0, workers=0, resolution=16, **changes):

@@ -19,7 +19,7 @@ from widthopt.setting import Recipe, Runtime
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 RECIPE = Recipe(128, 1, 1, 1, 0.1, 0, 0.9, 0.0, 0.0, "crop")
-RUNTIME = Runtime("cpu", 0, "float32", "contiguous", progress=False)
+RUNTIME = Runtime("cpu", 0, "float32", "contiguous", "auto", progress=False)
 CPU = torch.device("cpu")
 
 

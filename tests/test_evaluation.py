@@ -10,7 +10,12 @@ from widthopt.setting import Runtime
 
 
 RUNTIME = Runtime(
-    device="cpu", workers=0, precision="float32", memory_format="contiguous", progress=False
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="auto",
+    progress=False,
 )
 
 

@@ -5,13 +5,12 @@ import logging
 import math
 import multiprocessing
 import os
-import signal
 import warnings
-from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import Instrument, Small, SmallNetwork, Synthetic, digits
 from torch import nn
 from torch.nn import functional
 
@@ -21,7 +20,6 @@ from widthopt.algorithms.morphnet import MorphNet, _Pruning
 from widthopt.algorithms.penalty import Penalty
 from widthopt.algorithms.uniform import Uniform
 from widthopt.data import Counts, Split, search_counts, search_split
-from widthopt.data.digits import Digits
 from widthopt.errors import InputError
 from widthopt.evaluation import evaluate, recalibrate
 from widthopt.networks import TorchvisionNetwork
@@ -34,7 +32,12 @@ from widthopt.widths import match_macs
 
 
 RUNTIME = Runtime(
-    device="cpu", workers=0, precision="float32", memory_format="contiguous", progress=False
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="auto",
+    progress=False,
 )
 RECIPE = Recipe(
     batch_size=16,
@@ -72,92 +75,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Small(nn.Module):
-    """A stem with a residual block, then a chain: strided, depthwise and pointwise.
-
-    Its variables: ``stem`` (a stream), ``inner`` (a shortcut goes around it), ``down`` (tied
-    to the depthwise layer) and ``wide``.
-    """
-
-    def __init__(self, classes, start=None):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn0 = nn.BatchNorm2d(8)
-        self.inner = nn.Conv2d(8, 6, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(6)
-        self.back = nn.Conv2d(6, 8, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(8)
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(12)
-        self.deep = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
-        self.bn4 = nn.BatchNorm2d(12)
-        self.wide = nn.Conv2d(12, 10, 1, bias=False)
-        self.bn5 = nn.BatchNorm2d(10)
-        self.head = nn.Linear(10, classes)
-        self._start = start
-
-    def forward(self, x):
-        x = functional.relu(self.bn0(self.stem(x)))
-        x = functional.relu(x + self.bn2(self.back(functional.relu(self.bn1(self.inner(x))))))
-        x = functional.relu(self.bn4(self.deep(functional.relu(self.bn3(self.down(x))))))
-        x = functional.relu(self.bn5(self.wide(x)))
-        return self.head(x.mean((2, 3)))
-
-    def reset_parameters(self):
-        """What fresh weights are; some tests start elsewhere."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        if self._start is not None:
-            with torch.no_grad():
-                self._start(self)
-
-
-@dataclass(frozen=True)
-class SmallNetwork:
-    """The network above as a setting has it."""
-
-    start: object = None
-    name: str = "small"
-
-    def build(self, *, depth, classes):
-        assert depth == 1
-        return Small(classes, self.start)
-
-    def stages(self, model):  # noqa: ARG002
-        return []
-
-    @property
-    def rules(self):
-        return {}
-
-
-class Synthetic:
-    """64 images of 4 classes, noise upon a pattern for each class, in a new order each epoch."""
-
-    images, classes = 64, 4
-
-    def __init__(self, batch_size=16, interrupt=None):
-        random = torch.Generator().manual_seed(0)
-        patterns = torch.randn(4, 3, 8, 8, generator=random)
-        self.labels = torch.arange(64) % 4
-        self.pixels = patterns[self.labels] + torch.randn(64, 3, 8, 8, generator=random)
-        self.batch_size = batch_size
-        self.steps_per_epoch = 64 // batch_size
-        self.interrupt = interrupt  # the step before which Ctrl-C is pressed
-
-    def epoch(self, epoch, first_step=0):
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
-        for step, chosen in enumerate(order.split(self.batch_size)):
-            if step >= first_step:
-                if epoch * self.steps_per_epoch + step == self.interrupt:
-                    signal.raise_signal(signal.SIGINT)
-                yield self.pixels[chosen], self.labels[chosen]
-
-    def __iter__(self):
-        return self.epoch(0)
 
 
 def setting(network=None, *, resolution=8, classes=4, width=1.0, fraction=1.0):
@@ -422,23 +339,6 @@ def test_two_processes_prune_as_one_does(tmp_path):
 # --------------------------------------------------------------------------- the overhead
 
 
-class Instrument:
-    """Multiply-adds of every convolution and linear layer run, three times those in training."""
-
-    def __enter__(self):
-        self.total = 0
-        self._handle = nn.modules.module.register_module_forward_hook(self._count)
-        return self
-
-    def __exit__(self, *_):
-        self._handle.remove()
-
-    def _count(self, module, _inputs, output):
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not output.is_meta:
-            positions = len(output) * math.prod(output.shape[2:])
-            self.total += (3 if module.training else 1) * positions * module.weight.numel()
-
-
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_overhead_is_what_the_layers_did(tmp_path, accumulation):
     recipe = dataclasses.replace(RECIPE, accumulation=accumulation)
@@ -467,7 +367,7 @@ def test_the_overhead_on_real_data_is_that_of_the_closed_form(tmp_path):
     algorithm = MorphNet(**DEFAULT)
     with Instrument() as instrument:
         found = search(tmp_path, recipe=recipe, data=data, where=where)
-    foretold = algorithm.overhead_macs(where, counts, recipe=recipe)
+    foretold = algorithm.overhead_macs(where, counts, recipe=recipe, budget_macs=1)
     assert found.overhead_macs == instrument.total == foretold
     assert isinstance(foretold, int)
 
@@ -476,20 +376,6 @@ def test_the_overhead_of_an_interrupted_search_is_that_of_a_whole_one(tmp_path):
     with pytest.raises(Interrupted):
         search(tmp_path, data=Split(Synthetic(interrupt=5), Synthetic(), 4))
     assert search(tmp_path).overhead_macs == F0 * (3 * 3 * 64 + 2 * (64 + 64))
-
-
-def digits():
-    return Digits(
-        name="digits",
-        resolution=8,
-        mean=(0.3053,) * 3,
-        std=(0.3763,) * 3,
-        crop=1.0,
-        flip=False,
-        train_scale=None,
-        validation=0.2,
-        memory_limit_gb=1.0,
-    )
 
 
 # ------------------------------------------------------ from the scales to a width vector
@@ -796,9 +682,9 @@ def test_values_out_of_range_are_refused(options, message):
 
 def test_a_network_without_batchnorm_is_refused_before_and_in_a_search(tmp_path):
     where = setting(TorchvisionNetwork("squeezenet1_1"), resolution=32)
-    message = "^algorithm is morphnet, but the network has no BatchNorm with scales"
+    message = "^algorithm is morphnet, but it searches by BatchNorm scales and no free width"
     with pytest.raises(InputError, match=message):
-        MorphNet(**DEFAULT).overhead_macs(where, Counts(16, 4, 10), recipe=RECIPE)
+        MorphNet(**DEFAULT).overhead_macs(where, Counts(16, 4, 10), recipe=RECIPE, budget_macs=1)
     with pytest.raises(InputError, match=message):
         search(tmp_path, where=where)
 
@@ -813,7 +699,7 @@ def test_the_uniform_network_costs_nothing_to_find(tmp_path):
     )
     assert found.multipliers == dict.fromkeys(("stem", "inner", "down", "wide"), 1.0)
     assert found.overhead_macs == 0
-    assert uniform.overhead_macs(setting(), Counts(16, 4, 10), recipe=RECIPE) == 0
+    assert uniform.overhead_macs(setting(), Counts(16, 4, 10), recipe=RECIPE, budget_macs=1) == 0
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from widthopt.algorithms.penalty import Penalty, check_searchable
+from widthopt.algorithms import check_searchable
+from widthopt.algorithms.penalty import Penalty
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe
@@ -850,25 +851,32 @@ def test_the_penalty_takes_few_operations_however_deep_the_network(traced):
     assert counts["resnet18"] == counts["resnet50"] == counts["mobilenet_v2"] <= 40
 
 
-@pytest.mark.parametrize("name", ["vgg11", "convnext_tiny"])
-def test_a_network_without_batchnorm_is_refused(traced, name):
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("vgg11", "features.0, features.3, features.6 and 7 more"),
+        ("convnext_tiny", "features.0.0, features.1.0.block.3, features.1.1.block.3 and 19 more"),
+    ],
+)
+def test_a_network_without_batchnorm_is_refused(traced, name, variables):
     _, graph = traced(name)
     with pytest.raises(
         InputError,
         match=(
-            r"^algorithm is morphnet, but the network has no BatchNorm with scales on a free width "
-            r"variable; use a network with BatchNorm, or algorithm=uniform$"
+            r"^algorithm is dmcp, but it searches by BatchNorm scales and no free width variable "
+            rf"of the network has them on all of its channels \({variables}\); use a network with "
+            r"BatchNorm, or algorithm=uniform$"
         ),
     ):
-        check_searchable(graph)
-    with pytest.raises(InputError, match="no BatchNorm with scales"):
+        check_searchable(graph, algorithm="dmcp")
+    with pytest.raises(InputError, match="it searches by BatchNorm scales"):
         Penalty(nn.Module(), graph, threshold=0.01, tie="max", depthwise="double")
 
 
 def test_a_network_whose_only_batchnorm_is_the_images_is_refused():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(8, 4))
-    with pytest.raises(InputError, match="no BatchNorm with scales"):
-        check_searchable(trace(model, 1))
+    with pytest.raises(InputError, match="it searches by BatchNorm scales"):
+        check_searchable(trace(model, 1), algorithm="morphnet")
 
 
 def test_batchnorms_without_scales_are_left_alone():

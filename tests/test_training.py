@@ -35,7 +35,12 @@ from widthopt.training import (
 
 TESTS = Path(__file__).parent
 RUNTIME = Runtime(
-    device="cpu", workers=0, precision="float32", memory_format="contiguous", progress=False
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="auto",
+    progress=False,
 )
 RECIPE = Recipe(
     batch_size=16,

@@ -185,7 +185,9 @@ class Point:
             seed=seed,
             batch_size=recipe.batch_size,
         )
-        return self.algorithm(method).overhead_macs(setting, counts, recipe=recipe)
+        return self.algorithm(method).overhead_macs(
+            setting, counts, recipe=recipe, budget_macs=self.search_budget(method)
+        )
 
     @cached_property
     def store(self) -> Store:

@@ -136,6 +136,7 @@ class Runtime:
         precision: ``auto`` is bfloat16 autocast where the device is an accelerator that has
             it, else float32.
         memory_format: ``auto`` is what is faster on the device.
+        backend: How supernets run at fewer channels; ``auto`` is what a short trial finds faster.
         progress: Show a progress bar.
     """
 
@@ -143,6 +144,7 @@ class Runtime:
     workers: int
     precision: Literal["auto", "float32", "bfloat16"]
     memory_format: Literal["auto", "contiguous", "channels_last"]
+    backend: Literal["auto", "slice", "mask"]
     progress: bool
 
     def __post_init__(self) -> None:

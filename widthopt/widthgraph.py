@@ -287,8 +287,8 @@ class WidthGraph:
         if missing or unknown:
             raise InputError(
                 f"channels is a table of {len(channels)} names, but this network has "
-                f"{len(self.free)} free width variables (missing: {_some(missing)}; unknown: "
-                f"{_some(unknown)}); `widthopt macs` lists them"
+                f"{len(self.free)} free width variables (missing: {listed(missing)}; unknown: "
+                f"{listed(unknown)}); `widthopt macs` lists them"
             )
 
     def connected_without(self, name: str) -> bool:
@@ -472,7 +472,7 @@ def _check_count(variable: Variable, count: Any, *, least: int) -> None:
         )
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few names, for a message."""
     if not names:
         return "none"

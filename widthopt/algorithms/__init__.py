@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from widthopt.data import Counts, Split
+from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime, Setting
+from widthopt.widthgraph import WidthGraph, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,32 @@ class WidthSearch(Protocol):
         """
         ...
 
-    def overhead_macs(self, setting: Setting, counts: Counts, *, recipe: Recipe) -> int:
+    def overhead_macs(
+        self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
+    ) -> int:
         """What `search` will cost, in closed form (design, section 9).
 
         Raises:
-            InputError: The algorithm cannot search this network.
+            InputError: The algorithm cannot search this network under this budget.
         """
         ...
+
+
+def check_searchable(graph: WidthGraph, *, algorithm: str) -> None:
+    """Raise unless some free width variable has a BatchNorm, which is what searches go by.
+
+    Args:
+        graph: The network's.
+        algorithm: The algorithm's name, for the message.
+
+    Raises:
+        InputError: None has.
+    """
+    if graph.searchable:
+        return
+    names = listed(list(graph.free))
+    raise InputError(
+        f"algorithm is {algorithm}, but it searches by BatchNorm scales and no free width variable "
+        f"of the network has them on all of its channels ({names}); use a network with BatchNorm, "
+        "or algorithm=uniform"
+    )

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from widthopt.algorithms import Conditions, SearchResult
-from widthopt.algorithms.penalty import Penalty, check_searchable
+from widthopt.algorithms import Conditions, SearchResult, check_searchable
+from widthopt.algorithms.penalty import Penalty
 from widthopt.data import Counts, Split
 from widthopt.devices import place
 from widthopt.errors import InputError
@@ -169,10 +169,13 @@ class MorphNet:
             },
         )
 
-    def overhead_macs(self, setting: Setting, counts: Counts, *, recipe: Recipe) -> int:
+    def overhead_macs(
+        self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
+    ) -> int:
         """See `WidthSearch`: training, and twice recalibration and validation."""
+        del budget_macs  # what is pruned is grown to any budget
         graph = Blueprint(setting).graph
-        check_searchable(graph)
+        check_searchable(graph, algorithm=self.name)
         macs: int = graph.macs()
         trained = counts.per_epoch * recipe.search_epochs
         steps = recalibration_steps(counts.batch_size, counts.steps_per_epoch)

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from widthopt.errors import InputError
+from widthopt.algorithms import check_searchable
+from widthopt.algorithms.polynomial import Polynomial
 from widthopt.widthgraph import WidthGraph
 
 
@@ -34,20 +35,6 @@ class Scales(NamedTuple):
     alive: Tensor
     counts: Tensor
     sums: Tensor
-
-
-def check_searchable(graph: WidthGraph) -> None:
-    """Raise unless some free width variable has BatchNorm scales.
-
-    Raises:
-        InputError: None has.
-    """
-    scaled = {run.variable for norm in graph.norms if norm.gamma for run in norm.axis}
-    if not any(graph.variables[index].free for index in scaled):
-        raise InputError(
-            "algorithm is morphnet, but the network has no BatchNorm with scales on a free width "
-            "variable; use a network with BatchNorm, or algorithm=uniform"
-        )
 
 
 class Penalty:
@@ -80,7 +67,7 @@ class Penalty:
         Raises:
             InputError: The network has no BatchNorm with scales on a free width variable.
         """
-        check_searchable(graph)
+        check_searchable(graph, algorithm="morphnet")
         self._threshold, self._tie = threshold, tie
         self.macs: int = graph.macs()
         self.variables = list(graph.free)
@@ -260,13 +247,9 @@ def _polynomial(
     Reading: MorphNet's code charges a depthwise layer on both of its sides although its cost
     has one factor; grouped layers are treated alike (specification, decision D10).
     """
-    slopes = torch.zeros(len(row), dtype=torch.float64)
-    curvature = torch.zeros(len(row), len(row), dtype=torch.float64)
-    for index, factor in graph.quadratic.linear.items():
-        slopes[row[index]] += factor
-    for (first, second), factor in graph.quadratic.pairs.items():
-        curvature[row[first], row[second]] += factor
-        curvature[row[second], row[first]] += factor
+    macs_of = Polynomial.of(graph)
+    slopes = macs_of.slopes.clone()
+    curvature = macs_of.curvature + 2 * torch.diag(macs_of.squares)
     one_sided: Sequence[str] = ("depthwise", "grouped") if depthwise == "double" else ()
     for layer in graph.layers:
         if layer.kind in one_sided:

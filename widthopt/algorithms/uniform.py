@@ -22,7 +22,9 @@ class Uniform:
         ones = dict.fromkeys(Blueprint(setting).graph.free, 1.0)
         return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
 
-    def overhead_macs(self, setting: Setting, counts: Counts, *, recipe: Recipe) -> int:
+    def overhead_macs(
+        self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
+    ) -> int:
         """See `widthopt.algorithms.WidthSearch`."""
-        del setting, counts, recipe
+        del setting, counts, recipe, budget_macs
         return 0

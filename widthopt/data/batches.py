@@ -240,6 +240,22 @@ class EvaluationBatches:
         mine.images = len(mine._positions)
         return mine
 
+    def sample(self, images: int, *, batch_size: int, seed: int) -> "EvaluationBatches":
+        """Some of these images in random order, for what depends on who shares a batch.
+
+        Args:
+            images: How many, at most all.
+            batch_size: Images in each batch but the last.
+            seed: What the choice and the order depend on.
+        """
+        drawn = EvaluationBatches(
+            self._squares, self._labels, batch_size=batch_size, placement=self._placement
+        )
+        order = np.random.default_rng(seed).permutation(self._positions)
+        drawn._positions = order[:images]
+        drawn.images = len(drawn._positions)
+        return drawn
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, batch x 3 x height x width, float32 and normalised, and labels, int64."""
         size = self._batch_size

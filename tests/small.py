@@ -1,0 +1,139 @@
+"""What the tests of searches share: a small network, images, real digits, a count of MACs."""
+
+import math
+import signal
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from widthopt.data.digits import Digits
+
+
+class Small(nn.Module):
+    """A stem with a residual block, then a chain: strided, depthwise and pointwise.
+
+    Its variables: ``stem`` (a stream), ``inner`` (a shortcut goes around it), ``down`` (tied
+    to the depthwise layer) and ``wide``.
+    """
+
+    def __init__(self, classes, start=None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn0 = nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.back = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(12)
+        self.deep = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.bn4 = nn.BatchNorm2d(12)
+        self.wide = nn.Conv2d(12, 10, 1, bias=False)
+        self.bn5 = nn.BatchNorm2d(10)
+        self.head = nn.Linear(10, classes)
+        self._start = start
+
+    def forward(self, x):
+        x = functional.relu(self.bn0(self.stem(x)))
+        x = functional.relu(x + self.bn2(self.back(functional.relu(self.bn1(self.inner(x))))))
+        x = functional.relu(self.bn4(self.deep(functional.relu(self.bn3(self.down(x))))))
+        x = functional.relu(self.bn5(self.wide(x)))
+        return self.head(x.mean((2, 3)))
+
+    def reset_parameters(self):
+        """What fresh weights are; some tests start elsewhere."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self._start is not None:
+            with torch.no_grad():
+                self._start(self)
+
+
+@dataclass(frozen=True)
+class SmallNetwork:
+    """The network above as a setting has it."""
+
+    start: object = None
+    name: str = "small"
+
+    def build(self, *, depth, classes):
+        assert depth == 1
+        return Small(classes, self.start)
+
+    def stages(self, model):  # noqa: ARG002
+        return []
+
+    @property
+    def rules(self):
+        return {}
+
+
+class Synthetic:
+    """64 images of 4 classes, noise upon a pattern for each class, in a new order each epoch."""
+
+    images, classes = 64, 4
+
+    def __init__(self, batch_size=16, interrupt=None):
+        random = torch.Generator().manual_seed(0)
+        patterns = torch.randn(4, 3, 8, 8, generator=random)
+        self.labels = torch.arange(64) % 4
+        self.pixels = patterns[self.labels] + torch.randn(64, 3, 8, 8, generator=random)
+        self.batch_size = batch_size
+        self.steps_per_epoch = 64 // batch_size
+        self.interrupt = interrupt  # the step before which Ctrl-C is pressed
+
+    def epoch(self, epoch, first_step=0):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
+        for step, chosen in enumerate(order.split(self.batch_size)):
+            if step >= first_step:
+                if epoch * self.steps_per_epoch + step == self.interrupt:
+                    signal.raise_signal(signal.SIGINT)
+                yield self.pixels[chosen], self.labels[chosen]
+
+    def __iter__(self):
+        return self.epoch(0)
+
+    def sample(self, images, *, batch_size, seed):
+        """As `EvaluationBatches.sample`: images in random order, in batches."""
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:images]
+        return [(self.pixels[chosen], self.labels[chosen]) for chosen in order.split(batch_size)]
+
+
+class Instrument:
+    """Multiply-adds of every convolution and linear layer that runs.
+
+    A forward pass counts once; the gradient by its input and that by its weight once more each.
+    """
+
+    def __enter__(self):
+        self.total = 0
+        self._handle = nn.modules.module.register_module_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *_):
+        self._handle.remove()
+
+    def _count(self, module, _inputs, output):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not output.is_meta:
+            positions = len(output) * math.prod(output.shape[2:])
+            passes = 1
+            if torch.is_grad_enabled():
+                passes = 3 if module.weight.requires_grad else 2
+            self.total += passes * positions * module.weight.numel()
+
+
+def digits():
+    return Digits(
+        name="digits",
+        resolution=8,
+        mean=(0.3053,) * 3,
+        std=(0.3763,) * 3,
+        crop=1.0,
+        flip=False,
+        train_scale=None,
+        validation=0.2,
+        memory_limit_gb=1.0,
+    )

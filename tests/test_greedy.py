@@ -1,0 +1,675 @@
+import copy
+import itertools
+import json
+import logging
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from widthopt.algorithms import greedy
+from widthopt.algorithms.greedy import expected_macs, slim
+from widthopt.errors import InputError
+from widthopt.networks import TorchvisionNetwork
+from widthopt.setting import Runtime, Setting
+from widthopt.supernet import Supernet
+from widthopt.surgery import Blueprint
+
+
+RUNTIME = Runtime(
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="auto",
+    backend="auto",
+    progress=False,
+)
+CLASSES = 5
+
+
+class Tiny(nn.Module):
+    """A stream that is summed, a depthwise layer, an inner layer; out of alphabetical order."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(6, 9, 1, bias=False), nn.BatchNorm2d(9))
+        self.deep = nn.Sequential(nn.Conv2d(9, 9, 3, 1, 1, groups=9), nn.BatchNorm2d(9), nn.ReLU6())
+        self.back = nn.Sequential(nn.Conv2d(9, 6, 1, bias=False), nn.BatchNorm2d(6))
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 6).reshape(6, 1, 1))
+        self.a = nn.Sequential(nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8))
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, images):
+        stream = self.stem(images)
+        stream = stream + self.scale * self.back(self.deep(self.inner(stream)))
+        return self.fc(nn.functional.relu(self.a(stream)).mean((2, 3)))
+
+
+class Own:
+    """A network of one factory, which gets the number of classes."""
+
+    name = "own"
+    rules = {}  # noqa: RUF012 (none are added)
+
+    def __init__(self, factory):
+        self.factory = factory
+
+    def build(self, *, depth, classes):
+        del depth
+        return self.factory(classes)
+
+    def stages(self, model):
+        del model
+        return ()
+
+
+def blueprint(network, *, width=1.0, resolution=9):
+    return Blueprint(
+        Setting(
+            network=TorchvisionNetwork(network) if isinstance(network, str) else Own(network),
+            classes=CLASSES,
+            width=width,
+            depth=1,
+            resolution=resolution,
+            fraction=1.0,
+        )
+    )
+
+
+def made(network, *, width=1.0, resolution=9, seed=0):
+    """A supernet with its norms in disorder; double, so that rounding decides nothing."""
+    supernet = Supernet(
+        blueprint(network, width=width, resolution=resolution), enlarge=1.5, seed=seed
+    )
+    draws = torch.Generator().manual_seed(seed)
+    for module in supernet.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5, generator=draws)
+            module.bias.data.uniform_(-0.5, 0.5, generator=draws)
+    supernet.model.double()
+    return supernet
+
+
+def grids_of(supernet, bins=3):
+    return {
+        name: sorted({max(1, round(k * one.classes / bins)) * one.unit for k in range(1, bins + 1)})
+        for name, one in supernet.graph.free.items()
+    }
+
+
+def images_and_labels(count=40, resolution=9, seed=1):
+    draws = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, resolution, resolution, generator=draws, dtype=torch.double)
+    return images, torch.randint(CLASSES, (count,), generator=draws)
+
+
+def least(supernet, grids):
+    """The MACs of the narrowest: a budget that takes the whole path."""
+    return supernet.graph.macs({name: grid[0] for name, grid in grids.items()})
+
+
+def searched(supernet, grids=None, chunks=None, *, budgets=None, **options):
+    grids = grids or grids_of(supernet)
+    resolution = supernet.graph.resolution
+    chunks = chunks or [images_and_labels(resolution=resolution)]
+    budgets = budgets or [least(supernet, grids)]
+    return slim(supernet, grids, chunks, budgets_macs=budgets, runtime=RUNTIME, **options)
+
+
+def mistakes_of_a_standalone_network(supernet, channels, images, labels):
+    """A network of its own at these counts, its weights the leading ones of the supernet."""
+    alone = blueprint(Tiny).build(channels, seed=9).double().train()
+    given = dict(supernet.model.named_parameters())
+    for name, parameter in alone.named_parameters():
+        parameter.data.copy_(given[name][tuple(map(slice, parameter.shape))])
+    return sum(
+        one.argmax().item() != label for one, label in zip(alone(images), labels, strict=True)
+    )
+
+
+@pytest.mark.parametrize("engine", ["fast", "naive"])
+@pytest.mark.parametrize("labels", ["random", "constant"])
+def test_the_path_is_that_of_networks_built_for_every_candidate(engine, labels):
+    """14: with constant labels, which the network never says, every candidate is as bad."""
+    supernet = made(Tiny)
+    grids = grids_of(supernet)
+    images, truth = images_and_labels()
+    if labels == "constant":
+        truth[:] = 0
+        supernet.model.fc.bias.data[0] = -1e6
+    found = searched(supernet, grids, [(images, truth)], engine=engine)
+    channels = dict(supernet.graph.channels)
+    order = list(supernet.graph.free)
+    assert order != sorted(order)
+    for move in found.moves:
+        errors = {}
+        for name in order:
+            lower = [entry for entry in grids[name] if entry < channels[name]]
+            if lower:
+                candidate = {**channels, name: lower[-1]}
+                errors[name] = mistakes_of_a_standalone_network(supernet, candidate, images, truth)
+        assert move.errors == errors
+        fewest = min(errors.values())
+        first = next(name for name in order if errors.get(name) == fewest)
+        channels[first] = [entry for entry in grids[first] if entry < channels[first]][-1]
+        assert (move.variable, move.channels) == (first, channels[first])
+        assert move.macs == supernet.graph.macs(channels)
+    assert channels == {name: grid[0] for name, grid in grids.items()}
+    assert found.solutions == ((least(supernet, grids), channels),)
+
+
+def small_densenet(classes):
+    return models.DenseNet(4, (2, 2), 8, num_classes=classes)
+
+
+class Squeezing(nn.Module):
+    """Squeeze and excitation by a mean, and a flatten of positions."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU(inplace=True))
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.two = nn.Sequential(nn.ConvTranspose2d(8, 6, 2), nn.BatchNorm2d(6))
+        self.fc = nn.Linear(6 * 25, classes)
+
+    def forward(self, x):
+        x = self.one(x)
+        part = torch.sigmoid(self.up(torch.relu(self.down(x.mean([2, 3])))))
+        return self.fc(self.two(x * part.unsqueeze(2).unsqueeze(3)).flatten(1))
+
+
+class Shared(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+        self.twice = nn.Conv2d(6, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.last = nn.Conv2d(6, 7, 1)
+        self.fc = nn.Linear(7, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + torch.tanh(self.norm(self.twice(x)))
+        x = x + torch.relu(self.norm(self.twice(x)))
+        return self.fc(torch.relu_(self.last(x)).mean((2, 3)))
+
+
+class Mixing(Tiny):
+    """Channels are mixed by something other than a layer."""
+
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.soft = nn.Softmax2d()
+
+    def forward(self, images):
+        stream = self.stem(images)
+        inner = self.deep(self.inner(stream))
+        inner = inner * self.soft(inner) / inner.shape[1]
+        return self.fc((self.a(stream + self.back(inner))).mean((2, 3)))
+
+
+class Averaging(Tiny):
+    """As `Mixing`, by a mean and by a LayerNorm."""
+
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, images):
+        stream = self.norm(self.stem(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        inner = self.deep(self.inner(stream))
+        inner = inner - inner.mean(1, keepdim=True)
+        return self.fc(self.a(stream + self.back(inner)).mean((2, 3)))
+
+
+class Overwriting(Tiny):
+    """Sums in place, on both sides."""
+
+    def forward(self, images):
+        stream = self.stem(images)
+        back = self.back(self.deep(self.inner(stream)))
+        back = back.add_(stream)
+        late = self.stem(torch.relu(images))
+        late = late.add_(back)
+        return self.fc(torch.relu_(self.a(late)).mean((2, 3)))
+
+
+class Entangled(Tiny):
+    """Reads a value again that was written over since."""
+
+    def forward(self, images):
+        stream = self.stem(images)
+        inner = self.inner(stream)
+        again = self.back(inner)
+        deep = self.deep(torch.relu_(inner) + inner)
+        stream.mul_(0.5)
+        return self.fc(self.a(stream + again + self.back(deep)).mean((2, 3)))
+
+
+NETWORKS = {
+    "resnet18": ("resnet18", 0.1, 32),
+    "mobilenet_v2": ("mobilenet_v2", 0.1, 32),
+    "concatenated": (small_densenet, 1.0, 16),
+    "squeezing": (Squeezing, 1.0, 9),
+    "shared": (Shared, 1.0, 9),
+    "mixing": (Mixing, 1.0, 9),
+    "averaging": (Averaging, 1.0, 9),
+    "overwriting": (Overwriting, 1.0, 9),
+    "entangled": (Entangled, 1.0, 9),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_fast_engine_counts_what_the_naive_one_does(name):
+    """15: the whole path, and every count of it."""
+    network, width, resolution = NETWORKS[name]
+    supernet = made(network, width=width, resolution=resolution)
+    grids = grids_of(supernet, 2 if isinstance(network, str) else 3)
+    chunks = [images_and_labels(200 if resolution == 9 else 24, resolution)]
+    fast, naive = (searched(supernet, grids, chunks, engine=engine) for engine in ("fast", "naive"))
+    assert fast.moves == naive.moves
+    assert fast.solutions == naive.solutions
+    assert len({count for move in fast.moves for count in move.errors.values()}) > 3
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "googlenet", "shufflenet_v2_x0_5"])
+def test_the_fast_engine_counts_what_the_naive_one_does_in_large_networks(name):
+    """15, for a few variables spread over a network with excitation, branches or shuffles."""
+    width = 1.0 if name == "shufflenet_v2_x0_5" else 0.2
+    supernet = made(name, width=width, resolution=32)
+    every = grids_of(supernet, 2)
+    step = math.ceil(len(every) / 8)
+    moved = list(itertools.islice(every, 0, None, step))
+    grids = {name: grid if name in moved else grid[-1:] for name, grid in every.items()}
+    chunks = [images_and_labels(16, 32)]
+    fast, naive = (searched(supernet, grids, chunks, engine=engine) for engine in ("fast", "naive"))
+    assert fast.moves == naive.moves
+    assert len(fast.moves) == len(moved)
+    assert fast.macs < naive.macs
+
+
+class Dropping(Tiny):
+    """Draws while it is trained."""
+
+    def forward(self, images):
+        return self.fc(
+            nn.functional.dropout(self.a(self.stem(images)).mean((2, 3)), 0.5, self.training)
+        )
+
+
+def test_nothing_is_drawn_though_the_supernet_was_in_training():
+    supernet = made(Dropping)
+    first, again, naive = (
+        searched(supernet, engine=engine)
+        for engine in ("fast", "fast", "naive")
+        if supernet.model.train()
+    )
+    assert first.moves == again.moves == naive.moves
+
+
+@pytest.mark.parametrize("limit", [0, 30_000, 200_000])
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("network", [Tiny, Overwriting, small_densenet])
+def test_little_memory_changes_the_work_and_not_the_counts(limit, chunks, network):
+    supernet = made(network, resolution=9 if network is not small_densenet else 16)
+    parts = [
+        images_and_labels(40 // chunks, supernet.graph.resolution, seed) for seed in range(chunks)
+    ]
+    enough = searched(supernet, chunks=parts)
+    little = searched(supernet, chunks=parts, cache_bytes=limit)
+    assert little.moves == enough.moves
+    assert little.macs >= enough.macs
+    assert (little.macs > enough.macs) or limit
+
+
+def test_the_order_in_which_grids_are_given_changes_nothing():
+    """17."""
+    supernet = made(Tiny)
+    grids = grids_of(supernet)
+    turned = dict(reversed(grids.items()))
+    assert searched(supernet, turned).moves == searched(supernet, grids).moves
+
+
+@pytest.mark.parametrize("engine", ["fast", "naive"])
+def test_mistakes_of_chunks_add_up_in_any_order(engine):
+    """17 and 22."""
+    supernet = made(Tiny)
+    chunks = [images_and_labels(count, seed=count) for count in (12, 20, 31)]
+    budget = [supernet.graph.macs() - 1]
+    together = searched(supernet, chunks=chunks, budgets=budget, engine=engine)
+    turned = searched(supernet, chunks=chunks[::-1], budgets=budget, engine=engine)
+    alone = [searched(supernet, chunks=[one], budgets=budget, engine=engine) for one in chunks]
+    sums = {
+        name: sum(one.moves[0].errors[name] for one in alone) for name in together.moves[0].errors
+    }
+    assert together.moves[0].errors == turned.moves[0].errors == sums
+
+
+def test_images_sorted_by_class_are_judged_otherwise():
+    """22: why the order of the images matters where BatchNorm sees their batch."""
+    supernet = made(Tiny)
+    images, _ = images_and_labels(60)
+    images += torch.arange(60)[:, None, None, None] / 20
+    labels = torch.arange(60) // 12
+    budget = [supernet.graph.macs() - 1]
+
+    def first(order):
+        pairs = list(zip(images[order].split(12), labels[order].split(12), strict=True))
+        return searched(supernet, chunks=pairs, budgets=budget).moves[0].errors
+
+    mixed = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    assert first(torch.arange(60)) != first(mixed)
+
+
+def attributes(model):
+    """All that a module keeps, and the places where tensors lie."""
+    return [
+        {
+            key: value if isinstance(value, (bool, int, str, tuple, type(None))) else id(value)
+            for key, value in vars(module).items()
+        }
+        | {
+            name: (id(value), value.data_ptr(), value.requires_grad, value._version)  # noqa: SLF001
+            for name, value in module._parameters.items()  # noqa: SLF001
+            if value is not None
+        }
+        for module in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("engine", ["fast", "naive"])
+def test_a_search_leaves_the_supernet_as_it_was(engine):
+    """18."""
+    supernet = made("shufflenet_v2_x0_5", resolution=32)
+    model = supernet.model
+    model.train()
+    model.conv1.eval()
+    images, labels = images_and_labels(24, 32)
+    nn.functional.cross_entropy(model(images), labels).backward()
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    before = [(one, one.detach().clone(), copy.deepcopy(one.grad)) for one in tensors]
+    kept = attributes(model)
+    every = grids_of(supernet, 2)
+    grids = {one: every[one][-1 - (place % 8 == 0) :] for place, one in enumerate(every)}
+    searched(
+        supernet, grids, [(images, labels)], budgets=[supernet.graph.macs() - 1], engine=engine
+    )
+    assert attributes(model) == kept
+    for now, value, grad in before:
+        assert torch.equal(now, value)
+        assert grad is None or torch.equal(now.grad, grad)
+    assert torch.is_grad_enabled()
+
+
+def test_one_pass_serves_all_budgets():
+    """19: and each solution is the first of the path that meets its budget."""
+    supernet = made(Tiny)
+    widest = supernet.graph.macs()
+    budgets = [widest * 4 // 10, widest * 9 // 10, widest * 6 // 10]
+    found = searched(supernet, budgets=budgets)
+    assert [one.budget_macs for one in found.solutions] == sorted(budgets, reverse=True)
+    for solution in found.solutions:
+        alone = searched(supernet, budgets=[solution.budget_macs])
+        assert alone.solutions == (solution,)
+        assert alone.moves == found.moves[: len(alone.moves)]
+        assert alone.moves[-1].macs <= solution.budget_macs
+        assert all(move.macs > solution.budget_macs for move in alone.moves[:-1])
+    for wider, narrower in itertools.pairwise(found.solutions):
+        assert all(wider.channels[name] >= count for name, count in narrower.channels.items())
+
+
+def test_a_budget_that_is_met_exactly_is_met():
+    supernet = made(Tiny)
+    path = searched(supernet).moves
+    found = searched(supernet, budgets=[path[2].macs])
+    assert found.moves == path[:3]
+
+
+def test_channels_that_nothing_reads_go_first():
+    """20: the labels are the supernet's own, so without them it makes no mistake."""
+    supernet = made(Tiny)
+    grids = grids_of(supernet)
+    name = "inner.0"
+    supernet.model.back[0].weight.data[:, grids[name][0] :] = 0
+    images, _ = images_and_labels(400)
+    with torch.no_grad():
+        labels = supernet.full(images).argmax(1)
+    first, second, third, *_ = searched(supernet, grids, [(images, labels)]).moves
+    for move in (first, second):
+        assert (move.variable, move.errors[name]) == (name, 0)
+        assert all(count > 0 for one, count in move.errors.items() if one != name)
+    assert name not in third.errors
+
+
+def test_the_narrowest_is_reached_and_never_stepped_below():
+    """21."""
+    supernet = made(Tiny)
+    grids = {**grids_of(supernet), "a.0": [supernet.graph.channels["a.0"]]}
+    found = searched(supernet, grids)
+    assert found.solutions[0].channels == {name: grid[0] for name, grid in grids.items()}
+    assert all("a.0" not in move.errors for move in found.moves)
+    assert len(found.moves) == sum(len(grid) - 1 for grid in grids.values())
+
+
+@pytest.mark.parametrize("function", ["slim", "expected_macs"])
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (lambda widest, _: widest, "budget_macs is {0:,}, but the widest subnet takes {0:,} and "),
+        (
+            lambda _, narrowest: narrowest - 1,
+            "budget_macs is {0:,}, but the narrowest subnet takes {1:,}; raise ",
+        ),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_before_any_work(function, budget, message):
+    """21."""
+    supernet = made(Tiny)
+    grids = grids_of(supernet)
+    narrowest = least(supernet, grids)
+    asked = budget(supernet.graph.macs(), narrowest)
+    supernet.model = None  # there is nothing that could run
+    ask = {
+        "slim": lambda: searched(supernet, grids, budgets=[narrowest, asked]),
+        "expected_macs": lambda: expected_macs(supernet.graph, grids, images=1, budget_macs=asked),
+    }[function]
+    with pytest.raises(InputError, match=re.escape(message.format(asked, narrowest))):
+        ask()
+
+
+@pytest.mark.parametrize("engine", ["fast", "naive"])
+@pytest.mark.parametrize("name", ["resnet18", "concatenated", "squeezing", "shared", "mixing"])
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_the_macs_are_those_of_every_convolution_that_ran(monkeypatch, engine, name, limit):
+    """24: counted where torch computes."""
+    network, width, resolution = NETWORKS[name]
+    supernet = made(network, width=width, resolution=resolution)
+    grids = grids_of(supernet, 2)
+    ran = 0
+
+    def counting(function, positions):
+        def call(images, weight, *args, **kwargs):
+            nonlocal ran
+            assert not torch.is_grad_enabled()
+            result = function(images, weight, *args, **kwargs)
+            ran += len(images) * math.prod(positions(images, result)) * weight.numel()
+            return result
+
+        return call
+
+    for function, positions in (
+        ("conv2d", lambda _, result: result.shape[2:]),
+        ("conv_transpose2d", lambda images, _: images.shape[2:]),
+        ("linear", lambda _, result: result.shape[1:-1]),
+    ):
+        original = getattr(nn.functional, function)
+        monkeypatch.setattr(nn.functional, function, counting(original, positions))
+    chunks = [images_and_labels(12, resolution, seed) for seed in (1, 2)]
+    budgets = [round(0.9 * supernet.graph.macs())]
+    for used in (chunks, chunks[:1]):
+        ran = 0
+        found = searched(supernet, grids, used, budgets=budgets, engine=engine, cache_bytes=limit)
+        assert found.macs == ran > 0
+
+
+def test_a_logit_that_is_not_a_number_is_a_mistake():
+    supernet = made(Tiny)
+    images, labels = images_and_labels()
+    labels[:] = 2
+    supernet.model.fc.bias.data[2] = 1e6
+    budget = [supernet.graph.macs() - 1]
+    assert set(
+        searched(supernet, chunks=[(images, labels)], budgets=budget).moves[0].errors.values()
+    ) == {0}
+    supernet.model.fc.bias.data[2] = math.nan  # argmax finds it at the label's place
+    for engine in ("fast", "naive"):
+        found = searched(supernet, chunks=[(images, labels)], budgets=budget, engine=engine)
+        assert set(found.moves[0].errors.values()) == {len(labels)}
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_bin_of_broken_channels_is_worth_losing(broken):
+    """Zeros do not silence what is no number; the fast engine has to see that."""
+    supernet = made(Tiny)
+    supernet.model.inner[1].bias.data[-1] = broken
+    fast, naive = (searched(supernet, engine=engine) for engine in ("fast", "naive"))
+    assert fast.moves == naive.moves
+    assert fast.moves[0].variable == "inner.0"
+
+
+class KilledError(BaseException):
+    """What stands for a kill."""
+
+
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_search_killed_after_every_move_ends_as_one_that_was_not(
+    monkeypatch, tmp_path, written, chunks
+):
+    """16 as well: each move starts without what the one before had kept."""
+    supernet = made(Tiny)
+    parts = [images_and_labels(30, seed=seed) for seed in range(chunks)]
+    budgets = [supernet.graph.macs() * 8 // 10, least(supernet, grids_of(supernet))]
+    whole = searched(supernet, chunks=parts, budgets=budgets, log=tmp_path / "whole.json")
+    log = tmp_path / "folder" / "moves.json"
+    write, writes = greedy.write_atomically, 0
+
+    def killing(path, content):
+        nonlocal writes
+        writes += 1
+        if written or writes % 2:
+            write(path, content)
+        if written or not writes % 2:
+            raise KilledError
+
+    monkeypatch.setattr(greedy, "write_atomically", killing)
+    kills = 0
+    while True:
+        try:
+            found = searched(supernet, chunks=parts, budgets=budgets, log=log)
+        except KilledError:
+            kills += 1
+        else:
+            break
+    assert kills >= len(whole.moves) - 1
+    assert found.moves == whole.moves
+    assert found.solutions == whole.solutions
+    assert found.macs >= whole.macs
+    assert found.seconds > 0
+
+
+def test_a_finished_search_is_read_from_its_log_without_a_pass(tmp_path):
+    supernet = made(Tiny)
+    log = tmp_path / "moves.json"
+    whole = searched(supernet, log=log, identity={"seed": 1})
+    model, supernet.model = supernet.model, None
+    assert searched(supernet, log=log, identity={"seed": 1}) == whole
+    higher = [supernet.graph.macs() * 8 // 10]
+    again = searched(supernet, log=log, identity={"seed": 1}, budgets=higher)
+    supernet.model = model
+    assert again.solutions == searched(supernet, budgets=higher).solutions
+
+
+def test_a_log_of_another_search_is_refused_in_one_line_that_says_why(tmp_path):
+    supernet = made(Tiny)
+    log = tmp_path / "moves.json"
+    budgets = [supernet.graph.macs() - 1]
+    searched(supernet, log=log, identity={"seed": 1, "data": "x"}, budgets=budgets)
+    message = f"log is {log}, but it is of another search (seed is 1 there and 2 here); name "
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        searched(supernet, log=log, identity={"seed": 2, "data": "x"}, budgets=budgets)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=re.escape("(grids is ")):
+        searched(supernet, grids_of(supernet, 2), log=log, identity={"seed": 1, "data": "x"})
+    chunks = [images_and_labels(20)]
+    with pytest.raises(InputError, match=re.escape("(chunks is [40] there and [20] here)")):
+        searched(supernet, chunks=chunks, log=log, identity={"seed": 1, "data": "x"})
+
+
+def cut_short(text):
+    return text[: len(text) // 2]
+
+
+def another_path(text):
+    record = json.loads(text)
+    record["moves"][0]["variable"] = "fc"
+    return json.dumps(record)
+
+
+DAMAGES = {
+    "cut short": cut_short,
+    "another path": another_path,
+    "no table": lambda _: "[]",
+    "empty": lambda _: "",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_log_counts_as_none_with_a_warning(tmp_path, caplog, damage):
+    supernet = made(Tiny)
+    log = tmp_path / "moves.json"
+    whole = searched(supernet, log=log)
+    text = log.read_text()
+    log.write_text(DAMAGES[damage](text))
+    with caplog.at_level(logging.WARNING, "widthopt"):
+        again = searched(supernet, log=log)
+    assert (again.moves, again.macs) == (whole.moves, whole.macs)
+    assert f"{log} is not whole; the search begins anew" in caplog.text
+    assert json.loads(log.read_text())["moves"][0]["variable"] == whole.moves[0].variable
+
+
+@pytest.mark.parametrize(("name", "passes"), [("resnet18", 416), ("mobilenet_v2", 1791)])
+def test_the_expected_macs_are_those_of_the_specification(name, passes):
+    """Section 4.2: with ten bins, in passes of the network that is to be matched."""
+    plan = blueprint(name, resolution=224)
+    graph = plan.resized({name: round(1.5 * count) for name, count in plan.graph.channels.items()})
+    grids = {
+        name: [round(k * count / 10) for k in range(1, 11)]
+        for name, count in graph.channels.items()
+    }
+    budget = plan.graph.macs()
+    assert expected_macs(graph, grids, images=3, budget_macs=budget) / (3 * budget) == (
+        pytest.approx(passes, rel=0.1)
+    )
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "concatenated", "squeezing", "shared"])
+def test_the_expected_macs_are_those_of_a_search_whose_path_is_known(name):
+    """Where one variable alone may move there is one path; two chunks keep nothing."""
+    network, width, resolution = NETWORKS[name]
+    supernet = made(network, width=width, resolution=resolution)
+    every = grids_of(supernet)
+    chunks = [images_and_labels(6, resolution, seed) for seed in (1, 2)]
+    for moving in list(every)[::3]:
+        grids = {name: grid if name == moving else grid[-1:] for name, grid in every.items()}
+        found = searched(supernet, grids, chunks)
+        expected = expected_macs(
+            supernet.graph, grids, images=12, budget_macs=least(supernet, grids)
+        )
+        assert expected == pytest.approx(found.macs, rel=0.01)

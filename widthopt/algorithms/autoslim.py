@@ -1,0 +1,236 @@
+"""AutoSlim: train a supernet that works at many widths, then slim it greedily to the budget.
+
+The supernet is trained with the sandwich rule (`widthopt.algorithms.sandwich`); then the bin of
+channels whose loss costs the fewest mistakes is taken away, again and again, until the budget
+is met (`widthopt.algorithms.greedy`).
+
+Source: Yu and Huang, 2019, "AutoSlim: Towards One-Shot Architecture Search for Channel
+Numbers"; paper section 3.2 and appendix A; the decisions D1-D20 of its specification.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from widthopt.algorithms import Conditions, SearchResult, check_searchable
+from widthopt.algorithms.greedy import expected_macs, slim
+from widthopt.algorithms.grids import Grids, binned, grids
+from widthopt.algorithms.sandwich import Reduction, Sandwich, check_budget, prepared, step_macs
+from widthopt.data import Counts, Split
+from widthopt.errors import InputError
+from widthopt.seeds import derived_seed
+from widthopt.setting import Recipe, Setting
+from widthopt.supernet import enlarged
+from widthopt.surgery import Blueprint
+from widthopt.training import train
+from widthopt.widthgraph import WidthGraph
+
+
+LEAST_IMAGES = 32
+"""Validation images at least: BatchNorm's statistics come from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class AutoSlim:
+    """The algorithm; its values are in ``conf/algorithm/autoslim.yaml``.
+
+    Attributes:
+        name: Its name in records.
+        enlarge: The supernet's channels, as a multiple of the network's.
+        grid: ``fraction``: parts of the channels; ``step``: multiples of one step below them.
+        bins: Parts that a variable's channels are divided into.
+        divisor: Bins are multiples of this many channels.
+        least_bins: Bins that every variable keeps.
+        random_subnets: Random subnets in a step, beside the widest and the narrowest.
+        reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
+        validation_images: Held-out images at most that mistakes are counted on.
+        chunk: Images at most in one pass of slimming, whose statistics BatchNorm takes.
+    """
+
+    name: str
+    enlarge: float
+    grid: Literal["fraction", "step"]
+    bins: int
+    divisor: int
+    least_bins: int
+    random_subnets: int
+    reduction: Reduction
+    validation_images: int
+    chunk: int
+
+    def __post_init__(self) -> None:
+        for key, holds, rule in (
+            ("enlarge", 1 <= self.enlarge < math.inf, "a supernet is no narrower than its network"),
+            ("bins", self.bins >= 2, "there is nothing to take away with fewer than 2"),  # noqa: PLR2004
+            ("divisor", self.divisor >= 1, "a bin has at least one channel"),
+            (
+                "least_bins",
+                0 <= self.least_bins < self.bins,
+                "it is a whole number from 0 up and below algorithm.bins",
+            ),
+            ("random_subnets", self.random_subnets >= 0, "it is a whole number from 0 up"),
+            (
+                "validation_images",
+                self.validation_images >= LEAST_IMAGES,
+                f"batch statistics need at least {LEAST_IMAGES} images",
+            ),
+            (
+                "chunk",
+                self.chunk >= LEAST_IMAGES,
+                f"batch statistics need at least {LEAST_IMAGES} images",
+            ),
+        ):
+            if not holds:
+                raise InputError(
+                    f"algorithm.{key} is {getattr(self, key):g}, but {rule}; conf/algorithm/"
+                    "autoslim.yaml has the usual value"
+                )
+
+    def search(
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+    ) -> SearchResult:
+        """See `widthopt.algorithms.WidthSearch`.
+
+        The widths found cost less than the budget by less than one bin. The details have the
+        whole path: each of its points is what would have been found for a larger budget.
+        """
+        blueprint, recipe = Blueprint(setting), conditions.recipe
+        graph = self._checked(blueprint, budget_macs)
+        options = self.options(graph)
+        images = self._images(data.evaluation.images)
+        supernet, runtime = prepared(
+            blueprint, conditions, enlarge=self.enlarge, batch_size=data.train.batch_size
+        )
+        seed = derived_seed(conditions.seed, "search")
+        objective = Sandwich(
+            supernet,
+            options,
+            random_subnets=self.random_subnets,
+            reduction=self.reduction,
+            label_smoothing=recipe.label_smoothing,
+            seed=seed,
+        )
+        trained = train(
+            supernet.model,
+            data.train,
+            recipe=recipe,
+            epochs=recipe.search_epochs,
+            seed=seed,
+            runtime=runtime,
+            objective=objective,
+            folder=conditions.folder,
+            label=f"{self.name} search",
+        )
+        sample = data.evaluation.sample(
+            images,
+            batch_size=min(self.chunk, images),
+            seed=derived_seed(conditions.seed, "validation"),
+        )
+        slimmed = slim(
+            supernet,
+            options,
+            list(sample),
+            budgets_macs=[budget_macs],
+            runtime=runtime,
+            rules=setting.network.rules,
+            log=conditions.folder / "slimming.json",
+            identity={
+                "network": setting.network.name,
+                "seed": conditions.seed,
+                "algorithm": asdict(self),
+                "weights": _digest(supernet.model),
+            },
+        )
+        (solution,) = slimmed.solutions
+        last = slimmed.moves[-1]
+        return SearchResult(
+            multipliers={
+                name: solution.channels[name] / count
+                for name, count in supernet.base.channels.items()
+            },
+            overhead_macs=objective.macs + slimmed.macs,
+            seconds=trained.seconds + slimmed.seconds,
+            flags={"budget_reached": True},
+            details={
+                "backend": supernet.backend,
+                "budget_macs": budget_macs,
+                "channels": solution.channels,
+                "memory_format": runtime.memory_format,
+                "moves": [
+                    {
+                        "variable": move.variable,
+                        "channels": move.channels,
+                        "errors": move.errors[move.variable],
+                        "macs": move.macs,
+                    }
+                    for move in slimmed.moves
+                ],
+                "searched_macs": graph.macs(),
+                "slimming_macs": slimmed.macs,
+                "slimming_seconds": slimmed.seconds,
+                "top1_in_supernet": 100 * (1 - last.errors[last.variable] / images),
+                "validation_images": images,
+            },
+        )
+
+    def overhead_macs(
+        self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
+    ) -> int:
+        """See `WidthSearch`: training, and slimming along an assumed path."""
+        graph = self._checked(Blueprint(setting), budget_macs)
+        options = self.options(graph)
+        step = step_macs(graph, options, random_subnets=self.random_subnets)
+        trained = round(counts.per_epoch * recipe.search_epochs * step)
+        images = self._images(counts.evaluation)
+        return trained + expected_macs(graph, options, images=images, budget_macs=budget_macs)
+
+    def _checked(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
+        """The supernet's graph, if the network can be searched under this budget."""
+        check_searchable(blueprint.graph, algorithm=self.name)
+        graph = blueprint.resized(enlarged(blueprint.graph, self.enlarge))
+        check_budget(graph, self.options(graph), budget_macs, budget_macs)
+        return graph
+
+    def options(self, graph: WidthGraph) -> Grids:
+        """The channel counts that each width variable of a supernet may have."""
+
+        def rule(count: int) -> list[int]:
+            return binned(
+                count,
+                bins=self.bins,
+                divisor=self.divisor,
+                least_bins=self.least_bins,
+                kind=self.grid,
+            )
+
+        return grids(graph, rule)
+
+    def _images(self, held_out: int) -> int:
+        """How many of the held-out images are evaluated on: whole chunks, if there are so many.
+
+        Raises:
+            InputError: They are too few.
+        """
+        if held_out < LEAST_IMAGES:
+            raise InputError(
+                f"algorithm is {self.name}, but only {held_out:,} images are held out and batch "
+                f"statistics need at least {LEAST_IMAGES}; raise projection.fraction or "
+                "dataset.validation"
+            )
+        images = min(held_out, self.validation_images)
+        return images - images % self.chunk if images > self.chunk else images
+
+
+def _digest(model: nn.Module) -> str:
+    """What the weights of a network are, in 16 hex digits."""
+    tensors: Mapping[str, Tensor] = model.state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().to("cpu", torch.float64).contiguous()
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:16]

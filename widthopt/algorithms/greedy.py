@@ -1,0 +1,864 @@
+"""Greedy slimming of a trained supernet, the search of AutoSlim.
+
+From its widest on, the supernet loses one *bin* at a time: the channels between a width
+variable's count and the next lower entry of its *grid*. A *candidate* is the subnet after one
+such step; the one with the fewest top-1 mistakes on the evaluation images is the *move* that
+is made. Images come in *chunks*, the batches whose statistics BatchNorm takes.
+
+Two engines count the mistakes. ``naive`` runs every candidate as a subnet. ``fast`` makes the
+same decisions from less arithmetic: a bin is taken away by zeros in the columns of the dense
+layers that read it, for up to there every channel is computed by itself. So only these layers
+and what depends on them are run again; all else is a value of the *base*, the pass at the
+present counts, which is run once for all candidates.
+
+Source: Yu and Huang, 2019, "AutoSlim"; specification of AutoSlim, sections 1.7 and 4.3.
+"""
+
+import json
+import logging
+import math
+import operator
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from widthopt.devices import autocast, memory_format
+from widthopt.errors import InputError
+from widthopt.identity import canonical
+from widthopt.setting import Runtime
+from widthopt.store import write_atomically, writing
+from widthopt.supernet import Supernet
+from widthopt.tracing import symbolic_trace
+from widthopt.tracing.labels import torch_function_name
+from widthopt.widthgraph import Axis, Layer, WidthGraph
+
+
+logger = logging.getLogger("widthopt")
+
+Engine = Literal["fast", "naive"]
+"""How mistakes are counted; see the module."""
+
+Grids = Mapping[str, Sequence[int]]
+"""Channel counts that each free width variable may have, ascending up to the supernet's."""
+
+Chunk = tuple[Tensor, Tensor]
+"""Images, ``batch 3 height width``, and their labels."""
+
+FORMAT = 1
+"""Version of the search log."""
+
+
+class Solution(NamedTuple):
+    """The first network of the path that meets a budget."""
+
+    budget_macs: int
+    channels: dict[str, int]
+
+
+class Move(NamedTuple):
+    """One step of the path.
+
+    Attributes:
+        variable: The width variable that lost a bin.
+        channels: What it has left.
+        errors: Top-1 mistakes of every candidate, by the variable that would lose a bin.
+        macs: MACs of the network after the move, of one image.
+    """
+
+    variable: str
+    channels: int
+    errors: dict[str, int]
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slimmed:
+    """What slimming found, and what it cost.
+
+    Attributes:
+        solutions: One for each budget, from the highest down.
+        moves: The path.
+        macs: MACs of all forward passes, of all images.
+        seconds: Time of all moves, whichever process made them.
+    """
+
+    solutions: tuple[Solution, ...]
+    moves: tuple[Move, ...]
+    macs: int
+    seconds: float
+
+
+class _Entry(NamedTuple):
+    """A move in the log, and what it cost to find."""
+
+    move: Move
+    run_macs: int
+    seconds: float
+
+
+def slim(
+    supernet: Supernet,
+    grids: Grids,
+    chunks: Sequence[Chunk],
+    *,
+    budgets_macs: Sequence[int],
+    runtime: Runtime,
+    rules: Mapping[Any, Any] | None = None,
+    log: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    engine: Engine = "fast",
+    cache_bytes: int = 8_000_000_000,
+) -> Slimmed:
+    """The subnets of a supernet that greedy slimming finds for each budget.
+
+    One pass serves all budgets. Its choice is the fewest mistakes, among equals the variable
+    that comes first in `WidthGraph.free`; it stops where a network costs a budget or less. The
+    supernet is left as it was.
+
+    Args:
+        supernet: The trained supernet, on the device that is to compute.
+        grids: By free width variable; one with a single entry keeps its count.
+        chunks: Images in random order, held out of training; every pass normalises with the
+            statistics of one chunk.
+        budgets_macs: MACs of one image that a solution may cost, in any order.
+        runtime: How to compute. With bfloat16, which rounds coarsely, the engines may decide
+            otherwise where two candidates are nearly equal.
+        rules: The tracing rules of the supernet's network.
+        log: Where moves are kept as they are made. A search that was stopped, however that
+            happened, goes on from there and ends with the same result.
+        identity: Plain data, everything that the moves depend on beside grids and chunk sizes.
+        engine: How mistakes are counted.
+        cache_bytes: Memory for the fast engine's values of the base; what exceeds it is
+            computed again.
+
+    Raises:
+        InputError: A budget is out of reach or above the widest subnet, or the log is that of
+            another search.
+
+    Source: specification of AutoSlim, section 1.7 and decisions D8, D13 and D15.
+    """
+    graph = supernet.graph
+    channels = _widest(graph, grids)
+    budgets = sorted(budgets_macs, reverse=True)
+    _check_budgets(graph, grids, budgets)
+    fields = {
+        **(identity or {}),
+        "grids": {name: list(grid) for name, grid in grids.items()},
+        "chunks": [len(images) for images, _ in chunks],
+    }
+    journal = _Journal(log, fields)
+    entries: list[_Entry] = []
+    solutions: list[Solution] = []
+    for entry in journal.read(grids, graph):
+        if graph.macs(channels) <= budgets[-1]:
+            break
+        entries.append(entry)
+        channels[entry.move.variable] = entry.move.channels
+        solutions += _met(budgets[len(solutions) :], entry.move.macs, channels)
+    if len(solutions) < len(budgets):
+        begin = time.perf_counter()
+        with _evaluating(supernet.model):
+            naive = _Naive(supernet, chunks, runtime)
+            counter: _Counter = naive
+            if engine == "fast":
+                flow = _Flow(supernet, symbolic_trace(supernet.model, rules), rules or {})
+                counter = _Fast(naive, flow, cache_bytes)
+            while len(solutions) < len(budgets):
+                before = counter.macs
+                errors = counter.errors(channels, _steps(graph, grids, channels))
+                name = min(errors, key=errors.__getitem__)
+                channels[name] = _below(grids[name], channels[name])
+                counter.moved(name)
+                move = Move(name, channels[name], errors, graph.macs(channels))
+                now = time.perf_counter()
+                entries.append(_Entry(move, counter.macs - before, now - begin))
+                begin = now
+                journal.write(entries)
+                solutions += _met(budgets[len(solutions) :], move.macs, channels)
+    return Slimmed(
+        tuple(solutions),
+        tuple(entry.move for entry in entries),
+        sum(entry.run_macs for entry in entries),
+        sum(entry.seconds for entry in entries),
+    )
+
+
+def expected_macs(graph: WidthGraph, grids: Grids, *, images: int, budget_macs: int) -> int:
+    """MACs that the fast engine is going to run, close enough to plan with.
+
+    The path is not known before the search: the one assumed always takes a bin from the
+    variable that has the largest part of its channels left. What the fast engine keeps from one
+    move to the next, where there is a single chunk, is not taken off.
+
+    Args:
+        graph: The supernet's.
+        grids: As for `slim`.
+        images: Evaluation images, of all chunks together.
+        budget_macs: The lowest budget.
+
+    Raises:
+        InputError: As `slim`, about the budget.
+    """
+    channels = _widest(graph, grids)
+    _check_budgets(graph, grids, [budget_macs])
+    again = {name: _run_again(graph, name) for name in grids}
+    total = 0
+    while graph.macs(channels) > budget_macs:
+        steps = _steps(graph, grids, channels)
+        counts = _class_counts(graph, channels)
+        costs = [_layer_macs(layer, counts) for layer in graph.layers]
+        runs = Counter(place for name in steps for place in again[name])
+        # The base runs whatever some candidate does not.
+        total += sum(
+            cost * (runs[place] + (runs[place] < len(steps))) for place, cost in enumerate(costs)
+        )
+        parts = {name: channels[name] / graph.free[name].channels for name in steps}
+        name = max(parts, key=parts.__getitem__)
+        channels[name] = steps[name]
+    return total * images
+
+
+def _run_again(graph: WidthGraph, name: str) -> list[int]:
+    """The places of the layer calls that depend on a bin of a variable."""
+    index = next(i for i, one in enumerate(graph.variables) if one.name == name)
+    reached: set[int] = set()
+    places: list[int] = []
+    for place, layer in enumerate(graph.layers):
+        reads = {run.variable for run in layer.reads}
+        if reads & reached or (layer.kind == "dense" and index in reads):
+            places.append(place)
+            reached |= {run.variable for run in layer.writes}
+    return places
+
+
+def _widest(graph: WidthGraph, grids: Grids) -> dict[str, int]:
+    """The counts that the path begins with, in the order of the graph."""
+    for name, grid in grids.items():
+        assert all(one < other for one, other in pairwise(grid)), f"{name}: {grid} ascends"
+        assert grid[-1] == graph.channels[name], f"{name}: {grid} ends with the supernet's count"
+    narrowest = {name: grid[0] for name, grid in grids.items()}
+    graph.check(narrowest)
+    return dict(graph.channels)
+
+
+def _check_budgets(graph: WidthGraph, grids: Grids, budgets: Iterable[int]) -> None:
+    """Raise unless the path leads from above every budget to where it is met."""
+    widest = graph.macs()
+    narrowest = graph.macs({name: grid[0] for name, grid in grids.items()})
+    for budget in budgets:
+        if budget >= widest:
+            raise InputError(
+                f"budget_macs is {budget:,}, but the widest subnet takes {widest:,} and there is "
+                "nothing to slim; lower the budget, or enlarge the network more"
+            )
+        if budget < narrowest:
+            raise InputError(
+                f"budget_macs is {budget:,}, but the narrowest subnet takes {narrowest:,}; raise "
+                "the budget, or let the grids begin lower"
+            )
+
+
+def _below(grid: Sequence[int], count: int) -> int:
+    """The next lower entry of a grid."""
+    return grid[grid.index(count) - 1]
+
+
+def _steps(graph: WidthGraph, grids: Grids, channels: Mapping[str, int]) -> dict[str, int]:
+    """What each variable that can lose a bin would have left, in the order that breaks ties."""
+    return {
+        name: _below(grids[name], channels[name])
+        for name in graph.free
+        if channels[name] > grids[name][0]
+    }
+
+
+def _met(budgets: Iterable[int], macs: int, channels: Mapping[str, int]) -> list[Solution]:
+    """Solutions for the budgets, of those that are open, that a network meets."""
+    return [Solution(budget, dict(channels)) for budget in budgets if macs <= budget]
+
+
+class _Journal:
+    """The moves on disk, written whole after every move."""
+
+    def __init__(self, path: Path | None, fields: Mapping[str, Any]) -> None:
+        self._path = path
+        # Through the text, since that is how the fields of a log that is read have come.
+        self._fields = json.loads(canonical(dict(fields)))
+        if path is not None:
+            with writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self, grids: Grids, graph: WidthGraph) -> list[_Entry]:
+        """The moves that were made before; none, with a warning, where the log is not whole.
+
+        Raises:
+            InputError: They are those of another search.
+        """
+        if self._path is None or not self._path.exists():
+            return []
+        try:
+            record = json.loads(self._path.read_text("utf-8"))
+            fields = {"format": record["format"], **record["identity"]}
+            entries = list(_replayed(record["moves"], grids, graph))
+        except (KeyError, TypeError, ValueError):
+            logger.warning("%s is not whole; the search begins anew", self._path)
+            return []
+        self._compare(fields)
+        return entries
+
+    def write(self, entries: Iterable[_Entry]) -> None:
+        """Make these the moves on disk."""
+        if self._path is None:
+            return
+        moves = [
+            {**entry.move._asdict(), "run_macs": entry.run_macs, "seconds": entry.seconds}
+            for entry in entries
+        ]
+        record = {"format": FORMAT, "identity": self._fields, "moves": moves}
+        write_atomically(self._path, json.dumps(record, allow_nan=False) + "\n")
+
+    def _compare(self, fields: Mapping[str, Any]) -> None:
+        mine = {"format": FORMAT, **self._fields}
+        differing = sorted(
+            name
+            for name in fields.keys() | mine.keys()
+            if canonical(fields.get(name)) != canonical(mine.get(name))
+        )
+        if differing:
+            shown = [
+                f"{name} is {_short(fields.get(name))} there and {_short(mine.get(name))} here"
+                for name in differing
+            ]
+            raise InputError(
+                f"log is {self._path}, but it is of another search ({'; '.join(shown)}); name "
+                "another file, or delete this one"
+            )
+
+
+def _replayed(
+    moves: Iterable[Mapping[str, Any]], grids: Grids, graph: WidthGraph
+) -> Iterator[_Entry]:
+    """The moves of a log.
+
+    Raises:
+        KeyError, TypeError, ValueError: They are not a path through these grids.
+    """
+    channels = _widest(graph, grids)
+    for one in moves:
+        steps = _steps(graph, grids, channels)
+        if steps.keys() != one["errors"].keys():
+            raise ValueError("the candidates are other ones")
+        channels[one["variable"]] = steps[one["variable"]]
+        move = Move(one["variable"], one["channels"], one["errors"], one["macs"])
+        yield _Entry(move, one["run_macs"], one["seconds"])
+
+
+def _short(value: Any, most: int = 40) -> str:
+    """A value for a message of one line."""
+    text = canonical(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run passes without gradients in evaluation mode, and leave every module in its own."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class _Counter(Protocol):
+    """Counts the mistakes of candidates."""
+
+    macs: int
+
+    def errors(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
+        """Mistakes at these counts with one variable, by name, at that of ``steps``."""
+        ...
+
+    def moved(self, name: str) -> None:
+        """A variable has lost its bin."""
+        ...
+
+
+class _Naive:
+    """Runs every candidate as a subnet."""
+
+    def __init__(self, supernet: Supernet, chunks: Sequence[Chunk], runtime: Runtime) -> None:
+        self.supernet, self.chunks, self.runtime = supernet, chunks, runtime
+        self.macs = 0
+
+    def batches(self, layout: torch.memory_format) -> Iterator[Chunk]:
+        """The chunks, where they are needed."""
+        device = self.supernet.device
+        for images, labels in self.chunks:
+            yield images.to(device, memory_format=layout), labels.to(device)
+
+    def errors(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
+        """Mistakes at these counts with one variable, by name, at that of ``steps``."""
+        device = self.supernet.device
+        counts = torch.zeros(len(steps), dtype=torch.int64, device=device)
+        for place, (name, count) in enumerate(steps.items()):
+            candidate = {**channels, name: count}
+            subnet = self.supernet.subnet(candidate, backend="slice")
+            for images, labels in self.batches(memory_format(self.runtime, device)):
+                with autocast(self.runtime, device):
+                    logits = subnet(images)
+                counts[place] += _mistakes(logits, labels)
+                self.macs += len(images) * self.supernet.graph.macs(candidate)
+        return dict(zip(steps, counts.tolist(), strict=True))
+
+    def moved(self, name: str) -> None:
+        """Nothing is kept from one move to the next."""
+
+
+def _mistakes(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many images are not recognised; an image with a NaN among its logits is not."""
+    return ((logits.argmax(1) != labels) | logits.isnan().any(1)).sum()
+
+
+class _Fast:
+    """Runs what a candidate changes, on the values of the base."""
+
+    def __init__(self, naive: _Naive, flow: "_Flow", cache_bytes: int) -> None:
+        self.macs = 0
+        self._naive, self._flow, self._cache_bytes = naive, flow, cache_bytes
+        self._supernet, self._runtime = naive.supernet, naive.runtime
+        # Channels last is the faster on every device, where nobody asked for another.
+        contiguous = self._runtime.memory_format == "contiguous"
+        self._layout = torch.contiguous_format if contiguous else torch.channels_last
+        self._kept: dict[fx.Node, Any] = {}
+        self._too_large: set[fx.Node] = set()
+
+    def errors(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
+        """Mistakes at these counts with one variable, by name, at that of ``steps``."""
+        supernet, device = self._supernet, self._supernet.device
+        extents = supernet.extents(channels)
+        weights = {
+            name: tensor.contiguous(memory_format=self._layout_of(tensor))
+            for name, tensor in supernet.sliced(extents).items()
+        }
+        counts = _class_counts(supernet.graph, channels)
+        costs = {node: _layer_macs(one, counts) for node, one in self._flow.layers.items()}
+        mine = [name for name in steps if name not in self._flow.mixed]
+        result = self._flow.result
+        counted = torch.zeros(2, len(mine), dtype=torch.int64, device=device)
+        with supernet.sized(channels, extents), autocast(self._runtime, device):
+            for images, labels in self._naive.batches(self._layout):
+                self._keep(images, mine, weights, costs)
+                for place, name in enumerate(mine):
+                    todo = self._flow.needed([result], self._kept, self._flow.changed[name])
+                    without = self._without(name, steps[name], counts, weights)
+                    with supernet.replaced({**weights, **without}):
+                        logits = self._run(todo, {result})[result]
+                    self._count(todo, costs, images)
+                    counted[0, place] += _mistakes(logits, labels)
+                    counted[1, place] += logits.isnan().any()
+        mistakes, broken = counted.tolist()
+        errors = dict(zip(mine, mistakes, strict=True))
+        # 0 times an infinity is not 0, so zeros did not take the bin away from what is broken.
+        slow = {
+            name: count
+            for name, count in steps.items()
+            if name not in errors or broken[mine.index(name)]
+        }
+        before = self._naive.macs
+        errors |= self._naive.errors(channels, slow)
+        self.macs += self._naive.macs - before
+        return {name: errors[name] for name in steps}
+
+    def moved(self, name: str) -> None:
+        """Drop what the lost bin was part of, or went into."""
+        self._kept = {
+            node: value for node, value in self._kept.items() if node not in self._flow.stale[name]
+        }
+
+    def _layout_of(self, tensor: Tensor) -> torch.memory_format:
+        image = 4
+        return self._layout if tensor.dim() == image else torch.contiguous_format
+
+    def _without(
+        self, name: str, count: int, counts: Mapping[int, int], weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The weights that read a variable, with zeros for its bin."""
+        graph = self._supernet.graph
+        index = next(i for i, one in enumerate(graph.variables) if one.name == name)
+        result: dict[str, Tensor] = {}
+        for layer in self._flow.readers[name]:
+            module = self._supernet.model.get_submodule(layer.name)
+            dim = 0 if getattr(module, "transposed", False) else 1
+            weight = weights[f"{layer.name}.weight"].clone()
+            for entries in _bin(layer.reads, counts, index, count // graph.free[name].unit):
+                weight.narrow(dim, entries.start, len(entries)).zero_()
+            result[f"{layer.name}.weight"] = weight
+        return result
+
+    def _keep(
+        self,
+        images: Tensor,
+        names: Iterable[str],
+        weights: Mapping[str, Tensor],
+        costs: Mapping[fx.Node, int],
+    ) -> None:
+        """Have the values of the base that candidates start from, as far as there is room."""
+        if len(self._naive.chunks) > 1:
+            self._kept.clear()
+        self._kept[self._flow.images] = images
+        wanted = set().union(*(self._flow.inputs[name] for name in names)) - self._too_large
+        todo = self._flow.needed(wanted, self._kept)
+        self._count(todo, costs, images)
+        with self._supernet.replaced(weights):
+            self._run(todo, wanted, keep=True)
+
+    def _run(
+        self, todo: Sequence[fx.Node], wanted: AbstractSet[fx.Node], *, keep: bool = False
+    ) -> dict[fx.Node, Any]:
+        """Run nodes, given in order, on values that are kept; a value goes with its last use.
+
+        Args:
+            todo: The nodes.
+            wanted: Those whose values are returned.
+            keep: Keep these values in the place of returning them.
+        """
+        last = {source: node for node in todo for source in node.all_input_nodes}
+        values = {node: self._kept[node] for node in last if node in self._kept}
+        outliving = (self._kept.keys() - set(todo)) | wanted
+        for node in todo:
+            operands = {source: values[source] for source in node.all_input_nodes}
+            for source in operands:
+                if last[source] is node and (keep or source not in wanted):
+                    del values[source]
+            overwritten = self._flow.overwritten.get(node, frozenset())
+            if not overwritten.isdisjoint(outliving):
+                first = next(iter(operands))
+                operands[first] = operands[first].clone()
+            value = self._flow.call(node, operands)
+            del operands
+            if node in last or (node in wanted and not keep):
+                values[node] = value
+            if keep and node in wanted:
+                self._kept[node] = value
+                self._make_room()
+        return values
+
+    def _make_room(self) -> None:
+        """Keep what fits, without the largest values.
+
+        They are the early ones, and what depends on those is most of the network anyway.
+        """
+        sizes = {
+            node: value.nbytes
+            for node, value in self._kept.items()
+            if isinstance(value, Tensor) and node is not self._flow.images
+        }
+        total = sum(sizes.values())
+        while total > self._cache_bytes:
+            largest = max(sizes, key=sizes.__getitem__)
+            total -= sizes.pop(largest)
+            del self._kept[largest]
+            self._too_large.add(largest)
+
+    def _count(self, todo: Iterable[fx.Node], costs: Mapping[fx.Node, int], images: Tensor) -> None:
+        self.macs += len(images) * sum(costs.get(node, 0) for node in todo)
+
+
+def _class_counts(graph: WidthGraph, channels: Mapping[str, int]) -> dict[int, int]:
+    """Classes of each free variable, by its index."""
+    return {
+        index: channels[one.name] // one.unit
+        for index, one in enumerate(graph.variables)
+        if one.free
+    }
+
+
+def _present(axis: Axis, counts: Mapping[int, int]) -> Iterator[int]:
+    """How many classes of each run of an axis there are at these counts."""
+    for run in axis:
+        count = counts.get(run.variable, run.start + run.classes)
+        yield min(max(count - run.start, 0), run.classes)
+
+
+def _length(axis: Axis, counts: Mapping[int, int]) -> int:
+    return sum(
+        run.repeat * classes for run, classes in zip(axis, _present(axis, counts), strict=True)
+    )
+
+
+def _layer_macs(layer: Layer, counts: Mapping[int, int]) -> int:
+    """Multiply-adds of one call of a layer, of one image."""
+    reads = _length(layer.reads, counts) if layer.kind == "dense" else 1
+    return layer.coefficient * reads * _length(layer.writes, counts)
+
+
+def _bin(axis: Axis, counts: Mapping[int, int], index: int, left: int) -> Iterator[range]:
+    """The entries, of those at the present counts, that a variable with fewer classes loses."""
+    position = 0
+    after = _present(axis, {**counts, index: left})
+    for run, classes, fewer in zip(axis, _present(axis, counts), after, strict=True):
+        yield range(position + fewer * run.repeat, position + classes * run.repeat)
+        position += classes * run.repeat
+
+
+class _Flow:
+    """What depends on what in a traced network.
+
+    Attributes:
+        images: The node of the images.
+        result: The node of the logits.
+        layers: The layer call that a node is.
+        readers: By variable, the dense layers that read it.
+        changed: By variable, the nodes that depend on its bin: its readers and what follows.
+        inputs: By variable, the other nodes that those read.
+        stale: By variable, the nodes that have its channels, and what follows.
+        mixed: Variables whose channels something other than a dense layer may mix, or whose
+            values cannot be kept: their candidates are not to be run from the base.
+        overwritten: By node that computes in place, the earlier nodes that share its memory.
+    """
+
+    def __init__(
+        self, supernet: Supernet, traced: fx.GraphModule, rules: Mapping[Any, Any]
+    ) -> None:
+        self._model = supernet.model
+        self._modules = dict(supernet.model.named_modules())
+        self._rules = rules
+        nodes = list(traced.graph.nodes)
+        output = nodes.pop()
+        (result,) = output.args
+        self.result: fx.Node = result
+        self.images: fx.Node = next(node for node in nodes if node.op == "placeholder")
+        self._order = {node: place for place, node in enumerate(nodes)}
+        graph = supernet.graph
+        self.layers = self._layers(nodes, graph)
+        self.overwritten, entangled = self._overwritten(nodes)
+        names = {index: one.name for index, one in enumerate(graph.variables) if one.free}
+        carried = self._carried(nodes, names)
+        self.mixed = set(graph.free) if entangled else set()
+        for node in nodes:
+            if carried[node] and not self._per_channel(node):
+                self.mixed |= carried[node]
+        self.readers: dict[str, list[Layer]] = {}
+        self.changed: dict[str, set[fx.Node]] = {}
+        self.inputs: dict[str, set[fx.Node]] = {}
+        self.stale: dict[str, set[fx.Node]] = {}
+        for index, name in names.items():
+            reading = {
+                node: layer
+                for node, layer in self.layers.items()
+                if layer.kind == "dense" and any(run.variable == index for run in layer.reads)
+            }
+            self.readers[name] = list(reading.values())
+            self.changed[name] = changed = _followers(nodes, reading)
+            self.inputs[name] = {
+                source
+                for node in changed
+                for source in node.all_input_nodes
+                if source not in changed and source.op != "get_attr"
+            }
+            self.stale[name] = _followers(nodes, {one for one in nodes if name in carried[one]})
+
+    def needed(
+        self,
+        wanted: Iterable[fx.Node],
+        given: Mapping[fx.Node, Any],
+        changed: AbstractSet[fx.Node] = frozenset(),
+    ) -> list[fx.Node]:
+        """The nodes to run, in order, for values that are wanted.
+
+        Args:
+            wanted: Nodes.
+            given: Values that there are.
+            changed: Nodes to run whether or not they are given.
+        """
+        todo: set[fx.Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            if node not in todo and (node in changed or node not in given):
+                todo.add(node)
+                stack += node.all_input_nodes
+        return sorted(todo, key=self._order.__getitem__)
+
+    def call(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
+        """The value of a node, from those that it reads."""
+        args: Any = fx.node.map_arg(node.args, operands.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, operands.__getitem__)
+        target: Any = node.target
+        if node.op == "call_module":
+            return self._modules[target](*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return operator.attrgetter(target)(self._model)
+        return target(*args, **kwargs)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self._modules[str(node.target)] if node.op == "call_module" else None
+
+    def _layers(self, nodes: Iterable[fx.Node], graph: WidthGraph) -> dict[fx.Node, Layer]:
+        """The graph lists the calls in the order of the nodes."""
+        calls: dict[str, list[Layer]] = defaultdict(list)
+        for layer in graph.layers:
+            calls[layer.name].append(layer)
+        number: Counter[str] = Counter()
+        layers: dict[fx.Node, Layer] = {}
+        for node in nodes:
+            name = str(node.target)
+            if node.op == "call_module" and name in calls:
+                layers[node] = calls[name][number[name]]
+                number[name] += 1
+        assert len(layers) == len(graph.layers), "the trace is that of another network"
+        return layers
+
+    def _carried(
+        self, nodes: Iterable[fx.Node], names: Mapping[int, str]
+    ) -> dict[fx.Node, set[str]]:
+        """The variables whose channels the value of each node may have."""
+        carried: dict[fx.Node, set[str]] = {}
+        for node in nodes:
+            if node in self.layers:
+                writes = self.layers[node].writes
+                carried[node] = {names[run.variable] for run in writes if run.variable in names}
+            else:
+                carried[node] = set().union(*(carried[one] for one in node.all_input_nodes))
+        return carried
+
+    def _per_channel(self, node: fx.Node) -> bool:
+        """Whether what a node computes in one channel is known to depend on no other."""
+        if node in self.layers:
+            return True
+        module = self._module(node)
+        if module is not None:
+            own = any(one in self._rules for one in type(module).__mro__)
+            return not own and isinstance(module, _PER_CHANNEL_MODULES)
+        name = torch_function_name(node)
+        if name == "size" or node.target is getattr:
+            return _asks_for_images(node)
+        if node.target in self._rules:
+            return False
+        if name in {"mean", "sum", "amax", "amin", "unsqueeze"}:
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+            dims = set(dim) if isinstance(dim, (list, tuple)) else {dim}
+            behind = {2, 3, 4, -1} if name == "unsqueeze" else {2, 3}
+            return dims <= behind or dims == {-1, -2}
+        return name in _PER_CHANNEL_FUNCTIONS
+
+    def _overwritten(
+        self, nodes: Iterable[fx.Node]
+    ) -> tuple[dict[fx.Node, AbstractSet[fx.Node]], bool]:
+        """What shares the memory that a node writes into; whether any of it is used again."""
+        origin: dict[fx.Node, fx.Node] = {}
+        sharing: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+        overwritten: dict[fx.Node, AbstractSet[fx.Node]] = {}
+        entangled = False
+        for node in nodes:
+            first = next(iter(node.all_input_nodes), None)
+            in_place = self._in_place(node)
+            origin[node] = node
+            if first is not None and (in_place or not self._makes_new(node)):
+                origin[node] = origin[first]
+            if in_place:
+                overwritten[node] = set(sharing[origin[node]])
+                entangled |= any(
+                    self._order.get(user, math.inf) > self._order[node]
+                    for one in overwritten[node]
+                    for user in one.users
+                )
+            sharing[origin[node]].add(node)
+        return overwritten, entangled
+
+    def _in_place(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if module is not None:
+            return bool(getattr(module, "inplace", False))
+        if not node.op.startswith("call"):
+            return False
+        name = torch_function_name(node) or ""
+        return (
+            name.endswith("_")
+            or name in _IN_PLACE.split()
+            or node.kwargs.get("inplace") is True
+            or (name in _ACTIVATIONS.split() and any(argument is True for argument in node.args))
+        )
+
+    def _makes_new(self, node: fx.Node) -> bool:
+        """Whether the value of a node is known to share no memory with its first input."""
+        module = self._module(node)
+        if module is not None:
+            return isinstance(module, _PER_CHANNEL_MODULES + _LAYERS) and not isinstance(
+                module, _SHARING_MODULES
+            )
+        return torch_function_name(node) in _NEW_FUNCTIONS
+
+
+def _asks_for_images(node: fx.Node) -> bool:
+    """Whether a size that the forward code takes is the number of images, not of channels."""
+    if len(node.args) > 1 and node.op == "call_method":
+        return bool(node.args[1] == 0)
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+
+
+def _followers(nodes: Iterable[fx.Node], seeds: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes, given in order, that depend on one of the seeds; the seeds too."""
+    reached = set(seeds)
+    for node in nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.modules.conv._ConvNd)  # noqa: SLF001 (their base)
+
+_SHARING_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd,  # noqa: SLF001 (their base)
+)  # fmt: skip
+
+_PER_CHANNEL_MODULES: tuple[type[nn.Module], ...] = (
+    *_SHARING_MODULES, nn.modules.batchnorm._BatchNorm,  # noqa: SLF001 (their base)
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
+    nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.LogSigmoid, nn.PReLU,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample,
+)  # fmt: skip
+
+_IN_PLACE = "iadd isub imul itruediv"
+
+_ACTIVATIONS = (
+    "relu relu6 leaky_relu elu selu celu silu mish hardtanh hardswish hardsigmoid threshold"
+)
+"""Functions that can be told by position to compute in place."""
+
+_NEW = (
+    "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid tanh hardtanh "
+    "hardswish hardsigmoid logsigmoid threshold clamp neg abs exp log sqrt rsqrt square add radd "
+    "sub rsub mul rmul div truediv multiply divide maximum minimum pow cat concat concatenate "
+    "index_select avg_pool1d avg_pool2d max_pool1d max_pool2d adaptive_avg_pool1d clone "
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d interpolate"
+)
+
+_SHARING = (
+    "relu_ leaky_relu_ elu_ sigmoid_ tanh_ hardtanh_ clamp_ add_ sub_ mul_ div_ flatten view "
+    "reshape getitem contiguous detach to dropout dropout1d dropout2d dropout3d stochastic_depth"
+)
+
+_NEW_FUNCTIONS = frozenset([*_NEW.split(), "mean", "sum", "amax", "amin"])
+"""Their values share no memory with their inputs."""
+
+_PER_CHANNEL_FUNCTIONS = frozenset(f"{_NEW} {_SHARING} {_IN_PLACE}".split())
+"""Not among them: what normalises over channels, and what moves the channels to another axis."""

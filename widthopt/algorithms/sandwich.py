@@ -1,0 +1,299 @@
+"""The supernet's training, which AutoSlim and DMCP share: the sandwich rule with distillation.
+
+In every step the widest subnet learns the labels, and the narrowest and a few random ones learn
+what the widest predicts. Their gradients are summed and the parameters updated once.
+
+Source: Yu and Huang, 2019, "Universally Slimmable Networks and Improved Training Techniques",
+sections 3.2 and 3.3.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from widthopt.algorithms import Conditions
+from widthopt.algorithms.grids import Grids
+from widthopt.devices import autocast, memory_format, place
+from widthopt.errors import InputError
+from widthopt.seeds import derived_seed, generator
+from widthopt.setting import Backend, Runtime
+from widthopt.store import write_atomically, writing
+from widthopt.supernet import Supernet, check_maskable
+from widthopt.surgery import Blueprint
+from widthopt.training import Objective
+from widthopt.widthgraph import WidthGraph
+
+
+logger = logging.getLogger("widthopt")
+
+Reduction = Literal["sum", "mean"]
+"""How the gradients of the subnets of a step combine; the sum is the published way."""
+
+TRIAL_ROUNDS = 4
+"""Rounds in which every way to run is timed, after one that is not."""
+
+TRIAL_IMAGES = 32
+"""Images at most in one pass of the trial."""
+
+CLEARLY_FASTER = 0.85
+"""Part of the default way's time that another must stay below to be chosen.
+
+Ways differ in rounding, so a search should not flip between two that are about as fast.
+"""
+
+
+class Sandwich(Objective):
+    """What one step of a supernet's training minimises.
+
+    Attributes:
+        supernet: The supernet.
+        grids: Channel counts that subnets are drawn from.
+        macs: MACs of all passes so far.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        grids: Grids,
+        *,
+        random_subnets: int,
+        reduction: Reduction,
+        label_smoothing: float,
+        seed: int,
+    ) -> None:
+        """Prepare the first step.
+
+        Args:
+            supernet: The supernet.
+            grids: As `widthopt.algorithms.grids` makes them.
+            random_subnets: Random subnets in a step, beside the widest and the narrowest.
+            reduction: How the gradients of a step's subnets combine.
+            label_smoothing: Of the widest subnet's loss, in [0, 1).
+            seed: What the draws depend on.
+        """
+        super().__init__(label_smoothing=label_smoothing)
+        self.supernet, self.grids = supernet, grids
+        self.macs = 0
+        self.seed = seed
+        self._random_subnets = random_subnets
+        self._share = 1.0 if reduction == "sum" else 1 / (2 + random_subnets)
+        self._narrowest = {name: grid[0] for name, grid in grids.items()}
+        self._students: list[dict[str, int]] = []
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Objective.identity`: another grid, network or number of subnets is another."""
+        return {
+            **super().identity,
+            "grids": {name: list(grid) for name, grid in self.grids.items()},
+            "random_subnets": self._random_subnets,
+            "share": self._share,
+        }
+
+    def begin_step(self, step: int) -> None:
+        """Draw the step's random subnets; they follow from the seed and the step alone."""
+        random = [self.draw(step, number) for number in range(self._random_subnets)]
+        self._students = [self._narrowest, *random]
+
+    def draw(self, step: int, number: int) -> dict[str, int]:
+        """One random subnet: every variable independently and uniformly over its grid.
+
+        Source: specification of AutoSlim, D1 and D2.
+        """
+        random = generator(self.seed, "subnet", step, number)
+        return {name: random.choice(grid) for name, grid in self.grids.items()}
+
+    def backward(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Objective.backward`; the loss and logits are the widest subnet's.
+
+        The others see no labels: they learn the widest's predictions, which are held still.
+        """
+        del model  # it is the supernet's
+        share *= self._share
+        logits = self.supernet.full(images)
+        loss = self.loss(logits, labels)
+        self.backpropagate(loss, share=share)
+        teacher = logits.detach().float().softmax(1)
+        macs = self.supernet.graph.macs()
+        for channels in self._students:
+            subnet = self.supernet.subnet(channels)
+            self.backpropagate(distillation(subnet(images), teacher), share=share)
+            subnet.collect()
+            macs += self.supernet.graph.macs(channels)
+        self.macs += 3 * macs * len(images)
+        return loss.detach(), logits.detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Objective.tensors`."""
+        return {"macs": torch.tensor(self.macs, dtype=torch.int64)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Objective.load`."""
+        self.macs = int(tensors["macs"])
+
+
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cross-entropy of a student's predictions with a teacher's, at temperature 1.
+
+    Its gradient is that of the Kullback-Leibler divergence, whose other part is the teacher's
+    entropy.
+
+    Args:
+        logits: The student's, ``batch classes``.
+        teacher: The teacher's probabilities, ``batch classes``.
+    """
+    return functional.cross_entropy(logits.float(), teacher)
+
+
+def step_macs(graph: WidthGraph, grids: Grids, *, random_subnets: int) -> float:
+    """MACs of one step for one image, as expected over the random subnets.
+
+    Variables are drawn independently and no layer's cost is of higher degree than one in each,
+    so the expected cost is that of the expected counts.
+    """
+    narrowest = {name: grid[0] for name, grid in grids.items()}
+    mean = {name: sum(grid) / len(grid) for name, grid in grids.items()}
+    return 3 * float(graph.macs() + graph.macs(narrowest) + random_subnets * graph.macs(mean))
+
+
+def check_budget(graph: WidthGraph, grids: Grids, least_macs: int, budget_macs: int) -> None:
+    """Raise unless a search can end between these MACs, which are the budget and its tolerance.
+
+    Args:
+        graph: The supernet's.
+        grids: What each variable may have.
+        least_macs: The budget, or what is close enough to it from below.
+        budget_macs: The budget.
+
+    Raises:
+        InputError: It lies below the narrowest subnet or not below the widest.
+    """
+    narrowest: int = graph.macs({name: grid[0] for name, grid in grids.items()})
+    widest: int = graph.macs()
+    if narrowest < least_macs and budget_macs < widest:
+        return
+    raise InputError(
+        f"budget_macs is {budget_macs:,} for the network that is searched, but its narrowest "
+        f"subnet takes {narrowest:,} and its widest {widest:,}, and a search ends between them; "
+        "change the budget or algorithm.enlarge"
+    )
+
+
+def prepared(
+    blueprint: Blueprint, conditions: Conditions, *, enlarge: float, batch_size: int
+) -> tuple[Supernet, Runtime]:
+    """A supernet on its device with fresh weights, and the runtime that it is fastest under.
+
+    What the runtime leaves open (how subnets run, the memory format) is timed once and kept in
+    the folder, so that a search that is resumed goes on in the same way. The trial's few passes
+    are no part of the search's overhead.
+
+    Args:
+        blueprint: The network.
+        conditions: What the search runs under.
+        enlarge: Factor on the channels of the searchable variables.
+        batch_size: Images in one pass.
+
+    Raises:
+        InputError: Switching channels off by BatchNorm does not remove them from this network.
+    """
+    runtime = conditions.runtime
+    seed = derived_seed(conditions.seed, "search weights")
+    supernet = Supernet(blueprint, enlarge=enlarge, seed=seed)
+    device, _ = place(supernet.model, runtime)
+    draws = torch.Generator().manual_seed(derived_seed(conditions.seed, "trial"))
+    side, count = supernet.graph.resolution, min(batch_size, TRIAL_IMAGES)
+    images = torch.randn(max(2, count), 3, side, side, generator=draws).to(device)
+    half = {
+        name: max(one.unit, one.channels // (2 * one.unit) * one.unit)
+        if name in supernet.graph.searchable
+        else one.channels
+        for name, one in supernet.graph.free.items()
+    }
+    check_maskable(supernet, images, half)
+    path = conditions.folder / "trial.json"
+    runtime = _kept(path, runtime) or _fastest(supernet, images, half, runtime)
+    with writing(conditions.folder):
+        conditions.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        path, json.dumps({"backend": runtime.backend, "memory_format": runtime.memory_format})
+    )
+    supernet.backend = "mask" if runtime.backend == "mask" else "slice"
+    place(supernet.model, runtime)
+    return supernet, runtime
+
+
+def _kept(path: Path, runtime: Runtime) -> Runtime | None:
+    """What an earlier trial came to, as far as the runtime leaves it open; None without one."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        kept = replace(runtime, **found)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    fits = runtime.backend in ("auto", kept.backend)
+    return kept if fits and runtime.memory_format in ("auto", kept.memory_format) else None
+
+
+def _fastest(
+    supernet: Supernet, images: Tensor, channels: Mapping[str, int], runtime: Runtime
+) -> Runtime:
+    """The runtime with nothing left open: the first way, or one that is clearly faster."""
+    device = images.device
+    usual = memory_format(runtime, device)
+    contiguous, last = (
+        replace(runtime, memory_format="contiguous"),
+        replace(runtime, memory_format="channels_last"),
+    )
+    layouts = [last, contiguous] if usual == torch.channels_last else [contiguous, last]
+    ways: list[Runtime] = [
+        replace(layout, backend=backend)
+        for layout in layouts
+        if runtime.memory_format in ("auto", layout.memory_format)
+        for backend in ("slice", "mask")
+        if runtime.backend in ("auto", backend)
+    ]
+    if len(ways) == 1:
+        return ways[0]
+    # In turns, and the fastest pass of each: what else the machine does can only slow one down.
+    rounds = [
+        [_pass_seconds(supernet, images, channels, way) for way in ways]
+        for _ in range(1 + TRIAL_ROUNDS)
+    ]
+    seconds = [min(times) for times in zip(*rounds[1:], strict=True)]
+    for parameter in supernet.model.parameters():
+        parameter.grad = None
+    best = min(range(len(ways)), key=seconds.__getitem__)
+    chosen = best if seconds[best] < CLEARLY_FASTER * seconds[0] else 0
+    logger.debug("a pass takes %s: %s is chosen", seconds, ways[chosen])
+    return ways[chosen]
+
+
+def _pass_seconds(
+    supernet: Supernet, images: Tensor, channels: Mapping[str, int], runtime: Runtime
+) -> float:
+    """Seconds of a full pass and two passes of a subnet, forward and backward."""
+    device, layout = place(supernet.model, runtime)
+    images = images.contiguous(memory_format=layout)
+    backend: Backend = "mask" if runtime.backend == "mask" else "slice"
+    started = time.perf_counter()
+    with autocast(runtime, device):
+        loss = supernet.full(images).float().square().mean()
+    loss.backward()
+    for _ in range(2):
+        subnet = supernet.subnet(channels, backend=backend)
+        with autocast(runtime, device):
+            loss = subnet(images).float().square().mean()
+        loss.backward()
+        subnet.collect()
+    float(loss.detach())  # waits for the device
+    return time.perf_counter() - started
