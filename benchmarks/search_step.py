@@ -101,7 +101,7 @@ def looping(
 
 def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
     """The ratio for each algorithm, network and size."""
-    batch, turns = (16, 3) if quick else (64, 15)
+    batch, turns = (16, 3) if quick else (64, 9)
     recipe = Recipe(
         batch_size=batch,
         accumulation=1,

@@ -107,7 +107,13 @@ def varied(supernet, dtype=torch.float64):
     return supernet
 
 
+@functools.cache
 def supernet_of(name, dtype=torch.float64):
+    """A supernet that all tests share; one that changes its weights takes `another`."""
+    return another(name, dtype)
+
+
+def another(name, dtype=torch.float64):
     width, enlarge = ALL[name]
     plan = blueprint(name, width)
     return plan, varied(Supernet(plan, enlarge=enlarge, seed=0), dtype)
@@ -178,13 +184,15 @@ def plain(name, supernet):
     if name not in JOINED or ALL[name][1] != 1:
         return supernet.model
     model = TorchvisionNetwork(name).build(depth=1, classes=5)
-    dtype = next(supernet.model.parameters()).dtype
+    model.to(next(supernet.model.parameters()).dtype)
     model.load_state_dict(supernet.model.state_dict(), strict=False)
-    return model.to(dtype)
+    return model
 
 
-def graph_of(name, supernet):
-    """The graph that `plain` was traced to."""
+@functools.cache
+def graph_of(name):
+    """The graph of what `plain` gives."""
+    _, supernet = supernet_of(name)
     return trace(plain(name, supernet), 64) if supernet.graph.rewrites else supernet.graph
 
 
@@ -199,7 +207,7 @@ def active(name, supernet, channels):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
-        kept = resize(model, graph_of(name, supernet), channels, weights="sliced")
+        kept = resize(model, graph_of(name), channels, weights="sliced")
         for key, parameter in model.named_parameters():
             places = dict(kept.named_parameters())[key].flatten().long()
             mask = torch.zeros(parameter.numel(), dtype=torch.bool)
@@ -230,6 +238,7 @@ def learnt(supernet, channels, pixels, backend):
 
 def assert_close(one, other, tolerance, of=None):
     """Apart by no more than a part of the larger one's size."""
+    one, other = one.detach(), other.detach()
     size = max(float(other.abs().max()), float(of or 0), 1e-300)
     assert (one - other).abs().max() <= tolerance * size
 
@@ -259,17 +268,20 @@ def test_the_full_width_is_the_plain_network(name):
 )
 def test_a_slice_is_a_network_of_its_own_with_the_leading_weights(name, many):
     plan, supernet = supernet_of(name)
+    spreads = []
     for channels in some_counts(supernet.graph, many):
         if name in LEADING:
             alone = standalone(plan, supernet, channels)
         else:
             whole = plain(name, supernet)
-            alone = resize(whole, graph_of(name, supernet), channels, weights="sliced")
+            alone = resize(whole, graph_of(name), channels, weights="sliced")
         with torch.no_grad():
             expected = in_batch_mode(alone)(images())
             found = supernet.subnet(channels, backend="slice")(images())
-        assert expected.std(0).max() > 1e-4  # or there would be nothing to compare
         assert_close(found, expected, 1e-9)
+        spreads.append(expected.std(0).max())
+    # A single channel may die at an activation, and then all images give the same.
+    assert sum(spread > 1e-5 for spread in spreads) >= many - 1
 
 
 class OneBatch:
@@ -311,7 +323,7 @@ def test_a_slice_is_a_recalibrated_network_in_evaluation_mode(name, rule):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("seed", [None, 0])
 def test_a_mask_computes_and_learns_what_the_slice_does(name, seed):
     """Logits, every gradient, and nothing at all for the entries that are off."""
     _, supernet = supernet_of(name)
@@ -384,7 +396,7 @@ def test_active_entries_are_the_first_ones(name):
 @pytest.mark.parametrize("name", ALL)
 def test_weights_that_are_off_do_not_matter(name):
     """Not even if they are no numbers, to a slice; to a mask, whatever number they are."""
-    _, supernet = supernet_of(name)
+    _, supernet = another(name)
     channels = drawn(supernet.graph, 5)
     on = active(name, supernet, channels)
     draws = torch.Generator().manual_seed(3)
@@ -418,7 +430,7 @@ def test_a_layer_norm_of_a_slice_is_that_of_a_network_of_its_own():
 
 
 def test_the_memory_format_changes_no_more_than_rounding():
-    _, supernet = supernet_of("mobilenet_v2")
+    _, supernet = another("mobilenet_v2")
     channels = drawn(supernet.graph, 6)
     logits, expected = learnt(supernet, channels, images(), "slice")
     supernet.model.to(memory_format=torch.channels_last)
@@ -526,9 +538,27 @@ def test_the_gradient_of_a_mixture_is_that_of_central_differences():
         assert float(found[place]) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
 
 
+def test_a_batch_norm_of_the_image_is_not_multiplied():
+    """Its channels are no variable's, so they have no factor."""
+
+    def normalised(classes):
+        return nn.Sequential(nn.BatchNorm2d(3), Mixing(classes, "relu"))
+
+    supernet = Supernet(blueprint(Home(normalised), resolution=8), enlarge=1.5, seed=0)
+    varied(supernet)
+    factors = torch.linspace(0.2, 1.3, classes_of(supernet.graph), dtype=torch.float64)
+    assert len(factors) == 12
+    with torch.no_grad():
+        found = supernet.mixture(images(side=8), factors)
+        norm = supernet.model.get_submodule("1.bn")
+        norm.register_forward_hook(lambda *given: given[2] * factors[:, None, None])
+        assert_close(found, supernet.full(images(side=8)), 1e-12)
+
+
 def test_a_mixture_learns_nothing_but_its_factors():
     """T15: no gradient of a weight, and every parameter and buffer bit for bit as before."""
     _, supernet = supernet_of("shufflenet_v2_x0_5")
+    supernet.model.zero_grad(set_to_none=True)
     before = {key: value.clone() for key, value in supernet.model.state_dict().items()}
     parameters = dict(supernet.model.named_parameters())
     factors = torch.full((classes_of(supernet.graph),), 0.7, requires_grad=True)
@@ -806,6 +836,7 @@ def test_a_network_that_is_not_finite_is_refused():
 def test_torchvisions_networks_are_not_refused(name):
     _, supernet = supernet_of(name, torch.float32)
     channels = counts(supernet.graph, lambda classes: max(1, classes // 2))
+    supernet.model.zero_grad(set_to_none=True)
     before = torch.get_rng_state()
     check_maskable(supernet, images(dtype=torch.float32), channels)
     assert torch.equal(torch.get_rng_state(), before)

@@ -35,7 +35,11 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _log_to_stderr()
     words = sys.argv[1:]
-    commands: dict[str, Callable[[Sequence[str]], None]] = {"macs": _macs, "plan": _plan}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "macs": _macs,
+        "plan": _plan,
+        "report": _report,
+    }
     try:
         if words and words[0] in commands:
             commands[words[0]](words[1:])
@@ -87,23 +91,50 @@ def _hydra() -> None:
 
     launchers.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to `main`, which words them
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(_run)()
+    done: list[Path] = []
+
+    def run(config: DictConfig) -> None:
+        done.append(_run(config))
+
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(run)()
+    if len(done) > 1:
+        from widthopt.report import compare  # noqa: PLC0415 (imports torch)
+
+        compare(done, into=done[0].parent / "report")
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig) -> Path:
     """One run of Hydra's: from a composed configuration to the table and the figures."""
     from widthopt.config import request  # noqa: PLC0415 (imports torch)
     from widthopt.report import report  # noqa: PLC0415
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
     try:
-        report(request(config))
+        return report(request(config))
     except InputError as error:
         _end(error, WRONG_INPUT)
     except Diverged as error:
         _end(error, FAILED)
     except Interrupted as error:
         _end(error, STOPPED)
+
+
+def _report(words: Sequence[str]) -> None:
+    """``widthopt report [RUN ...] [--root FOLDER]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt report", description="Runs side by side: tables, and a figure for each network."
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="their folders; all by default")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    arguments = parser.parse_args(words)
+    from widthopt.report import compare, runs  # noqa: PLC0415 (imports torch)
+
+    folders = arguments.runs or runs(arguments.root)
+    if not folders:
+        raise InputError(
+            f"--root is {arguments.root}, but no run in it has a record; run one first"
+        )
+    compare(folders, into=arguments.root / "report")
 
 
 def _plan(words: Sequence[str]) -> None:

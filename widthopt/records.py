@@ -118,6 +118,14 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {method: ones for method, ones in present.items() if ones}
 
 
+def by_algorithm(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of each algorithm there is, in the order they come."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.algorithm, []).append(record)
+    return groups
+
+
 def to_json(records: Sequence[Record]) -> str:
     """Records as JSON text; `from_json` reads it back."""
     content = {"format": FORMAT, "records": [asdict(record) for record in records]}

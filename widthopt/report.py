@@ -12,20 +12,22 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from widthopt.errors import InputError
 from widthopt.figures import channels as channels_figure
 from widthopt.figures import savings as savings_figure
+from widthopt.figures import similarity
 from widthopt.figures.style import RC
 from widthopt.figures.summary import short, table
 from widthopt.pipeline import Planned, Point, Request, plan, run
-from widthopt.records import Record, read_channels
+from widthopt.records import Record, from_json, read_channels
 from widthopt.store import writable, write_atomically, writing
 
 
 logger = logging.getLogger("widthopt")
 
 
-def report(request: Request) -> None:
-    """Say what a run will cost, run it, and show what came out.
+def report(request: Request) -> Path:
+    """Say what a run will cost, run it, and show what came out; the run's folder.
 
     Raises:
         InputError: Something asked for cannot be done; nothing has started.
@@ -43,6 +45,50 @@ def report(request: Request) -> None:
     _write_table(records, folder / "table.txt")
     for path in (*pictures, folder / "record.json", folder / "channels"):
         console.print(str(path), soft_wrap=True)
+    return folder
+
+
+def compare(folders: Sequence[Path], *, into: Path) -> None:
+    """Show runs side by side: algorithms of one network and data in one table and one figure.
+
+    Args:
+        folders: Runs' folders, with a ``record.json`` each.
+        into: Where the figures go, in a folder for each network and data set.
+
+    Raises:
+        InputError: A folder has no record, or the figures cannot be written.
+    """
+    groups: dict[str, list[Record]] = {}
+    for folder in folders:
+        path = folder / "record.json"
+        try:
+            text = path.read_text("utf-8")
+        except OSError as error:
+            raise InputError(
+                f"RUN is {folder}, but there is no record in it ({error.strerror}); give a run's "
+                "folder, such as runs/resnet18-digits-..."
+            ) from error
+        for record in from_json(text, name=str(path)):
+            target = "-".join(f"{value:g}" for value in record.target.values())
+            group = f"{record.network}-{record.dataset}-{target}".replace("/", "_")
+            groups.setdefault(group, []).append(record)
+    console = _console()
+    for name, records in groups.items():
+        console.print(table(records))
+        console.print(similarity.table(records))
+        with mpl.rc_context(RC):
+            figure = Figure()
+            savings_figure.draw(figure.subplots(), records)
+            path = into / name / "accuracy.png"
+            with writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path)
+        console.print(str(path), soft_wrap=True)
+
+
+def runs(root: Path) -> list[Path]:
+    """The folders below a root that have a record, in the order of their names."""
+    return sorted(path.parent for path in root.glob("*/record.json"))
 
 
 def _console(*, width: int | None = None) -> Console:

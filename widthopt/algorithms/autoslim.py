@@ -102,7 +102,7 @@ class AutoSlim:
         blueprint, recipe = Blueprint(setting), conditions.recipe
         graph = self._checked(blueprint, budget_macs)
         options = self.options(graph)
-        images = self._images(data.evaluation.images)
+        images = self.images(data.evaluation.images)
         supernet, runtime = prepared(
             blueprint, conditions, enlarge=self.enlarge, batch_size=data.train.batch_size
         )
@@ -186,7 +186,7 @@ class AutoSlim:
         options = self.options(graph)
         step = step_macs(graph, options, random_subnets=self.random_subnets)
         trained = round(counts.per_epoch * recipe.search_epochs * step)
-        images = self._images(counts.evaluation)
+        images = self.images(counts.evaluation)
         return trained + expected_macs(graph, options, images=images, budget_macs=budget_macs)
 
     def _checked(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
@@ -210,7 +210,7 @@ class AutoSlim:
 
         return grids(graph, rule)
 
-    def _images(self, held_out: int) -> int:
+    def images(self, held_out: int) -> int:
         """How many of the held-out images are evaluated on: whole chunks, if there are so many.
 
         Raises:

@@ -36,7 +36,7 @@ from widthopt.errors import InputError
 from widthopt.identity import canonical
 from widthopt.setting import Runtime
 from widthopt.store import write_atomically, writing
-from widthopt.supernet import Supernet
+from widthopt.supernet import Extent, Supernet
 from widthopt.tracing import symbolic_trace
 from widthopt.tracing.labels import torch_function_name
 from widthopt.widthgraph import Axis, Layer, WidthGraph
@@ -172,6 +172,12 @@ def slim(
             if engine == "fast":
                 flow = _Flow(supernet, symbolic_trace(supernet.model, rules), rules or {})
                 counter = _Fast(naive, flow, cache_bytes)
+            if entries:
+                last = entries[-1].move
+                grid = list(grids[last.variable])
+                above = {**channels, last.variable: grid[grid.index(last.channels) + 1]}
+                counter.recall(above, _steps(graph, grids, above))
+                counter.moved(last.variable)
             while len(solutions) < len(budgets):
                 before = counter.macs
                 errors = counter.errors(channels, _steps(graph, grids, channels))
@@ -390,6 +396,10 @@ class _Counter(Protocol):
         """Mistakes at these counts with one variable, by name, at that of ``steps``."""
         ...
 
+    def recall(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> None:
+        """Take up a search that had got to these counts, from the next move on."""
+        ...
+
     def moved(self, name: str) -> None:
         """A variable has lost its bin."""
         ...
@@ -422,6 +432,9 @@ class _Naive:
                 self.macs += len(images) * self.supernet.graph.macs(candidate)
         return dict(zip(steps, counts.tolist(), strict=True))
 
+    def recall(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> None:
+        """Nothing is kept from one move to the next."""
+
     def moved(self, name: str) -> None:
         """Nothing is kept from one move to the next."""
 
@@ -447,13 +460,8 @@ class _Fast:
     def errors(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
         """Mistakes at these counts with one variable, by name, at that of ``steps``."""
         supernet, device = self._supernet, self._supernet.device
-        extents = supernet.extents(channels)
-        weights = {
-            name: tensor.contiguous(memory_format=self._layout_of(tensor))
-            for name, tensor in supernet.sliced(extents).items()
-        }
+        extents, weights, costs = self._at(channels)
         counts = _class_counts(supernet.graph, channels)
-        costs = {node: _layer_macs(one, counts) for node, one in self._flow.layers.items()}
         mine = [name for name in steps if name not in self._flow.mixed]
         result = self._flow.result
         counted = torch.zeros(2, len(mine), dtype=torch.int64, device=device)
@@ -480,6 +488,37 @@ class _Fast:
         errors |= self._naive.errors(channels, slow)
         self.macs += self._naive.macs - before
         return {name: errors[name] for name in steps}
+
+    def recall(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> None:
+        """Have the values of the base at these counts, as a search has that was not stopped.
+
+        They are not counted again, so that a search costs the same however often it is stopped.
+        """
+        if len(self._naive.chunks) > 1:
+            return
+        extents, weights, costs = self._at(channels)
+        before = self.macs
+        mine = [name for name in steps if name not in self._flow.mixed]
+        with (
+            self._supernet.sized(channels, extents),
+            autocast(self._runtime, self._supernet.device),
+        ):
+            for images, _ in self._naive.batches(self._layout):
+                self._keep(images, mine, weights, costs)
+        self.macs = before
+
+    def _at(
+        self, channels: Mapping[str, int]
+    ) -> tuple[dict[Axis, Extent], dict[str, Tensor], dict[fx.Node, int]]:
+        """What the axes keep at these counts, the weights, and what each node costs."""
+        extents = self._supernet.extents(channels)
+        weights = {
+            name: tensor.contiguous(memory_format=self._layout_of(tensor))
+            for name, tensor in self._supernet.sliced(extents).items()
+        }
+        counts = _class_counts(self._supernet.graph, channels)
+        costs = {node: _layer_macs(one, counts) for node, one in self._flow.layers.items()}
+        return extents, weights, costs
 
     def moved(self, name: str) -> None:
         """Drop what the lost bin was part of, or went into."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from widthopt.algorithms import Conditions
 from widthopt.algorithms.grids import Grids
-from widthopt.devices import autocast, memory_format, place
+from widthopt.devices import autocast, memory_format, place, resolve_device
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed, generator
 from widthopt.setting import Backend, Runtime
@@ -43,7 +43,10 @@ TRIAL_ROUNDS = 4
 TRIAL_IMAGES = 32
 """Images at most in one pass of the trial."""
 
-CLEARLY_FASTER = 0.85
+TRIAL = "trial.json"
+"""Where a search's folder keeps what the trial came to."""
+
+CLEARLY_FASTER = 0.95
 """Part of the default way's time that another must stay below to be chosen.
 
 Ways differ in rounding, so a search should not flip between two that are about as fast.
@@ -221,60 +224,80 @@ def prepared(
         for name, one in supernet.graph.free.items()
     }
     check_maskable(supernet, images, half)
-    path = conditions.folder / "trial.json"
-    runtime = _kept(path, runtime) or _fastest(supernet, images, half, runtime)
+    way = _kept(conditions.folder, runtime) or _fastest(supernet, images, half, runtime)
     with writing(conditions.folder):
         conditions.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        path, json.dumps({"backend": runtime.backend, "memory_format": runtime.memory_format})
-    )
-    supernet.backend = "mask" if runtime.backend == "mask" else "slice"
-    place(supernet.model, runtime)
-    return supernet, runtime
+    write_atomically(conditions.folder / TRIAL, json.dumps(way._asdict()))
+    return supernet, way.taken(supernet, runtime)
 
 
-def _kept(path: Path, runtime: Runtime) -> Runtime | None:
-    """What an earlier trial came to, as far as the runtime leaves it open; None without one."""
+class _Way(NamedTuple):
+    """How a supernet runs: the memory format, whether convolutions mix formats, the back-end."""
+
+    memory_format: str
+    mixed: bool
+    backend: Backend
+
+    def taken(self, supernet: Supernet, runtime: Runtime) -> Runtime:
+        """Let the supernet run this way; the runtime that says so."""
+        supernet.backend, supernet.mixed = self.backend, self.mixed
+        last = self.memory_format == "channels_last"
+        runtime = replace(
+            runtime,
+            backend=self.backend,
+            memory_format="channels_last" if last else "contiguous",
+        )
+        place(supernet.model, runtime)
+        return runtime
+
+
+def _ways(runtime: Runtime, device: torch.device) -> list[_Way]:
+    """The ways that a runtime leaves open, the usual one first."""
+    last = memory_format(runtime, device) == torch.channels_last
+    usual = "channels_last" if last else "contiguous"
+    formats = [(usual, False)]
+    if runtime.memory_format == "auto":
+        formats += [("contiguous", True)] if device.type == "cpu" else [("contiguous", False)]
+    backends: list[Backend] = ["slice", "mask"]
+    if runtime.backend != "auto":
+        backends = [runtime.backend]
+    return [_Way(*one, backend) for one in formats for backend in backends]
+
+
+def _kept(folder: Path, runtime: Runtime) -> _Way | None:
+    """What an earlier trial came to; None without one, or where it is not open any more."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-        kept = replace(runtime, **found)
-    except (OSError, KeyError, TypeError, ValueError):
+        found = json.loads((folder / TRIAL).read_text("utf-8"))
+        way = _Way(**found)
+    except (OSError, TypeError, ValueError):
         return None
-    fits = runtime.backend in ("auto", kept.backend)
-    return kept if fits and runtime.memory_format in ("auto", kept.memory_format) else None
+    device = resolve_device(runtime)
+    return way if way in _ways(runtime, device) else None
 
 
 def _fastest(
     supernet: Supernet, images: Tensor, channels: Mapping[str, int], runtime: Runtime
-) -> Runtime:
-    """The runtime with nothing left open: the first way, or one that is clearly faster."""
-    device = images.device
-    usual = memory_format(runtime, device)
-    contiguous, last = (
-        replace(runtime, memory_format="contiguous"),
-        replace(runtime, memory_format="channels_last"),
-    )
-    layouts = [last, contiguous] if usual == torch.channels_last else [contiguous, last]
-    ways: list[Runtime] = [
-        replace(layout, backend=backend)
-        for layout in layouts
-        if runtime.memory_format in ("auto", layout.memory_format)
-        for backend in ("slice", "mask")
-        if runtime.backend in ("auto", backend)
-    ]
+) -> _Way:
+    """The usual way, or one that is clearly faster in turns with the others."""
+    ways = _ways(runtime, images.device)
     if len(ways) == 1:
         return ways[0]
-    # In turns, and the fastest pass of each: what else the machine does can only slow one down.
-    rounds = [
-        [_pass_seconds(supernet, images, channels, way) for way in ways]
-        for _ in range(1 + TRIAL_ROUNDS)
-    ]
-    seconds = [min(times) for times in zip(*rounds[1:], strict=True)]
+    rounds = []
+    for _ in range(1 + TRIAL_ROUNDS):
+        seconds = []
+        for way in ways:
+            taken = way.taken(supernet, runtime)
+            seconds.append(_pass_seconds(supernet, images, channels, taken))
+        rounds.append(seconds)
     for parameter in supernet.model.parameters():
         parameter.grad = None
-    best = min(range(len(ways)), key=seconds.__getitem__)
-    chosen = best if seconds[best] < CLEARLY_FASTER * seconds[0] else 0
-    logger.debug("a pass takes %s: %s is chosen", seconds, ways[chosen])
+    # The fastest pass of each: what else the machine does can only slow one down.
+    least = [min(times) for times in zip(*rounds[1:], strict=True)]
+    best = min(range(len(ways)), key=least.__getitem__)
+    chosen = best if least[best] < CLEARLY_FASTER * least[0] else 0
+    logger.debug(
+        "seconds of a pass: %s; taken: %s", dict(zip(ways, least, strict=True)), ways[chosen]
+    )
     return ways[chosen]
 
 
@@ -282,15 +305,14 @@ def _pass_seconds(
     supernet: Supernet, images: Tensor, channels: Mapping[str, int], runtime: Runtime
 ) -> float:
     """Seconds of a full pass and two passes of a subnet, forward and backward."""
-    device, layout = place(supernet.model, runtime)
-    images = images.contiguous(memory_format=layout)
-    backend: Backend = "mask" if runtime.backend == "mask" else "slice"
+    device = images.device
+    images = images.contiguous(memory_format=memory_format(runtime, device))
     started = time.perf_counter()
     with autocast(runtime, device):
         loss = supernet.full(images).float().square().mean()
     loss.backward()
     for _ in range(2):
-        subnet = supernet.subnet(channels, backend=backend)
+        subnet = supernet.subnet(channels)
         with autocast(runtime, device):
             loss = subnet(images).float().square().mean()
         loss.backward()

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from widthopt.figures.style import COLOURS, MARKERS
-from widthopt.records import Record, Summary, by_method
+from widthopt.figures.style import COLOURS, MARKERS, SERIES
+from widthopt.records import Record, Summary, by_algorithm, by_method
 
 
 LEAST_SPAN = 2.0
@@ -15,33 +15,31 @@ LEAST_SPAN = 2.0
 def draw(axes: Axes, records: Sequence[Record]) -> None:
     """Draw one point for each searched setting, and the un-optimised baseline as a line.
 
+    Methods differ by marker, and by colour too where there is one algorithm.
+
     Bars and the shade are one sample standard deviation over seeds. The overhead is that
     counted, relative to a search on the target itself, so its unit cancels.
     """
-    for method, ones in by_method(records).items():
-        top1 = Summary.of(one.top1 for one in ones)
-        if method == "uniform":
-            axes.axhline(top1.mean, color=COLOURS[method], linestyle="--", label=method)
-            axes.axhspan(
-                top1.mean - top1.std,
-                top1.mean + top1.std,
-                color=COLOURS[method],
-                alpha=0.1,
-                linewidth=0,
+    groups = by_algorithm(records)
+    for number, (algorithm, its) in enumerate(groups.items()):
+        for method, ones in by_method(its).items():
+            top1 = Summary.of(one.top1 for one in ones)
+            if method == "uniform":
+                if number == 0:
+                    _baseline(axes, top1)
+                continue
+            saved = Summary.of(100 * one.found.saved for one in ones)
+            axes.errorbar(
+                saved.mean,
+                top1.mean,
+                yerr=top1.std or None,
+                color=COLOURS[method] if len(groups) == 1 else SERIES[number % len(SERIES)],
+                marker=MARKERS[method],
+                markersize=6,
+                capsize=3,
+                linestyle="none",
+                label=f"{algorithm}, {method}",
             )
-            continue
-        saved = Summary.of(100 * one.found.saved for one in ones)
-        axes.errorbar(
-            saved.mean,
-            top1.mean,
-            yerr=top1.std or None,
-            color=COLOURS[method],
-            marker=MARKERS[method],
-            markersize=6,
-            capsize=3,
-            linestyle="none",
-            label=f"{records[0].algorithm}, {method}",
-        )
     axes.set_xlim(-4, 104)
     axes.margins(y=0.2)
     low, high = axes.get_ylim()
@@ -53,3 +51,11 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
     )
     axes.set_title(f"{records[0].network}: accuracy at equal FLOPs (multiply-adds)")
     axes.legend()
+
+
+def _baseline(axes: Axes, top1: Summary) -> None:
+    """The un-optimised network, which is the same whatever searches beside it."""
+    colour = COLOURS["uniform"]
+    axes.axhline(top1.mean, color=colour, linestyle="--", label="uniform")
+    low, high = top1.mean - top1.std, top1.mean + top1.std
+    axes.axhspan(low, high, color=colour, alpha=0.1, linewidth=0)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from widthopt.records import Record, Summary, by_method
+from widthopt.records import Record, Summary, by_algorithm, by_method
 
 
 def table(records: Sequence[Record]) -> Table:
@@ -13,38 +13,59 @@ def table(records: Sequence[Record]) -> Table:
 
     ``channels`` are the least and the most of the first seed. ``overhead`` is in
     MACs as counted, ``nominal`` the idealised law's saving factor; ``saved`` is relative to a
-    search on the target itself. Seconds are those of search and final training.
+    search on the target itself. Seconds are those of search and final training. Records of
+    several algorithms have a row for each of them, and less in it.
     """
+    groups = by_algorithm(records)
+    several = len(groups) > 1
+    result = titled(records)
+    names = ["method", "channels", "MACs", "params", "overhead", "nominal", "saved"]
+    names += ["top-1 %", "seconds"]
+    if several:
+        names = ["algorithm", *(name for name in names if name not in {"params", "nominal"})]
+    for name in names:
+        left = name in {"algorithm", "method", "channels"}
+        result.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for number, (algorithm, its) in enumerate(groups.items()):
+        for method, ones in by_method(its).items():
+            if method == "uniform" and number > 0:
+                continue  # the same network, trained once
+            cells = {"algorithm": "-" if method == "uniform" else algorithm, **_cells(method, ones)}
+            result.add_row(*(cells[name] for name in names))
+    return result
+
+
+def titled(records: Sequence[Record]) -> Table:
+    """A table that says which network, data and how many seeds it is of."""
     first = records[0]
     seeds = len({record.found.seed for record in records})
-    result = Table(
+    return Table(
         title=f"{first.network} on {first.dataset}, {seeds} seed{'s' if seeds > 1 else ''}",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    result.add_column("method", no_wrap=True)
-    result.add_column("channels", no_wrap=True)
-    for name in ("MACs", "params", "overhead", "nominal", "saved", "top-1 %", "seconds"):
-        result.add_column(name, justify="right", no_wrap=True)
-    for method, ones in by_method(records).items():
-        found = [one.found for one in ones]
-        searched = method != "uniform"
-        search = Summary.of(one.search_seconds for one in found).mean
-        train = Summary.of(one.train_seconds for one in ones).mean
-        result.add_row(
-            method,
-            channels(ones[0]),
-            short(Summary.of(one.macs for one in found).mean),
-            short(Summary.of(one.parameters for one in found).mean),
-            short(Summary.of(one.overhead_macs for one in found).mean) if searched else "-",
-            f"{found[0].nominal_saving:.3g}x" if searched else "-",
-            f"{100 * Summary.of(one.saved for one in found).mean:.1f}%" if searched else "-",
-            str(Summary.of(one.top1 for one in ones)),
-            f"{search:.0f}+{train:.0f}",
-        )
-    return result
+
+
+def _cells(method: str, records: Sequence[Record]) -> dict[str, str]:
+    """A row by column: one method of one algorithm over seeds."""
+    found = [one.found for one in records]
+    searched = method != "uniform"
+    search = Summary.of(one.search_seconds for one in found).mean
+    train = Summary.of(one.train_seconds for one in records).mean
+    overhead = Summary.of(one.overhead_macs for one in found).mean
+    return {
+        "method": method,
+        "channels": channels(records[0]),
+        "MACs": short(Summary.of(one.macs for one in found).mean),
+        "params": short(Summary.of(one.parameters for one in found).mean),
+        "overhead": short(overhead) if searched else "-",
+        "nominal": f"{found[0].nominal_saving:.3g}x" if searched else "-",
+        "saved": f"{100 * Summary.of(one.saved for one in found).mean:.1f}%" if searched else "-",
+        "top-1 %": str(Summary.of(one.top1 for one in records)),
+        "seconds": f"{search:.0f}+{train:.0f}",
+    }
 
 
 def channels(record: Record) -> str:

@@ -1,0 +1,224 @@
+"""AutoSlim as a search: the supernet's training and the slimming, put together."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from small import Instrument, SmallNetwork, Synthetic, digits
+
+from widthopt.algorithms import Conditions
+from widthopt.algorithms.autoslim import AutoSlim
+from widthopt.data import Counts, Split, search_counts, search_split
+from widthopt.errors import InputError
+from widthopt.networks import TorchvisionNetwork
+from widthopt.setting import Recipe, Runtime, Setting
+from widthopt.surgery import Blueprint
+from widthopt.training import Interrupted
+
+
+RUNTIME = Runtime(
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="slice",
+    progress=False,
+)
+RECIPE = Recipe(
+    batch_size=16,
+    accumulation=1,
+    epochs=3,
+    search_epochs=3,
+    learning_rate=0.8,  # a peak of 0.05 for 16 images
+    warmup_epochs=1,
+    momentum=0.9,
+    weight_decay=5e-5,
+    label_smoothing=0.1,
+    augmentation="none",
+)
+DEFAULT = {
+    "name": "autoslim",
+    "enlarge": 1.5,
+    "grid": "fraction",
+    "bins": 10,
+    "divisor": 1,
+    "least_bins": 1,
+    "random_subnets": 2,
+    "reduction": "sum",
+    "validation_images": 10240,
+    "chunk": 2048,
+}
+SMALL = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+BASE = Blueprint(SMALL).graph
+
+
+def search(folder, *, data=None, seed=0, recipe=RECIPE, where=SMALL, budget=None, **options):
+    return AutoSlim(**(DEFAULT | options)).search(
+        where,
+        data or Split(Synthetic(), Synthetic(), 4),
+        budget_macs=budget or Blueprint(where).graph.macs(),
+        conditions=Conditions(recipe, RUNTIME, seed, folder),
+    )
+
+
+def result(found):
+    """All of a result but the times, as a record would have it."""
+    details = {key: one for key, one in found.details.items() if key != "slimming_seconds"}
+    still = dataclasses.replace(found, seconds=0.0, details=details)
+    return json.dumps(dataclasses.asdict(still), sort_keys=True)
+
+
+def test_the_widths_found_meet_the_budget_and_the_network_before_them_does_not(tmp_path):
+    for name, share in (("whole", 1.0), ("less", 0.4)):
+        budget = round(share * BASE.macs())
+        found = search(tmp_path / name, budget=budget)
+        channels = found.details["channels"]
+        graph = Blueprint(SMALL).resized({key: round(1.5 * n) for key, n in BASE.channels.items()})
+        moves = found.details["moves"]
+        assert graph.macs(channels) == moves[-1]["macs"] <= budget
+        assert len(moves) > 1
+        assert moves[-2]["macs"] > budget
+        assert found.multipliers == {key: channels[key] / n for key, n in BASE.channels.items()}
+        assert found.flags == {"budget_reached": True}
+
+
+def test_a_larger_budgets_widths_lie_on_the_path_to_a_smaller_ones(tmp_path):
+    large = search(tmp_path / "large", budget=BASE.macs())
+    small = search(tmp_path / "small", budget=round(0.5 * BASE.macs()))
+    moves = large.details["moves"]
+    assert small.details["moves"][: len(moves)] == moves
+    assert len(small.details["moves"]) > len(moves)
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_search_that_was_interrupted_finds_the_same(tmp_path, step):
+    whole = search(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        search(tmp_path / "parts", data=Split(Synthetic(interrupt=step), Synthetic(), 4))
+    assert result(search(tmp_path / "parts")) == result(whole)
+
+
+def test_slimming_goes_on_from_the_moves_that_were_kept(tmp_path):
+    whole = search(tmp_path)
+    log = tmp_path / "slimming.json"
+    kept = json.loads(log.read_text())
+    moves = next(key for key, value in kept.items() if isinstance(value, list))
+    assert len(kept[moves]) == len(whole.details["moves"])
+    kept[moves] = kept[moves][:2]
+    log.write_text(json.dumps(kept))
+    assert result(search(tmp_path)) == result(whole)
+
+
+def test_one_seed_gives_one_result_and_another_gives_another(tmp_path):
+    assert result(search(tmp_path / "a")) == result(search(tmp_path / "b"))
+    assert result(search(tmp_path / "a")) != result(search(tmp_path / "c", seed=1))
+
+
+@pytest.mark.parametrize(("changed", "named"), [({"bins": 5}, "grids"), ({"seed": 1}, "seed")])
+def test_checkpoints_of_another_search_are_refused(tmp_path, changed, named):
+    search(tmp_path)
+    with pytest.raises(InputError, match=rf"^folder is .*, but its check.*of another .*{named}"):
+        search(tmp_path, **changed)
+
+
+class Watched(Synthetic):
+    """Starts an instrument's count when the first epoch begins, after the trial of the start."""
+
+    def __init__(self, instrument):
+        super().__init__()
+        self._instrument = instrument
+
+    def epoch(self, epoch, first_step=0):
+        if epoch == 0:
+            self._instrument.total = 0
+        return super().epoch(epoch, first_step)
+
+    def sample(self, images, **arguments):
+        self.trained = self._instrument.total
+        return super().sample(images, **arguments)
+
+
+def test_the_overhead_of_training_is_what_the_layers_did_and_slimming_is_added(tmp_path):
+    with Instrument() as instrument:
+        watched = Watched(instrument)
+        found = search(tmp_path, data=Split(watched, watched, 4))
+    slimming = found.details["slimming_macs"]
+    assert slimming > 64 * found.details["searched_macs"]
+    assert found.overhead_macs == watched.trained + slimming
+
+
+def test_the_overhead_is_close_to_the_closed_form(tmp_path):
+    """The path is not known before; the training, most of it, is within a hundredth."""
+    recipe = dataclasses.replace(RECIPE, batch_size=8, search_epochs=12)
+    dataset, where = digits(), Setting(SmallNetwork(), 10, 2.0, 1, 8, 0.6)
+    data = search_split(
+        dataset, resolution=8, fraction=0.6, seed=0, recipe=recipe, runtime=RUNTIME,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    counts = search_counts(dataset, fraction=0.6, seed=0, batch_size=8)
+    found = search(tmp_path, recipe=recipe, data=data, where=where)
+    budget = Blueprint(where).graph.macs()
+    foretold = AutoSlim(**DEFAULT).overhead_macs(where, counts, recipe=recipe, budget_macs=budget)
+    assert found.overhead_macs == pytest.approx(foretold, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enlarge": 0.9}, "algorithm.enlarge is 0.9, but a supernet is no narrower than"),
+        ({"bins": 1}, "algorithm.bins is 1, but there is nothing to take away with fewer than 2"),
+        ({"divisor": 0}, "algorithm.divisor is 0, but a bin has at least one channel"),
+        ({"least_bins": 10}, "algorithm.least_bins is 10, but it is a whole number from 0 up and"),
+        ({"random_subnets": -1}, "algorithm.random_subnets is -1, but it is a whole number from 0"),
+        ({"validation_images": 8}, "algorithm.validation_images is 8, but batch statistics need"),
+        ({"chunk": 8}, "algorithm.chunk is 8, but batch statistics need at least 32 images"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        AutoSlim(**(DEFAULT | options))
+
+
+@pytest.mark.parametrize("share", [0.001, 2.3])
+def test_a_budget_that_no_subnet_meets_is_refused_before_and_in_a_search(tmp_path, share):
+    budget = round(share * BASE.macs())
+    message = rf"^budget_macs is {budget:,} for the network that is searched, but its narrowest"
+    with pytest.raises(InputError, match=message):
+        AutoSlim(**DEFAULT).overhead_macs(
+            SMALL, Counts(16, 4, 64), recipe=RECIPE, budget_macs=budget
+        )
+    with pytest.raises(InputError, match=message):
+        search(tmp_path, budget=budget)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_validation_images_are_refused_before_and_in_a_search(tmp_path):
+    message = (
+        r"^algorithm is autoslim, but only 20 images are held out and batch statistics need at "
+        r"least 32; raise projection.fraction or dataset.validation$"
+    )
+    with pytest.raises(InputError, match=message):
+        AutoSlim(**DEFAULT).overhead_macs(
+            SMALL, Counts(16, 4, 20), recipe=RECIPE, budget_macs=BASE.macs()
+        )
+    few = Synthetic()
+    few.images = 20
+    with pytest.raises(InputError, match=message):
+        search(tmp_path, data=Split(Synthetic(), few, 4))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("held_out", "most", "chunk", "wanted"),
+    [(500, 10240, 2048, 500), (5000, 10240, 2048, 4096), (128_116, 10240, 2048, 10240)],
+)
+def test_chunks_are_whole(held_out, most, chunk, wanted):
+    algorithm = AutoSlim(**(DEFAULT | {"validation_images": most, "chunk": chunk}))
+    assert algorithm.images(held_out) == wanted
+
+
+def test_a_network_without_batchnorm_is_refused(tmp_path):
+    where = Setting(TorchvisionNetwork("squeezenet1_1"), 4, 1.0, 1, 32, 1.0)
+    with pytest.raises(InputError, match=r"^algorithm is autoslim, but it searches by BatchNorm"):
+        search(tmp_path, where=where)

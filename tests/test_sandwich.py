@@ -1,0 +1,748 @@
+import dataclasses
+import itertools
+import json
+import math
+import random
+import statistics
+from collections import Counter
+
+import pytest
+import torch
+from small import Synthetic
+from torch import nn
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from widthopt.algorithms import Conditions
+from widthopt.algorithms.grids import grids
+from widthopt.algorithms.sandwich import (
+    Sandwich,
+    check_budget,
+    distillation,
+    prepared,
+    step_macs,
+)
+from widthopt.errors import InputError
+from widthopt.setting import Recipe, Runtime, Setting
+from widthopt.supernet import Supernet
+from widthopt.surgery import Blueprint
+from widthopt.training import Interrupted, Loop, train
+
+
+RUNTIME = Runtime(
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="slice",
+    progress=False,
+)
+RECIPE = Recipe(
+    batch_size=16,
+    accumulation=1,
+    epochs=3,
+    search_epochs=3,
+    learning_rate=1.6,  # a peak of 0.1 for 16 images
+    warmup_epochs=1,
+    momentum=0.9,
+    weight_decay=5e-5,
+    label_smoothing=0.1,
+    augmentation="none",
+)
+
+
+class Small(nn.Module):
+    """A stem, an identity block with a depthwise layer, and a head of its own width."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn0 = nn.BatchNorm2d(4)
+        self.expand = nn.Conv2d(4, 6, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.deep = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.back = nn.Conv2d(6, 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 8, 1, stride=2)
+        self.bn4 = nn.BatchNorm2d(8)
+        self.classifier = nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = functional.relu(self.bn0(self.stem(x)))
+        inner = functional.relu6(self.bn1(self.expand(x)))
+        x = x + self.bn3(self.back(functional.relu6(self.bn2(self.deep(inner)))))
+        return self.classifier(functional.relu(self.bn4(self.head(x))).mean((2, 3)))
+
+
+def by_hand(weights, x, stem, expand, head):
+    """What `Small` computes with the leading channels of its weights, by autograd alone."""
+
+    def norm(x, name, count):
+        scale, shift = weights[f"{name}.weight"][:count], weights[f"{name}.bias"][:count]
+        return functional.batch_norm(x, None, None, scale, shift, training=True)
+
+    x = functional.conv2d(x, weights["stem.weight"][:stem], padding=1)
+    x = norm(x, "bn0", stem).relu()
+    inner = functional.conv2d(x, weights["expand.weight"][:expand, :stem])
+    inner = functional.relu6(norm(inner, "bn1", expand))
+    inner = functional.conv2d(inner, weights["deep.weight"][:expand], padding=1, groups=expand)
+    inner = functional.relu6(norm(inner, "bn2", expand))
+    inner = functional.conv2d(inner, weights["back.weight"][:stem, :expand])
+    x = x + norm(inner, "bn3", stem)
+    x = functional.conv2d(x, weights["head.weight"][:head, :stem], weights["head.bias"][:head], 2)
+    x = norm(x, "bn4", head).relu().mean((2, 3))
+    return x @ weights["classifier.weight"][:, :head].T + weights["classifier.bias"]
+
+
+def smoothed(logits, labels, smoothing):
+    """Cross-entropy with label smoothing, written out."""
+    logs = logits.log_softmax(1)
+    chosen = logs[torch.arange(len(labels)), labels]
+    return -((1 - smoothing) * chosen + smoothing * logs.mean(1)).mean()
+
+
+def soft(logits, teacher):
+    """Cross-entropy with a teacher's predictions, written out."""
+    return -(teacher * logits.log_softmax(1)).sum(1).mean()
+
+
+class Home:
+    """A network of these tests, in the place of one of torchvision's."""
+
+    name = "home"
+    rules = {}  # noqa: RUF012 (nobody writes to it)
+
+    def build(self, *, depth, classes):
+        return Small(classes) if depth == 1 else None
+
+    def stages(self, _model):
+        return []
+
+
+BLUEPRINT = Blueprint(
+    Setting(network=Home(), classes=4, width=1.0, depth=1, resolution=8, fraction=1.0)
+)
+GRIDS = {"stem": (2, 3, 5, 6), "expand": (1, 4, 9), "head": (3, 6, 9, 12)}
+COUNTS = tuple(grid[-1] for grid in GRIDS.values())
+
+
+def made(options=GRIDS, *, dtype=torch.float64, backend="slice", **given):
+    """A supernet, half as wide again as `Small`, and what its steps minimise."""
+    supernet = Supernet(BLUEPRINT, enlarge=1.5, seed=0, backend=backend)
+    supernet.model.to(dtype)
+    draws = torch.Generator().manual_seed(1)
+    for module in supernet.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5, generator=draws)
+            module.bias.data.uniform_(-0.5, 0.5, generator=draws)
+    defaults = {"random_subnets": 2, "reduction": "sum", "label_smoothing": 0.1, "seed": 0}
+    return supernet, Sandwich(supernet, options, **(defaults | given))
+
+
+IMAGES, LABELS = Synthetic().pixels[:16].double(), Synthetic().labels[:16]
+
+
+def gradients(supernet):
+    return {name: one.grad.clone() for name, one in supernet.model.named_parameters()}
+
+
+def after_a_step(supernet, objective, images=IMAGES, labels=LABELS, *, step=0, share=1.0):
+    """The gradients of one step."""
+    supernet.model.zero_grad(set_to_none=True)
+    objective.begin_step(step)
+    objective.backward(supernet.model, images, labels, share=share)
+    return gradients(supernet)
+
+
+class Watch:
+    """Which subnets a supernet ran, in order, by the weights that its layers had then."""
+
+    def __init__(self, supernet):
+        self.runs = []
+        self.forwards = 0
+        for name in ("stem", "expand", "head"):
+            supernet.model.get_submodule(name).register_forward_pre_hook(self._look)
+        supernet.model.register_forward_pre_hook(self._begin)
+
+    def _begin(self, *_):
+        self.forwards += 1
+        self.runs.append(())
+
+    def _look(self, module, _inputs):
+        self.runs[-1] += (len(module.weight),)
+
+
+def close(one, other, tolerance=1e-5):
+    """Losses are in float32, so gradients in float64 agree to float32's precision."""
+    assert one.keys() == other.keys()
+    size = max(float(tensor.abs().max()) for tensor in other.values())
+    assert size > 0
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= tolerance * size, name
+
+
+# -------------------------------------------------------------------- one step's gradient
+
+
+@pytest.mark.parametrize("backend", ["slice", "mask"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_gradient_of_a_step_is_that_of_its_four_losses_by_hand(backend, reduction):
+    """Test 10: four losses of one set of weights, sliced and differentiated by autograd."""
+    supernet, objective = made(backend=backend, reduction=reduction)
+    found = after_a_step(supernet, objective, step=7)
+    drawn = [tuple(objective.draw(7, number).values()) for number in (0, 1)]
+    assert len({COUNTS, (2, 1, 3), *drawn}) == 4
+
+    weights = {
+        name: one.detach().clone().requires_grad_()
+        for name, one in supernet.model.named_parameters()
+    }
+    total = {name: torch.zeros_like(one) for name, one in weights.items()}
+    logits = by_hand(weights, IMAGES, *COUNTS)
+    teacher = logits.detach().softmax(1)
+    losses = [smoothed(logits, LABELS, 0.1)]
+    losses += [soft(by_hand(weights, IMAGES, *one), teacher) for one in [(2, 1, 3), *drawn]]
+    for loss in losses:
+        for name, one in zip(
+            weights, torch.autograd.grad(loss, list(weights.values())), strict=True
+        ):
+            total[name] += one if reduction == "sum" else one / 4
+    close(found, total)
+
+
+def test_the_loss_and_logits_of_a_step_are_the_widests():
+    supernet, objective = made()
+    objective.begin_step(0)
+    loss, logits = objective.backward(supernet.model, IMAGES, LABELS, share=1.0)
+    weights = dict(supernet.model.named_parameters())
+    expected = by_hand(weights, IMAGES, *COUNTS).detach()
+    torch.testing.assert_close(logits, expected)
+    assert loss.item() == pytest.approx(smoothed(expected, LABELS, 0.1).item(), rel=1e-5)
+    assert not loss.requires_grad
+    assert not logits.requires_grad
+
+
+def test_the_mean_is_a_quarter_of_the_sum():
+    by_reduction = [after_a_step(*made(reduction=one)) for one in ("sum", "mean")]
+    close({name: one / 4 for name, one in by_reduction[0].items()}, by_reduction[1], 1e-12)
+
+
+def test_the_mean_is_over_as_many_subnets_as_there_are():
+    one, other = (after_a_step(*made(reduction=one, random_subnets=0)) for one in ("sum", "mean"))
+    close({name: tensor / 2 for name, tensor in one.items()}, other, 1e-12)
+
+
+def test_a_share_of_the_images_has_that_share_of_the_gradient():
+    supernet, objective = made()
+    whole = after_a_step(supernet, objective)
+    part = after_a_step(supernet, objective, share=0.25)
+    close({name: one / 4 for name, one in whole.items()}, part, 1e-12)
+
+
+def test_gradients_are_added_to_those_that_are_there():
+    supernet, objective = made()
+    once = after_a_step(supernet, objective)
+    objective.backward(supernet.model, IMAGES, LABELS, share=1.0)
+    close(gradients(supernet), {name: 2 * one for name, one in once.items()}, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["slice", "mask"])
+def test_the_widest_learns_nothing_from_its_students(backend):
+    """Channels that only it has get the gradient of its own loss and not a bit more."""
+    supernet, objective = made(random_subnets=0, backend=backend)
+    found = after_a_step(supernet, objective)
+    supernet.model.zero_grad()
+    objective.loss(supernet.full(IMAGES), LABELS).backward()
+    alone = gradients(supernet)
+    assert torch.equal(found["stem.weight"][2:], alone["stem.weight"][2:])
+    assert torch.equal(found["deep.weight"][1:], alone["deep.weight"][1:])
+    assert torch.equal(found["head.weight"][:, 2:], alone["head.weight"][:, 2:])
+    assert torch.equal(found["classifier.weight"][:, 3:], alone["classifier.weight"][:, 3:])
+    assert torch.equal(found["bn3.bias"][2:], alone["bn3.bias"][2:])
+    assert alone["stem.weight"][2:].any()
+    assert not torch.equal(found["stem.weight"][:2], alone["stem.weight"][:2])
+
+
+def test_other_labels_change_the_widests_part_of_the_gradient_only():
+    """T16: the others see no labels."""
+    supernet, objective = made()
+    others = LABELS.flip(0).roll(1)
+    assert not torch.equal(others, LABELS)
+    steps = [after_a_step(supernet, objective, labels=one) for one in (LABELS, others)]
+    widest = []
+    for labels in (LABELS, others):
+        supernet.model.zero_grad()
+        objective.loss(supernet.full(IMAGES), labels).backward()
+        widest.append(gradients(supernet))
+    close(
+        {name: one - steps[1][name] for name, one in steps[0].items()},
+        {name: one - widest[1][name] for name, one in widest[0].items()},
+        1e-9,
+    )
+
+
+def test_the_gradient_of_distillation_is_that_of_the_divergence():
+    """Test 11; and it is zero where student and teacher agree."""
+    draws = torch.Generator().manual_seed(2)
+    logits = torch.randn(6, 5, generator=draws, requires_grad=True)
+    teacher = torch.randn(6, 5, generator=draws).softmax(1)
+    (found,) = torch.autograd.grad(distillation(logits, teacher), logits)
+    divergence = functional.kl_div(logits.log_softmax(1), teacher, reduction="batchmean")
+    (expected,) = torch.autograd.grad(divergence, logits)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, (logits.softmax(1) - teacher) / 6)
+    same = distillation(logits, logits.detach().softmax(1))
+    (nothing,) = torch.autograd.grad(same, logits)
+    assert nothing.abs().max() < 1e-7
+    entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    assert same.item() == pytest.approx(entropy.item(), rel=1e-5)
+
+
+def test_a_student_as_wide_as_its_teacher_learns_nothing():
+    """Grids of one entry: all four subnets are the widest, and only its own loss has a slope."""
+    single = {name: grid[-1:] for name, grid in GRIDS.items()}
+    supernet, objective = made(single)
+    found = after_a_step(supernet, objective)
+    supernet.model.zero_grad()
+    objective.loss(supernet.full(IMAGES), LABELS).backward()
+    close(found, gradients(supernet), 1e-6)
+
+
+# ------------------------------------------------------------------------- passes and steps
+
+
+def loop(supernet, objective, **options):
+    recipe = dataclasses.replace(RECIPE, **options)
+    return Loop(
+        supernet.model,
+        recipe=recipe,
+        steps_per_epoch=4,
+        epochs=3,
+        seed=0,
+        runtime=RUNTIME,
+        objective=objective,
+    )
+
+
+@pytest.fixture
+def updates():
+    """Updates by any optimiser of torch's while a test runs."""
+    seen = []
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append(1))
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize("subnets", [0, 2, 3])
+def test_a_batch_takes_four_passes_and_one_update(updates, subnets):
+    supernet, objective = made(dtype=torch.float32, random_subnets=subnets)
+    watch = Watch(supernet)
+    training = loop(supernet, objective)
+    for step in range(3):
+        training.step(IMAGES.float(), LABELS, step)
+    assert watch.forwards == 3 * (2 + subnets)
+    assert len(updates) == 3
+
+
+def test_the_subnets_of_a_step_are_the_widest_the_narrowest_and_its_draws():
+    supernet, objective = made(dtype=torch.float32)
+    watch = Watch(supernet)
+    training = loop(supernet, objective)
+    for step in range(3):
+        training.step(IMAGES.float(), LABELS, step)
+    drawn = [[tuple(objective.draw(step, n).values()) for n in (0, 1)] for step in range(3)]
+    assert watch.runs == [one for two in drawn for one in [COUNTS, (2, 1, 3), *two]]
+    assert len(set(itertools.chain(*drawn))) > 3
+
+
+def test_micro_batches_of_a_step_have_the_same_subnets(updates):
+    supernet, objective = made(dtype=torch.float32)
+    watch = Watch(supernet)
+    training = loop(supernet, objective, accumulation=2)
+    for step in range(2):
+        training.step(IMAGES.float(), LABELS, step)
+    first, second, third, fourth = (watch.runs[i : i + 4] for i in range(0, 16, 4))
+    assert first == second
+    assert third == fourth
+    assert first != third
+    assert len(updates) == 2
+    one_batch = made(dtype=torch.float32)[1]
+    one_batch.begin_step(0)
+    one_batch.backward(one_batch.supernet.model, IMAGES.float(), LABELS, share=1.0)
+    one_batch.begin_step(1)
+    one_batch.backward(one_batch.supernet.model, IMAGES.float(), LABELS, share=1.0)
+    assert objective.macs == one_batch.macs
+
+
+def test_the_gradient_of_micro_batches_is_that_of_each_by_its_share():
+    """BatchNorm sees one micro-batch at a time, so they are not one batch."""
+    supernet, objective = made()
+    parts = [
+        after_a_step(supernet, objective, IMAGES[a:b], LABELS[a:b], share=(b - a) / 16)
+        for a, b in ((0, 10), (10, 16))
+    ]
+    supernet.model.zero_grad()
+    objective.begin_step(0)
+    for a, b in ((0, 10), (10, 16)):
+        objective.backward(supernet.model, IMAGES[a:b], LABELS[a:b], share=(b - a) / 16)
+    close(
+        gradients(supernet), {name: one + parts[1][name] for name, one in parts[0].items()}, 1e-12
+    )
+
+
+# ------------------------------------------------------------------------------ the draws
+
+
+DRAWS = 6000
+
+
+def quantile(freedom):
+    """Of chi-square, beyond which one of 10,000 lies (Wilson and Hilferty, 1931)."""
+    part = 2 / (9 * freedom)
+    return freedom * (1 - part + 3.72 * math.sqrt(part)) ** 3
+
+
+def chi_square(observed, cells):
+    expected = sum(observed.values()) / cells
+    rest = (cells - len(observed)) * expected  # of cells that nothing fell into
+    return sum((one - expected) ** 2 / expected for one in observed.values()) + rest
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """The random subnets of many steps, one after the other."""
+    _, objective = made()
+    return [objective.draw(step, number) for step in range(DRAWS // 2) for number in (0, 1)]
+
+
+def test_every_entry_is_drawn_equally_often(drawn):
+    """Test 12: the narrowest and the widest too."""
+    for name, grid in GRIDS.items():
+        found = Counter(one[name] for one in drawn)
+        assert found.keys() == set(grid)
+        assert chi_square(found, len(grid)) < quantile(len(grid) - 1)
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(GRIDS, 2)))
+def test_variables_are_drawn_independently(drawn, pair):
+    found = Counter(tuple(one[name] for name in pair) for one in drawn)
+    cells = math.prod(len(GRIDS[name]) for name in pair)
+    assert chi_square(found, cells) < quantile(cells - 1)
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_subnets_are_drawn_independently_of_those_before(drawn, lag):
+    """1: of the same step, half of the time; 2: of the step before."""
+    name = "head"
+    found = Counter(
+        (one[name], other[name]) for one, other in zip(drawn, drawn[lag:], strict=False)
+    )
+    assert chi_square(found, 16) < quantile(15)
+
+
+def test_a_draw_follows_from_the_seed_and_the_step_alone():
+    _, objective = made()
+    steps = (9, 3, 1000)
+    first = {step: [objective.draw(step, n) for n in (0, 1)] for step in steps}
+    for seed in (1, 2):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        _, again = made(backend="mask")
+        before = random.getstate(), torch.get_rng_state()
+        for step in sorted(steps):
+            again.begin_step(step)
+            assert [again.draw(step, n) for n in (0, 1)] == first[step]
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
+    _, other = made(seed=1)
+    assert {step: [other.draw(step, n) for n in (0, 1)] for step in steps} != first
+
+
+# ------------------------------------------------------------------------------- the cost
+
+
+class Meter:
+    """Multiply-adds of all passes, by hooks on the layers: every weight, at every position."""
+
+    def __init__(self, model):
+        self.macs = 0
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(self._count)
+
+    def _count(self, module, _inputs, output):
+        positions = output.shape[0] * math.prod(output.shape[2:])
+        self.macs += positions * module.weight.numel()
+
+
+def test_the_macs_of_steps_are_three_times_those_of_their_layers():
+    """Forward, and twice as much backward; of every image of every pass."""
+    supernet, objective = made(dtype=torch.float32)
+    meter = Meter(supernet.model)
+    training = loop(supernet, objective, accumulation=2)
+    for step in range(3):
+        training.step(IMAGES.float()[: 16 - step], LABELS[: 16 - step], step)
+        assert objective.macs == 3 * meter.macs
+    assert isinstance(objective.macs, int)
+
+
+def test_masks_are_charged_as_slices_are():
+    """The overhead is that of the algorithm, not of how it is run."""
+    totals = []
+    for backend in ("slice", "mask"):
+        supernet, objective = made(backend=backend)
+        after_a_step(supernet, objective)
+        totals.append(objective.macs)
+    assert totals[0] == totals[1] > 0
+
+
+def test_the_expected_cost_of_a_step_is_that_of_all_subnets_there_are():
+    """All 48 of them, by the layers of the network itself: hand arithmetic."""
+
+    def macs(stem, expand, head):
+        at_stem = 64 * (27 * stem + stem * expand + 9 * expand + expand * stem)
+        return at_stem + 16 * stem * head + 4 * head
+
+    every = [macs(*counts) for counts in itertools.product(*GRIDS.values())]
+    assert len(every) == 48
+    graph = made()[0].graph
+    assert graph.macs() == macs(*COUNTS)
+    for subnets in (0, 2, 5):
+        expected = 3 * (macs(*COUNTS) + macs(2, 1, 3) + subnets * statistics.mean(every))
+        assert step_macs(graph, GRIDS, random_subnets=subnets) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_expected_cost_of_a_step_is_the_mean_of_many(traced):
+    """On ResNeXt-50, whose groups have several channels; within four standard errors."""
+    _, graph = traced("resnext50_32x4d")
+    options = grids(graph, lambda count: sorted({max(1, count * k // 10) for k in range(1, 11)}))
+    draws = random.Random(0)  # noqa: S311 (no secret)
+    narrowest = graph.macs({name: grid[0] for name, grid in options.items()})
+    costs = [
+        3
+        * (
+            graph.macs()
+            + narrowest
+            + sum(
+                graph.macs({name: draws.choice(grid) for name, grid in options.items()})
+                for _ in range(2)
+            )
+        )
+        for _ in range(1000)
+    ]
+    expected = step_macs(graph, options, random_subnets=2)
+    error = statistics.stdev(costs) / math.sqrt(len(costs))
+    assert abs(statistics.mean(costs) - expected) < 4 * error
+    assert error < 0.01 * expected
+
+
+@pytest.mark.parametrize(("least", "budget"), [(0, 100), (10**9, 10**9), (101, 10**9)])
+def test_a_budget_that_no_search_ends_at_is_refused(least, budget):
+    graph = made()[0].graph
+    narrowest = graph.macs({"stem": 2, "expand": 1, "head": 3})
+    with pytest.raises(
+        InputError,
+        match=rf"^budget_macs is {budget:,} for the network that is searched, but its narrowest "
+        rf"subnet takes {narrowest:,} and its widest {graph.macs():,}, and a search ends between "
+        r"them; change the budget or algorithm.enlarge$",
+    ):
+        check_budget(graph, GRIDS, least, budget)
+
+
+def test_a_budget_between_the_narrowest_and_the_widest_is_not_refused():
+    graph = made()[0].graph
+    narrowest = graph.macs({"stem": 2, "expand": 1, "head": 3})
+    check_budget(graph, GRIDS, narrowest + 1, graph.macs() - 1)
+    with pytest.raises(InputError):
+        check_budget(graph, GRIDS, narrowest, graph.macs() - 1)
+    with pytest.raises(InputError):
+        check_budget(graph, GRIDS, narrowest + 1, graph.macs())
+
+
+# --------------------------------------------------------------------------- the training
+
+
+def trained(objective, folder=None, *, epochs=3, data=None):
+    return train(
+        objective.supernet.model,
+        data or Synthetic(),
+        recipe=RECIPE,
+        epochs=epochs,
+        seed=0,
+        runtime=RUNTIME,
+        objective=objective,
+        folder=folder,
+    )
+
+
+def four_losses(supernet, objective):
+    """Of all images: the widest's with the labels, the others' with the widest."""
+    data = Synthetic()
+    with torch.no_grad():
+        logits = supernet.full(data.pixels)
+        losses = [smoothed(logits, data.labels, 0.0).item()]
+        students = [
+            {name: grid[0] for name, grid in GRIDS.items()},
+            *(objective.draw(0, number) for number in (0, 1)),
+        ]
+        losses += [
+            soft(supernet.subnet(channels)(data.pixels), logits.softmax(1)).item()
+            for channels in students
+        ]
+    return losses
+
+
+def test_all_four_losses_fall_on_64_images():
+    """Test 13; chance is log 4 = 1.39. The narrowest has a single channel in its block."""
+    supernet, objective = made(dtype=torch.float32)
+    before = four_losses(supernet, objective)
+    trained(objective, epochs=12)
+    after = four_losses(supernet, objective)
+    assert min(before) > 1.2
+    assert after[0] < 0.3
+    assert all(now < 0.8 * then for now, then in zip(after, before, strict=True))
+    with torch.no_grad():
+        narrowest = supernet.subnet({"stem": 2, "expand": 1, "head": 3})(Synthetic().pixels)
+    assert (narrowest.argmax(1) == Synthetic().labels).double().mean() > 0.5
+
+
+def weights(supernet):
+    return {name: one.clone() for name, one in supernet.model.state_dict().items()}
+
+
+def test_both_ways_train_the_same_network():
+    ends = []
+    for backend in ("slice", "mask"):
+        supernet, objective = made(backend=backend)
+        training = loop(supernet, objective)
+        for step in range(4):
+            training.step(IMAGES, LABELS, step)
+        ends.append(weights(supernet))
+    close(*ends, 1e-5)
+
+
+@pytest.mark.parametrize("step", [2, 4, 7])
+@pytest.mark.parametrize("backend", ["slice", "mask"])
+def test_a_training_that_was_interrupted_ends_with_the_same_bits(tmp_path, step, backend):
+    """Step 4 begins an epoch."""
+    supernet, objective = made(dtype=torch.float32, backend=backend)
+    whole = trained(objective)
+    cut, first = made(dtype=torch.float32, backend=backend)
+    with pytest.raises(Interrupted):
+        trained(first, tmp_path, data=Synthetic(interrupt=step))
+    assert 0 < first.macs < objective.macs
+    assert not torch.equal(cut.model.stem.weight, supernet.model.stem.weight)
+    resumed, second = made(dtype=torch.float32, backend=backend)
+    again = trained(second, tmp_path)
+    assert second.macs == objective.macs
+    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(whole, seconds=0)
+    ours, theirs = weights(resumed), weights(supernet)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(one, theirs[name]) for name, one in ours.items())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"options": GRIDS | {"head": (3, 12)}},
+        {"random_subnets": 1, "reduction": "sum"},
+        {"reduction": "mean"},
+    ],
+    ids=["grid", "subnets", "reduction"],
+)
+def test_a_checkpoint_of_another_search_is_refused_in_one_line(tmp_path, other):
+    trained(made(dtype=torch.float32)[1], tmp_path, epochs=1)
+    with pytest.raises(
+        InputError, match=r"checkpoints are of another training \(.*\); use"
+    ) as info:
+        trained(made(dtype=torch.float32, **other)[1], tmp_path, epochs=1)
+    assert "\n" not in str(info.value)
+
+
+# ------------------------------------------------------------------------------ the trial
+
+
+@pytest.fixture
+def passes():
+    """Forward passes of any network of these tests."""
+    seen = []
+
+    def count(module, *_):
+        if isinstance(module, Small):
+            seen.append(module)
+
+    handle = nn.modules.module.register_module_forward_hook(count)
+    yield seen
+    handle.remove()
+
+
+def prepare(folder, **runtime):
+    conditions = Conditions(
+        recipe=RECIPE, runtime=dataclasses.replace(RUNTIME, **runtime), seed=0, folder=folder
+    )
+    return prepared(BLUEPRINT, conditions, enlarge=1.5, batch_size=16)
+
+
+def test_the_trial_chooses_a_way_and_keeps_it(tmp_path, passes):
+    supernet, runtime = prepare(tmp_path, backend="auto", memory_format="auto")
+    assert runtime.backend in ("slice", "mask")
+    assert runtime.memory_format in ("contiguous", "channels_last")
+    assert supernet.backend == runtime.backend
+    kept = json.loads((tmp_path / "trial.json").read_text("utf-8"))
+    assert kept == {"backend": runtime.backend, "memory_format": runtime.memory_format}
+    assert len(passes) == 2 + 4 * 5 * 3  # four ways, five rounds of three passes
+    assert all(one.grad is None for one in supernet.model.parameters())
+    fresh = Supernet(BLUEPRINT, enlarge=1.5, seed=0).model.state_dict()
+    assert fresh.keys() == supernet.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("backend", ["slice", "mask"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_choice_that_was_kept_is_used_again_and_nothing_is_timed(
+    tmp_path, passes, backend, layout
+):
+    kept = {"backend": backend, "memory_format": layout}
+    (tmp_path / "trial.json").write_text(json.dumps(kept))
+    supernet, runtime = prepare(tmp_path, backend="auto", memory_format="auto")
+    assert (runtime.backend, runtime.memory_format) == (backend, layout)
+    assert supernet.backend == backend
+    last = supernet.model.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last == (layout == "channels_last")
+    assert len(passes) == 2  # those that see whether the network can be masked
+    assert json.loads((tmp_path / "trial.json").read_text("utf-8")) == kept
+
+
+@pytest.mark.parametrize("backend", ["slice", "mask"])
+def test_what_the_runtime_fixes_is_not_timed(tmp_path, passes, backend):
+    supernet, runtime = prepare(tmp_path, backend=backend, memory_format="channels_last")
+    assert (runtime.backend, runtime.memory_format) == (backend, "channels_last")
+    assert supernet.backend == backend
+    assert len(passes) == 2
+
+
+def test_what_the_runtime_fixes_goes_before_what_was_kept(tmp_path):
+    kept = {"backend": "mask", "memory_format": "channels_last"}
+    (tmp_path / "trial.json").write_text(json.dumps(kept))
+    _, runtime = prepare(tmp_path, backend="slice", memory_format="contiguous")
+    assert (runtime.backend, runtime.memory_format) == ("slice", "contiguous")
+    _, runtime = prepare(tmp_path, backend="slice", memory_format="auto")
+    assert runtime.backend == "slice"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"backend": 3}', '{"speed": "slice"}', "null"]
+)
+def test_a_choice_that_cannot_be_read_is_made_again(tmp_path, text):
+    (tmp_path / "trial.json").write_text(text)
+    _, runtime = prepare(tmp_path, backend="auto", memory_format="auto")
+    assert runtime.backend in ("slice", "mask")
+    assert runtime.memory_format in ("contiguous", "channels_last")
+    kept = json.loads((tmp_path / "trial.json").read_text("utf-8"))
+    assert kept == {"backend": runtime.backend, "memory_format": runtime.memory_format}
+
+
+def test_weights_of_a_search_depend_on_its_seed_and_not_on_the_trial(tmp_path):
+    first = weights(prepare(tmp_path / "1")[0])
+    timed = weights(prepare(tmp_path / "2", backend="auto")[0])
+    assert all(torch.equal(one, timed[name]) for name, one in first.items())
