@@ -446,5 +446,5 @@ def test_variables_too_narrow_for_groups_are_told(tmp_path, caplog):
         search(tmp_path, where=where, grid="reference")
     assert (
         "1 of 4 width variables have too few channels for groups of algorithm.group, so they stay "
-        "at 1.5 times their width (inner); algorithm.grid=even searches them too"
+        "at 1.5 times their width (inner); algorithm.grid=auto searches them too"
     ) in caplog.text

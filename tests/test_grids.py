@@ -235,11 +235,17 @@ def test_even_boundaries_ascend_to_the_count_and_lie_within_half_of_their_place(
         assert all(abs(one - place) <= 0.5 for one, place in zip(grid, places, strict=True))
 
 
+@given(count=st.integers(1, 6000))
+def test_the_automatic_grid_is_the_references_but_even_where_that_has_no_groups(count):
+    kind = "even" if count < 15 else "reference"
+    assert grouped(count, **PAPER, kind="auto") == grouped(count, **PAPER, kind=kind)
+
+
 @given(
     count=COUNTS,
     enlarge=st.floats(1, 3),
     least=st.floats(0.01, 0.9),
-    kind=st.sampled_from(["reference", "even"]),
+    kind=st.sampled_from(["auto", "reference", "even"]),
     data=st.data(),
 )
 def test_groups_of_any_size_keep_at_least_one_channel_and_reach_the_count(

@@ -684,62 +684,90 @@ def prepare(folder, **runtime):
     return prepared(BLUEPRINT, conditions, enlarge=1.5, batch_size=16)
 
 
+WAYS = [
+    {"memory_format": "contiguous", "mixed": mixed, "backend": backend}
+    for mixed in (False, True)
+    for backend in ("slice", "mask")
+]
+"""What a runtime of a CPU leaves open."""
+
+
+def kept_in(folder):
+    return json.loads((folder / "trial.json").read_text("utf-8"))
+
+
+def way_of(supernet, runtime):
+    """How a prepared search runs, which its runtime says as well."""
+    assert supernet.backend == runtime.backend
+    return {
+        "memory_format": runtime.memory_format,
+        "mixed": supernet.mixed,
+        "backend": supernet.backend,
+    }
+
+
 def test_the_trial_chooses_a_way_and_keeps_it(tmp_path, passes):
     supernet, runtime = prepare(tmp_path, backend="auto", memory_format="auto")
-    assert runtime.backend in ("slice", "mask")
-    assert runtime.memory_format in ("contiguous", "channels_last")
-    assert supernet.backend == runtime.backend
-    kept = json.loads((tmp_path / "trial.json").read_text("utf-8"))
-    assert kept == {"backend": runtime.backend, "memory_format": runtime.memory_format}
+    assert kept_in(tmp_path) == way_of(supernet, runtime)
+    assert kept_in(tmp_path) in WAYS
     assert len(passes) == 2 + 4 * 5 * 3  # four ways, five rounds of three passes
     assert all(one.grad is None for one in supernet.model.parameters())
     fresh = Supernet(BLUEPRINT, enlarge=1.5, seed=0).model.state_dict()
     assert fresh.keys() == supernet.model.state_dict().keys()
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_choice_that_was_kept_is_used_again_and_nothing_is_timed(tmp_path, passes, way):
+    (tmp_path / "trial.json").write_text(json.dumps(way))
+    assert way_of(*prepare(tmp_path, backend="auto", memory_format="auto")) == way
+    assert kept_in(tmp_path) == way
+    assert len(passes) == 2  # those that see whether the network can be masked
+
+
 @pytest.mark.parametrize("backend", ["slice", "mask"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_choice_that_was_kept_is_used_again_and_nothing_is_timed(
-    tmp_path, passes, backend, layout
-):
-    kept = {"backend": backend, "memory_format": layout}
-    (tmp_path / "trial.json").write_text(json.dumps(kept))
-    supernet, runtime = prepare(tmp_path, backend="auto", memory_format="auto")
-    assert (runtime.backend, runtime.memory_format) == (backend, layout)
-    assert supernet.backend == backend
+def test_what_the_runtime_fixes_is_not_timed(tmp_path, passes, backend, layout):
+    supernet, runtime = prepare(tmp_path, backend=backend, memory_format=layout)
+    fixed = {"memory_format": layout, "mixed": False, "backend": backend}
+    assert way_of(supernet, runtime) == fixed
     last = supernet.model.stem.weight.is_contiguous(memory_format=torch.channels_last)
     assert last == (layout == "channels_last")
-    assert len(passes) == 2  # those that see whether the network can be masked
-    assert json.loads((tmp_path / "trial.json").read_text("utf-8")) == kept
-
-
-@pytest.mark.parametrize("backend", ["slice", "mask"])
-def test_what_the_runtime_fixes_is_not_timed(tmp_path, passes, backend):
-    supernet, runtime = prepare(tmp_path, backend=backend, memory_format="channels_last")
-    assert (runtime.backend, runtime.memory_format) == (backend, "channels_last")
-    assert supernet.backend == backend
     assert len(passes) == 2
 
 
 def test_what_the_runtime_fixes_goes_before_what_was_kept(tmp_path):
-    kept = {"backend": "mask", "memory_format": "channels_last"}
-    (tmp_path / "trial.json").write_text(json.dumps(kept))
-    _, runtime = prepare(tmp_path, backend="slice", memory_format="contiguous")
-    assert (runtime.backend, runtime.memory_format) == ("slice", "contiguous")
-    _, runtime = prepare(tmp_path, backend="slice", memory_format="auto")
-    assert runtime.backend == "slice"
+    kept = {"memory_format": "contiguous", "mixed": True, "backend": "mask"}
+    for fixed in (
+        {"backend": "slice", "memory_format": "channels_last"},
+        {"backend": "slice", "memory_format": "auto"},
+        {"backend": "auto", "memory_format": "channels_last"},
+    ):
+        (tmp_path / "trial.json").write_text(json.dumps(kept))
+        _, runtime = prepare(tmp_path, **fixed)
+        assert fixed["backend"] in ("auto", runtime.backend)
+        assert fixed["memory_format"] in ("auto", runtime.memory_format)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"backend": 3}', '{"speed": "slice"}', "null"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "null",
+        '{"backend": "mask"}',
+        '{"memory_format": "contiguous", "mixed": false, "backend": 3}',
+        '{"memory_format": "auto", "mixed": false, "backend": "slice"}',
+        '{"memory_format": "contiguous", "mixed": false, "backend": "slice", "device": "cuda"}',
+    ],
 )
-def test_a_choice_that_cannot_be_read_is_made_again(tmp_path, text):
+def test_a_choice_that_cannot_be_read_is_made_again(tmp_path, passes, text):
     (tmp_path / "trial.json").write_text(text)
-    _, runtime = prepare(tmp_path, backend="auto", memory_format="auto")
-    assert runtime.backend in ("slice", "mask")
-    assert runtime.memory_format in ("contiguous", "channels_last")
-    kept = json.loads((tmp_path / "trial.json").read_text("utf-8"))
-    assert kept == {"backend": runtime.backend, "memory_format": runtime.memory_format}
+    way = way_of(*prepare(tmp_path, backend="auto", memory_format="auto"))
+    assert way in WAYS
+    assert kept_in(tmp_path) == way
+    assert len(passes) == 2 + 4 * 5 * 3
 
 
 def test_weights_of_a_search_depend_on_its_seed_and_not_on_the_trial(tmp_path):

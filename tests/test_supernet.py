@@ -442,6 +442,30 @@ def test_the_memory_format_changes_no_more_than_rounding():
             assert_close(others[key], gradient, 1e-9, of=1)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "shufflenet_v2_x0_5"])
+def test_convolutions_that_mix_memory_formats_compute_the_same(name):
+    _, supernet = another(name)
+    channels = drawn(supernet.graph, 6)
+    seen = []
+    for module in supernet.model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda _module, inputs, _output: seen.append(
+                    inputs[0].is_contiguous(memory_format=torch.channels_last)
+                )
+            )
+    for backend in ("slice", "mask"):
+        supernet.mixed = False
+        logits, expected = learnt(supernet, channels, images(), backend)
+        seen.clear()
+        supernet.mixed = True
+        found, others = learnt(supernet, channels, images(), backend)
+        assert any(seen)
+        assert_close(found, logits, 1e-9)
+        for key, gradient in expected.items():
+            assert_close(others[key], gradient, 1e-9, of=1)
+
+
 # ----------------------------------------------------------------------------- the mixture
 
 

@@ -356,12 +356,19 @@ def _found(point: Point, method: str, seed: int) -> Found:
         budget_macs=match.budget_macs,
         parameters=target.parameters(match.channels),
         overhead_macs=result.overhead_macs,
-        direct_overhead_macs=point.overhead_macs("direct", seed) if method != "uniform" else 0,
+        direct_overhead_macs=_direct_overhead_macs(point, method, seed, result),
         nominal_saving=nominal_saving(point.target, point.setting(method)),
         search_seconds=result.seconds,
         flags=flags,
         searched=result.multipliers,
     )
+
+
+def _direct_overhead_macs(point: Point, method: str, seed: int, result: SearchResult) -> int:
+    """What a search on the target itself takes: counted where this is one, else foretold."""
+    if method == "transfer":
+        return point.overhead_macs("direct", seed)
+    return result.overhead_macs
 
 
 def _searched(point: Point, method: str, seed: int) -> SearchResult:

@@ -31,7 +31,8 @@ class Found:
         budget_macs: MACs it was allowed.
         parameters: Parameters of the optimised target.
         overhead_macs: MACs spent on finding the widths, as counted.
-        direct_overhead_macs: What a search on the target itself takes, in closed form.
+        direct_overhead_macs: What a search on the target itself takes: as counted where this is
+            one, in closed form otherwise.
         nominal_saving: How many times cheaper the proxy is, by the idealised law.
         search_seconds: Time that the search took.
         flags: What went wrong in the search.

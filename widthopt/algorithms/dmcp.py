@@ -62,7 +62,8 @@ class DMCP:
         enlarge: The supernet's channels, as a multiple of the network's.
         group: Channels of one group, as a part of the network's.
         least: Channels that are always kept, as a part of the network's.
-        grid: ``reference``: what rounding leaves over is always kept; ``even``: it is spread.
+        grid: ``reference``: what rounding leaves over is always kept; ``even``: it is spread;
+            ``auto``: the reference, but even for variables too narrow for it.
         random_subnets: Random subnets in a step, beside the widest and the narrowest.
         reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
         markov_subnets: ``scheduled``: more and more random subnets are draws of the chains;
@@ -79,7 +80,7 @@ class DMCP:
     enlarge: float
     group: float
     least: float
-    grid: Literal["reference", "even"]
+    grid: Literal["auto", "reference", "even"]
     random_subnets: int
     reduction: Reduction
     markov_subnets: Literal["scheduled", "always"]
@@ -233,7 +234,7 @@ class DMCP:
         if fixed:
             logger.warning(
                 "%d of %d width variables have too few channels for groups of algorithm.group, so "
-                "they stay at %g times their width (%s); algorithm.grid=even searches them too",
+                "they stay at %g times their width (%s); algorithm.grid=auto searches them too",
                 len(fixed), len(graph.searchable), self.enlarge, listed(fixed),
             )  # fmt: skip
 

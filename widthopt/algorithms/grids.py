@@ -63,7 +63,12 @@ def binned(
 
 
 def grouped(
-    count: int, *, step: float, least: float, enlarge: float, kind: Literal["reference", "even"]
+    count: int,
+    *,
+    step: float,
+    least: float,
+    enlarge: float,
+    kind: Literal["auto", "reference", "even"],
 ) -> list[int]:
     """DMCP's grid of one variable: what always stays, and one entry more for each group.
 
@@ -76,16 +81,16 @@ def grouped(
         step: Size of a group, as a part of the un-enlarged channels.
         least: What always stays, as a part of the un-enlarged channels.
         enlarge: The supernet's channels, as a multiple of the un-enlarged ones.
-        kind: ``reference`` or ``even``.
+        kind: ``auto``, ``reference`` or ``even``.
 
     Source: Guo et al., 2020, "DMCP"; its specification, 1.1 and D6.
     """
     slack = 1e-4  # (1.5 - 0.1) / 0.1 is below 14 in floating point
     groups = math.floor((enlarge - least) / step + slack)
-    if kind == "even":
+    size = math.floor(count * step / enlarge + slack)
+    if kind == "even" or (kind == "auto" and size == 0):
         kept = max(1, round(count * least / enlarge))
         return sorted({round(kept + (count - kept) * j / groups) for j in range(groups + 1)})
-    size = math.floor(count * step / enlarge + slack)
     if size == 0:
         return [count]
     return list(range(count - size * groups, count + 1, size))
