@@ -23,6 +23,7 @@ TINY = (
     "network=custom",
     "network.factory=my_network.MyNetwork",
     "recipe=smoke",
+    "algorithm=morphnet",
     "algorithm.strength=5",
     "target.resolution=12",
     "projection.width=0.5",
@@ -340,7 +341,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, wh
 
 @pytest.mark.slow
 def test_a_sweep_runs_each_of_its_values(folder):
-    words = [one for one in TINY if not one.startswith("algorithm.")]
+    words = [one for one in TINY if not one.startswith("algorithm")]
     done = widthopt(
         "-m", *words, "algorithm=uniform", "methods=[uniform]", "recipe.epochs=1",
         "seeds=[0],[1]", "root=kept", folder=folder,
@@ -380,3 +381,42 @@ def test_a_users_own_network_and_images_need_nothing_of_the_project_edited(folde
         assert record.found.channels.keys() == {"stem.0", "residual.0.0", "wide.0", "narrow.0"}
         assert record.top1 > 100 / 3
     assert sorted(kept.glob("*")) == before
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_a_users_own_folder_called_conf_is_not_taken_for_ours(folder, package):
+    (folder / "conf").mkdir()
+    (folder / "conf" / "config.yaml").write_text("mine: true\n")
+    if package:
+        (folder / "conf" / "__init__.py").write_text("")
+    words = ["network=custom", "network.factory=my_network.MyNetwork", "--cfg", "job"]
+    done = widthopt(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "mine" not in done.stdout
+    assert "my_network.MyNetwork" in done.stdout
+
+
+def test_runs_are_shown_side_by_side(ran, folder):
+    done = widthopt("report", str(run_folder(ran[0])), folder=folder)
+    assert done.returncode == 0, done.stderr
+    for word in ("uniform", "transfer", "seeds", "direct", "budget", "accuracy.png"):
+        assert word in done.stdout
+    assert list(folder.glob("runs/report/*/accuracy.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["report"], "--root is runs, but no run there has a record; run one first"),
+        (
+            ["report", "nowhere"],
+            (
+                "RUN is nowhere, but there is no record in it (No such file or directory); give a "
+                "run's folder, such as runs/resnet18-digits-..."
+            ),
+        ),
+    ],
+)
+def test_a_report_of_nothing_is_one_line(folder, words, line):
+    done = widthopt(*words, folder=folder)
+    assert (done.returncode, done.stderr) == (2, f"widthopt: {line}\n")

@@ -205,7 +205,10 @@ def test_what_merely_runs_is_no_part_of_the_fields():
         ),
         (
             "algorithm=morfnet",
-            "algorithm is morfnet, but there is no such choice; use one of morphnet, uniform",
+            (
+                "algorithm is morfnet, but there is no such choice; use one of autoslim, dmcp, "
+                "morphnet, morphnet_short, uniform"
+            ),
         ),
         (
             "projection=0.5",
@@ -324,8 +327,8 @@ def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
             ),
         ),
         (
-            "algorithm.tie=min",
-            "algorithm.tie is min, but it must be one of max, l2; correct it",
+            "algorithm.grid=odd",
+            "algorithm.grid is odd, but it must be one of auto, reference, even; correct it",
         ),
         (
             "target=3",
@@ -471,11 +474,10 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
             ),
         ),
         (
-            "algorithm.floor=0",
+            "algorithm.enlarge=0.5",
             (
-                "algorithm.floor is 0, but every layer keeps at least one channel; use a whole "
-                "number "
-                "from 1 up"
+                "algorithm.enlarge is 0.5, but a supernet is no narrower than its network; "
+                "conf/algorithm/dmcp.yaml has the original's value"
             ),
         ),
     ],

@@ -56,6 +56,7 @@ BASE = (
     "network.name=tiny",
     "recipe=smoke",
     "recipe.search_epochs=3",
+    "algorithm=morphnet",
     "algorithm.strength=5",
     "target.resolution=12",
     "projection.width=0.5",
@@ -71,7 +72,7 @@ def point(*overrides):
 
 def unsearched(*overrides):
     """The same with an algorithm that finds nothing, quickly."""
-    base = [one for one in BASE if not one.startswith("algorithm.")]
+    base = [one for one in BASE if not one.startswith("algorithm")]
     return Point(compose([*base, "algorithm=uniform", *overrides]))
 
 

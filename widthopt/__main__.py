@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -27,7 +29,7 @@ WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 
 def main() -> None:
     """Run the command that the process was started with."""
-    sys.path.append(os.getcwd())  # noqa: PTH109 (a user's own network lies in the current folder)
+    _find_ours_first()
     # Threads that wait may spin for some microseconds only: where there is other work on the
     # machine, longer spinning slows training three to ten times, and none at all makes small
     # networks half as fast on an idle one. Read when torch is first imported.
@@ -61,6 +63,16 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         _end("stopped; the same command goes on from the last checkpoint", STOPPED)
+
+
+def _find_ours_first() -> None:
+    """Let a user's own network be found in the current folder, but not a ``conf`` of theirs."""
+    here = os.getcwd()  # noqa: PTH109 (as it stands in the path)
+    sys.path[:] = [folder for folder in sys.path if folder not in ("", here)]
+    for name in ("conf", "launchers"):
+        with suppress(ModuleNotFoundError):  # run from a checkout that is not installed
+            import_module(name)
+    sys.path.append(here)
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -132,7 +144,7 @@ def _report(words: Sequence[str]) -> None:
     folders = arguments.runs or runs(arguments.root)
     if not folders:
         raise InputError(
-            f"--root is {arguments.root}, but no run in it has a record; run one first"
+            f"--root is {arguments.root}, but no run there has a record; run one first"
         )
     compare(folders, into=arguments.root / "report")
 
