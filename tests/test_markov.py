@@ -393,3 +393,39 @@ def test_the_published_lists_of_channels_cost_what_is_published():
         else:
             by_name[name] = next(stages)
     assert graph.macs(by_name) / 1e6 == pytest.approx(300.17, rel=1e-4)
+
+
+def test_with_a_task_the_chains_settle_on_the_constrained_optimum():
+    """B2: the loss is -log E[c_1] - 0.6 log E[c_2], the cost nearly c_1 (27 + 9 c_2).
+
+    On the budget c_1 = K / (27 + 9 c_2), so the loss is least where 0.6 / c_2 = 9 / (27 + 9 c_2),
+    which is c_2 = 4.5.
+    """
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+    graph = trace(model, 16)
+    options = grids(graph, counts(1, 16))
+    assert list(options) == ["0", "2"]
+    budget = round(0.25 * graph.macs())
+    chains = Chains(graph, options, device=CPU)
+    chains.start_at(1.25 * budget)
+    optimiser = AlphaSGD(chains, mu=0.9)
+    steps = 6000
+    for step in range(steps):
+        expected = chains.expected_channels()
+        by_count = torch.tensor([[-1 / expected["0"]], [-0.6 / expected["2"]]])
+        task = chains.by_alpha(0.1 * by_count * chains.real)
+        slope = regulariser_slope(chains.expected_macs(), budget)
+        push = chains.by_alpha(0.1 * slope / budget * chains.macs_gradient())
+        optimiser.step(task + push, rate=schedule(step, steps, start=0.2, end=0.002))
+    assert 0.95 <= chains.expected_macs() / budget <= 1.02
+    found = chains.expected_channels()
+    assert found["2"] == pytest.approx(4.5, rel=0.03)
+    assert found["0"] == pytest.approx(0.25 * 16 * (27 + 9 * 16) / (27 + 9 * 4.5), rel=0.03)

@@ -56,6 +56,8 @@ Chunk = tuple[Tensor, Tensor]
 FORMAT = 1
 """Version of the search log."""
 
+_SHOW_SECONDS = 5.0
+
 
 class Solution(NamedTuple):
     """The first network of the path that meets a budget."""
@@ -165,7 +167,7 @@ def slim(
         channels[entry.move.variable] = entry.move.channels
         solutions += _met(budgets[len(solutions) :], entry.move.macs, channels)
     if len(solutions) < len(budgets):
-        begin = time.perf_counter()
+        begin = shown = time.perf_counter()
         with _evaluating(supernet.model):
             naive = _Naive(supernet, chunks, runtime)
             counter: _Counter = naive
@@ -189,6 +191,12 @@ def slim(
                 entries.append(_Entry(move, counter.macs - before, now - begin))
                 begin = now
                 journal.write(entries)
+                if now - shown > _SHOW_SECONDS:
+                    shown = now
+                    logger.info(
+                        "slimming: %d moves, %.3g of %.3g MACs left to lose",
+                        len(entries), max(0, move.macs - budgets[-1]), graph.macs() - budgets[-1],
+                    )  # fmt: skip
                 solutions += _met(budgets[len(solutions) :], move.macs, channels)
     return Slimmed(
         tuple(solutions),

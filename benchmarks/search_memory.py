@@ -1,0 +1,81 @@
+"""Peak memory of a search's step beside plainly training the enlarged network; 1 is the same.
+
+Each is measured in a process of its own: what its resident memory peaks at while it takes three
+steps, less what the process held before it had a network. At most 1.3 is wanted.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from harness import Figure, main
+from search_step import RUNTIME, looping, searching
+
+from widthopt.config import compose
+from widthopt.networks import TorchvisionNetwork
+from widthopt.setting import Setting
+from widthopt.supernet import enlarged
+from widthopt.surgery import Blueprint
+
+
+STEPS = 1000
+CLASSES = 100
+
+
+def peak_bytes(what: str, network: str, resolution: int, batch: int) -> int:
+    """Bytes that three steps add to the peak of this process."""
+    request = compose([f"algorithm={'dmcp' if what == 'plain' else what}", "recipe=paper"])
+    blueprint = Blueprint(Setting(TorchvisionNetwork(network), CLASSES, 1.0, 1, resolution, 1.0))
+    images = torch.randn(batch, 3, resolution, resolution)
+    labels = torch.randint(CLASSES, (batch,))
+    before = _peak()
+    if what == "plain":
+        channels = enlarged(blueprint.graph, 1.5)  # as their configuration has it
+        loop = looping(blueprint.build(channels, seed=0), request.recipe, RUNTIME, None)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            loop, _, _ = searching(request.algorithm, blueprint, request.recipe, Path(folder))
+    for turn in range(3):
+        loop.step(images, labels, STEPS // 2 + turn)
+    return _peak() - before
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
+    """The ratio for each algorithm and network."""
+    batch = 16 if quick else 64
+    for network in ("resnet18", "mobilenet_v2"):
+        peaks = {}
+        for what in ("plain", "autoslim", "dmcp"):
+            done = subprocess.run(  # noqa: S603 (this very file)
+                [sys.executable, __file__, "--one", json.dumps([what, network, 64, batch])],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            peaks[what] = int(done.stdout.split()[-1])
+        for what in ("autoslim", "dmcp"):
+            yield Figure(
+                f"{what}/{network}/64",
+                peaks[what] / peaks["plain"],
+                f"{peaks[what] / 1e6:.0f} MB, plain {peaks['plain'] / 1e6:.0f} MB; {batch} images",
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--one")
+    options, _ = parser.parse_known_args()
+    if options.one:
+        print(peak_bytes(*json.loads(options.one)))
+    else:
+        main(measure)
