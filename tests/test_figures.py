@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from widthopt import report
-from widthopt.figures import channels, savings
+from widthopt.figures import channels, savings, similarity
 from widthopt.figures.style import COLOURS, MARKERS, RC
 from widthopt.figures.summary import short, table
 from widthopt.records import METHODS, Found, Record
@@ -148,6 +148,19 @@ def test_one_seed_has_no_bars():
     assert len(caps) == len(bars) == 0
 
 
+def test_several_algorithms_stand_side_by_side_and_share_one_baseline():
+    other = [replace(one, algorithm="dmcp") for one in RECORDS]
+    drawn_lines = lines(drawn(savings, [*RECORDS, *other]))
+    assert sorted(drawn_lines) == sorted(
+        ["uniform", *(f"{a}, {m}" for a in ("morphnet", "dmcp") for m in ("direct", "transfer"))]
+    )
+    places = [drawn_lines[f"{name}, direct"][0] for name in ("morphnet", "dmcp")]
+    first, second = (float(place.get_xdata()[0]) for place in places)
+    assert 0 < second - first < 2
+    assert (first + second) / 2 == pytest.approx(0)
+    assert to_hex(places[0].get_color()) != to_hex(places[1].get_color())
+
+
 # Both.
 
 
@@ -178,6 +191,55 @@ def test_the_files_are_pictures_that_are_not_empty(tmp_path):
         for method in METHODS:
             colour = np.array([int(COLOURS[method][i : i + 2], 16) for i in (1, 3, 5)])
             assert (np.abs(pixels.astype(int) - colour).max(axis=2) < 8).sum() > 50
+
+
+# Side by side.
+
+
+def rows(rich_table):
+    columns = [list(column.cells) for column in rich_table.columns]
+    return [
+        dict(zip((c.header for c in rich_table.columns), row, strict=True))
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def test_several_algorithms_are_rows_of_one_table_with_one_baseline():
+    other = [replace(one, algorithm="dmcp") for one in RECORDS]
+    found = rows(table([*RECORDS, *other]))
+    assert [(row["algorithm"], row["method"]) for row in found] == [
+        ("-", "uniform"), ("morphnet", "direct"), ("morphnet", "transfer"), ("dmcp", "direct"),
+        ("dmcp", "transfer"),
+    ]  # fmt: skip
+    assert found[1]["top-1 %"] == "94.0±1.4"
+
+
+def test_widths_are_compared_between_seeds_with_direct_ones_and_with_uniform_ones():
+    widths = {
+        ("uniform", 0): (1, 1, 1, 1), ("uniform", 1): (1, 1, 1, 1),
+        ("direct", 0): (1, 1, 1, 1), ("direct", 1): (0, 0, 1, 1),
+        ("transfer", 0): (2, 2, 0, 0), ("transfer", 1): (0, 0, 3, 3),
+    }  # fmt: skip
+    records = []
+    for one in RECORDS:
+        values = widths[one.found.method, one.found.seed]
+        found = replace(
+            one.found,
+            multipliers=dict(zip(NAMES, map(float, values), strict=True)),
+            flags={"budget_reached": one.found.method == "direct" or one.found.seed == 1},
+        )
+        records.append(replace(one, found=found))
+    direct, transfer = rows(similarity.table(records))
+    half = 0.5**0.5
+    assert direct == {
+        "algorithm": "morphnet", "method": "direct", "seeds": f"{half:.3f}", "direct": "-",
+        "uniform": f"{(1 + half) / 2:.3f} ({half:.3f})", "budget": "2 of 2",
+    }  # fmt: skip
+    assert transfer == {
+        "algorithm": "morphnet", "method": "transfer", "seeds": "0.000",
+        "direct": f"{(1 + half) / 2:.3f} ({half:.3f})", "uniform": f"{half:.3f} ({half:.3f})",
+        "budget": "1 of 2",
+    }  # fmt: skip
 
 
 # The table.

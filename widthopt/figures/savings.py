@@ -12,10 +12,15 @@ LEAST_SPAN = 2.0
 """Points of accuracy that the vertical axis shows at least, so that noise looks small."""
 
 
+APART = 1.2
+"""Per cent that points of several algorithms are moved apart, for most direct ones save 0."""
+
+
 def draw(axes: Axes, records: Sequence[Record]) -> None:
     """Draw one point for each searched setting, and the un-optimised baseline as a line.
 
-    Methods differ by marker, and by colour too where there is one algorithm.
+    Methods differ by marker, and by colour too where there is one algorithm. Several are drawn
+    a little to the left and right of where they are, so that they do not hide one another.
 
     Bars and the shade are one sample standard deviation over seeds. The overhead is that
     counted, relative to a search on the target itself, so its unit cancels.
@@ -30,7 +35,7 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
                 continue
             saved = Summary.of(100 * one.found.saved for one in ones)
             axes.errorbar(
-                saved.mean,
+                saved.mean + APART * (number - (len(groups) - 1) / 2),
                 top1.mean,
                 yerr=top1.std or None,
                 color=COLOURS[method] if len(groups) == 1 else SERIES[number % len(SERIES)],
