@@ -15,6 +15,7 @@ from torch.nn import functional
 from widthopt import checkpoints
 from widthopt.algorithms import Conditions
 from widthopt.algorithms.dmcp import DMCP, _Architecture
+from widthopt.algorithms.markov import AlphaSGD, regulariser_slope, schedule
 from widthopt.data import Counts, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
@@ -256,6 +257,22 @@ def test_a_short_search_starts_above_its_budget_and_a_long_one_at_a_half(tmp_pat
     assert "may be too few: the regulariser alone would go from" in caplog.text
     assert found.flags == {"budget_reached": False}
     assert "the search ended at" in caplog.text
+
+
+def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regulariser_alone_does():
+    objective = architecture(steps=120)
+    chains, budget = objective.chains, BASE.macs()
+    chains.start_at(1.25 * budget)
+    before = chains.alpha.clone()
+    end = objective.simulated()
+    assert torch.equal(chains.alpha, before)
+    alone = AlphaSGD(chains, mu=0.9)
+    for step in range(60):
+        slope = regulariser_slope(chains.expected_macs(), budget)
+        gradient = chains.by_alpha(0.1 * slope / budget * chains.macs_gradient())
+        alone.step(gradient, rate=schedule(step, 60, start=0.5, end=0.1))
+    assert chains.expected_macs() / budget == pytest.approx(end, rel=1e-12)
+    assert 0.95 < end < 1.0
 
 
 def test_a_search_reaches_its_budget_and_says_so(tmp_path):
