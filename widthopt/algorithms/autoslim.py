@@ -126,6 +126,8 @@ class AutoSlim:
             folder=conditions.folder,
             label=f"{self.name} search",
         )
+        # Slimming chooses its own memory format: it reuses values, so that others are faster.
+        supernet.mixed = False
         sample = data.evaluation.sample(
             images,
             batch_size=min(self.chunk, images),
@@ -136,7 +138,7 @@ class AutoSlim:
             options,
             list(sample),
             budgets_macs=[budget_macs],
-            runtime=runtime,
+            runtime=conditions.runtime,
             rules=setting.network.rules,
             log=conditions.folder / "slimming.json",
             identity={
