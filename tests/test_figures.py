@@ -13,7 +13,7 @@ from widthopt import report
 from widthopt.figures import channels, savings, similarity
 from widthopt.figures.style import COLOURS, MARKERS, RC
 from widthopt.figures.summary import short, table
-from widthopt.records import METHODS, Found, Record
+from widthopt.records import METHODS, Found, Record, to_json
 
 
 NAMES = ("conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
@@ -261,9 +261,9 @@ def test_the_table_over_two_seeds_is_what_hand_arithmetic_says():
     assert rows == [
         ["uniform", "16-64", "1.81M", "11.7k", "-", "-", "-", "90.5±0.7",
          "0+21"],
-        ["direct", "10-90", "1.81M", "11.7k", "2M", "1x", "0.0%", "94.0±1.4",
+        ["direct", "8-110", "1.81M", "11.7k", "2M", "1x", "0.0%", "94.0±1.4",
          "12+21"],
-        ["transfer", "9-80", "1.81M", "11.7k", "400k", "320x", "80.0%",
+        ["transfer", "9-100", "1.81M", "11.7k", "400k", "320x", "80.0%",
          "94.0±2.8", "12+21"],
     ]  # fmt: skip
     assert table(RECORDS).title == "resnet18 on digits, 2 seeds"
@@ -320,3 +320,31 @@ def test_what_went_wrong_in_a_search_is_said():
         "direct, seed 0: the search did not reach its budget",
     ]
     assert report._complaints(RECORDS[1]) == []  # noqa: SLF001
+
+
+def run_folder(tmp_path, name, records):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "record.json").write_text(to_json(records))
+    return tmp_path / name
+
+
+def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_name(tmp_path, capsys):
+    uniform = [
+        replace(one, stages={"train": f"u{one.found.seed}"})
+        for one in RECORDS
+        if one.found.method == "uniform"
+    ]
+    rest = [one for one in RECORDS if one.found.method != "uniform"]
+    first = [replace(one, stages={"search": f"a{n}"}) for n, one in enumerate(rest)]
+    second = [replace(one, stages={"search": f"b{n}"}) for n, one in enumerate(rest)]
+    folders = [
+        run_folder(tmp_path, "small-digits-aaaaaaaaaaaa", [*uniform, *first]),
+        run_folder(tmp_path, "small-digits-bbbbbbbbbbbb", [*uniform, *second]),
+        run_folder(tmp_path, "small-digits-cccccccccccc", first),
+    ]
+    report.compare(folders, into=tmp_path / "report")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    cells = [tuple(line[:3]) for line in lines if len(line) > 5]
+    assert cells.count(("-", "uniform", "16-64")) == 1
+    assert cells.count(("morphnet", "direct", "8-110")) == 1
+    assert cells.count(("morphnet", "bbbbbbbbbbbb", "direct")) == 2  # a row of either table

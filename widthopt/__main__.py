@@ -150,30 +150,36 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _plan(words: Sequence[str]) -> None:
-    """``widthopt plan [OVERRIDE ...] [--json]``."""
+    """``widthopt plan [OVERRIDE ...] [--config-dir FOLDER] [--json]``."""
     parser = argparse.ArgumentParser("widthopt plan", description="What a run would cost.")
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
+    parser.add_argument("--config-dir", help="a folder of further choices")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(words)
     from widthopt.config import compose  # noqa: PLC0415 (imports torch)
     from widthopt.report import show_plan  # noqa: PLC0415
 
-    show_plan(compose(arguments.overrides), as_json=arguments.json)
+    show_plan(compose(arguments.overrides, config_dir=arguments.config_dir), as_json=arguments.json)
 
 
 def _macs(words: Sequence[str]) -> None:
-    """``widthopt macs [OVERRIDE ...] [--channels FILE] [--json]``."""
+    """``widthopt macs [OVERRIDE ...] [--channels FILE] [--config-dir FOLDER] [--json]``."""
     parser = argparse.ArgumentParser(
         "widthopt macs", description="MACs, parameters and width variables of the target."
     )
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
+    parser.add_argument("--config-dir", help="a folder of further choices")
     parser.add_argument("--channels", type=Path, help="a JSON file of channel counts")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(words)
     from widthopt.config import compose  # noqa: PLC0415 (imports torch)
     from widthopt.report import show_macs  # noqa: PLC0415
 
-    show_macs(compose(arguments.overrides), channels=arguments.channels, as_json=arguments.json)
+    show_macs(
+        compose(arguments.overrides, config_dir=arguments.config_dir),
+        channels=arguments.channels,
+        as_json=arguments.json,
+    )
 
 
 if __name__ == "__main__":

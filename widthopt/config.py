@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
@@ -48,13 +49,19 @@ def search(*overrides: str) -> Found:
     return found(compose(overrides))
 
 
-def compose(overrides: Sequence[str]) -> Request:
+def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Request:
     """The request that these overrides make of ``conf/``.
+
+    Args:
+        overrides: As typed behind ``widthopt``.
+        config_dir: A folder of further choices, as ``--config-dir`` names it.
 
     Raises:
         InputError: They do not fit it.
     """
     launchers.register()
+    if config_dir is not None:
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return request(hydra_compose(CONFIG_NAME, overrides=list(overrides)))

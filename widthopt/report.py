@@ -4,7 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -33,8 +33,9 @@ def report(request: Request) -> Path:
         InputError: Something asked for cannot be done; nothing has started.
     """
     console, point = _console(), Point(request)
+    planned = _plan_table(plan(point))
     writable(Path(request.root))
-    console.print(_plan_table(plan(point)))
+    console.print(planned)
     records = run(point, show=lambda line: console.print(f"[bold]{line}[/bold]"))
     folder = point.folder
     pictures = draw(records, folder / "figures")
@@ -68,14 +69,16 @@ def compare(folders: Sequence[Path], *, into: Path) -> None:
                 f"RUN is {folder}, but there is no record in it ({error.strerror}); give a run's "
                 "folder, such as runs/resnet18-digits-..."
             ) from error
-        for record in from_json(text, name=str(path)):
+        for record in _told_apart(from_json(text, name=str(path)), folder, groups):
             target = "-".join(f"{value:g}" for value in record.target.values())
             group = f"{record.network}-{record.dataset}-{target}".replace("/", "_")
             groups.setdefault(group, []).append(record)
     console = _console()
     for name, records in groups.items():
         console.print(table(records))
-        console.print(similarity.table(records))
+        alike = similarity.table(records)
+        if alike.row_count:
+            console.print(alike)
         with mpl.rc_context(RC):
             figure = Figure()
             savings_figure.draw(figure.subplots(), records)
@@ -84,6 +87,25 @@ def compare(folders: Sequence[Path], *, into: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 figure.savefig(path)
         console.print(str(path), soft_wrap=True)
+
+
+def _told_apart(
+    records: Sequence[Record], folder: Path, groups: Mapping[str, Sequence[Record]]
+) -> list[Record]:
+    """The records of a run that no other has; one algorithm's other settings get another name."""
+    others = [other for group in groups.values() for other in group]
+    fresh = [one for one in records if not any(one.stages == other.stages for other in others)]
+    used = {
+        (other.algorithm, other.found.method, other.found.seed, *other.target.items())
+        for other in others
+    }
+    taken = any(
+        (one.algorithm, one.found.method, one.found.seed, *one.target.items()) in used
+        for one in fresh
+        if one.found.method != "uniform"
+    )
+    key = folder.resolve().name.rpartition("-")[2]
+    return [replace(one, algorithm=f"{one.algorithm} {key}") for one in fresh] if taken else fresh
 
 
 def runs(root: Path) -> list[Path]:

@@ -208,7 +208,8 @@ class MorphNet:
         if flicker > self.threshold:
             logger.warning(
                 "dead scales may flicker up to %.3g, above algorithm.threshold %g, until the "
-                "learning rate falls", flicker, self.threshold,
+                "learning rate falls; a smaller algorithm.strength avoids it",
+                flicker, self.threshold,
             )  # fmt: skip
         return {"penalty_at_start": value, "reach": reach, "fixed": fixed, "travel": travel}
 

@@ -11,7 +11,7 @@ from widthopt.records import Record, Summary, by_algorithm, by_method
 def table(records: Sequence[Record]) -> Table:
     """One row for each method, with means over seeds; fits a terminal of 80 columns.
 
-    ``channels`` are the least and the most of the first seed. ``overhead`` is in
+    ``channels`` are the least and the most of all seeds. ``overhead`` is in
     MACs as counted, ``nominal`` the idealised law's saving factor; ``saved`` is relative to a
     search on the target itself. Seconds are those of search and final training. Records of
     several algorithms have a row for each of them, and less in it.
@@ -51,13 +51,13 @@ def titled(records: Sequence[Record]) -> Table:
 def _cells(method: str, records: Sequence[Record]) -> dict[str, str]:
     """A row by column: one method of one algorithm over seeds."""
     found = [one.found for one in records]
-    searched = method != "uniform"
     search = Summary.of(one.search_seconds for one in found).mean
     train = Summary.of(one.train_seconds for one in records).mean
     overhead = Summary.of(one.overhead_macs for one in found).mean
+    searched = overhead > 0
     return {
         "method": method,
-        "channels": channels(records[0]),
+        "channels": channels(records),
         "MACs": short(Summary.of(one.macs for one in found).mean),
         "params": short(Summary.of(one.parameters for one in found).mean),
         "overhead": short(overhead) if searched else "-",
@@ -68,9 +68,9 @@ def _cells(method: str, records: Sequence[Record]) -> dict[str, str]:
     }
 
 
-def channels(record: Record) -> str:
-    """The least and the most channels of a record."""
-    counts = record.found.channels.values()
+def channels(records: Sequence[Record]) -> str:
+    """The least and the most channels of any layer in these records."""
+    counts = [count for one in records for count in one.found.channels.values()]
     return f"{min(counts)}-{max(counts)}"
 
 
