@@ -330,6 +330,7 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)  # makes room for what comes after the step
         with autocast(self._runtime, self.device):
             self.objective.after_step(step, micro_batches)
         self.tally.step = step + 1

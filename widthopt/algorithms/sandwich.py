@@ -40,7 +40,7 @@ Reduction = Literal["sum", "mean"]
 TRIAL_ROUNDS = 4
 """Rounds in which every way to run is timed, after one that is not."""
 
-TRIAL_IMAGES = 32
+TRIAL_IMAGES = 16
 """Images at most in one pass of the trial."""
 
 TRIAL = "trial.json"
