@@ -81,7 +81,8 @@ def searching(
         )
     )
     loop = looping(supernet.model, recipe, runtime, objective)
-    return loop, lambda: objective.macs, f"{supernet.backend}, {runtime.memory_format}"
+    way = "mixed formats" if supernet.mixed else runtime.memory_format
+    return loop, lambda: objective.macs, f"{supernet.backend}, {way}"
 
 
 def looping(

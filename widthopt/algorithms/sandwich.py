@@ -257,7 +257,9 @@ def _ways(runtime: Runtime, device: torch.device) -> list[_Way]:
     usual = "channels_last" if last else "contiguous"
     formats = [(usual, False)]
     if runtime.memory_format == "auto":
-        formats += [("contiguous", True)] if device.type == "cpu" else [("contiguous", False)]
+        formats = [("contiguous", True), *formats] if device.type == "cpu" else [
+            *formats, ("contiguous", False)
+        ]  # fmt: skip
     backends: list[Backend] = ["slice", "mask"]
     if runtime.backend != "auto":
         backends = [runtime.backend]
