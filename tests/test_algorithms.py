@@ -1,13 +1,8 @@
 """What holds for every algorithm alike, and how a third party adds one."""
 
-import dataclasses
-import json
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -106,44 +101,3 @@ def test_a_third_party_adds_an_algorithm_by_one_file_and_one_conf_file(tmp_path)
     first, second, *_ = record.found.searched.values()
     assert first == 3 * second
     assert "first_wide" in done.stdout
-
-
-# ------------------------------------------------------------------------------- kill -9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_that_is_killed_again_and_again_ends_with_the_same_record(name, tmp_path):
-    words = [
-        sys.executable, "-m", "widthopt", *SMALL, f"algorithm={name}", "methods=[transfer]",
-        "recipe.search_epochs=4",
-    ]  # fmt: skip
-
-    def record(folder):
-        (path,) = folder.glob("runs/*/record.json")
-        (one,) = from_json(path.read_text())
-        found = dataclasses.replace(one.found, search_seconds=0.0)
-        still = dataclasses.replace(one, found=found, train_seconds=0.0)
-        return json.dumps(dataclasses.asdict(still), sort_keys=True)
-
-    for folder in (tmp_path / "whole", tmp_path / "killed"):
-        folder.mkdir()
-    subprocess.run(  # noqa: S603 (our own command)
-        words, cwd=tmp_path / "whole", check=True, capture_output=True
-    )
-    kills, wait = 0, 3.0
-    while True:
-        process = subprocess.Popen(  # noqa: S603 (our own command)
-            words, cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            assert process.wait(wait) == 0
-            break
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            wait += 0.5  # starting alone takes some seconds, on a busy machine more
-        time.sleep(0.05)
-    assert kills > 0
-    assert record(tmp_path / "killed") == record(tmp_path / "whole")
