@@ -1,5 +1,6 @@
 """What the tests of searches share: a small network, images, real digits, a count of MACs."""
 
+import copy
 import math
 import signal
 from dataclasses import dataclass
@@ -85,9 +86,10 @@ class Synthetic:
         self.steps_per_epoch = 64 // batch_size
         self.interrupt = interrupt  # the step before which Ctrl-C is pressed
 
-    def epoch(self, epoch, first_step=0):
+    def epoch(self, epoch, first_step=0, rank=0, ranks=1):
         order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
-        for step, chosen in enumerate(order.split(self.batch_size)):
+        part = slice(rank * self.batch_size // ranks, (rank + 1) * self.batch_size // ranks)
+        for step, chosen in enumerate(batch[part] for batch in order.split(self.batch_size)):
             if step >= first_step:
                 if epoch * self.steps_per_epoch + step == self.interrupt:
                     signal.raise_signal(signal.SIGINT)
@@ -96,10 +98,30 @@ class Synthetic:
     def __iter__(self):
         return self.epoch(0)
 
+    def part(self, rank, ranks):
+        mine = copy.copy(self)
+        mine.pixels, mine.labels = self.pixels[rank::ranks], self.labels[rank::ranks]
+        mine.__class__ = Part
+        return mine
+
     def sample(self, images, *, batch_size, seed):
         """As `EvaluationBatches.sample`: images in random order, in batches."""
         order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:images]
-        return [(self.pixels[chosen], self.labels[chosen]) for chosen in order.split(batch_size)]
+        return Chunks((self.pixels[one], self.labels[one]) for one in order.split(batch_size))
+
+
+class Chunks(list):
+    """Batches that several processes may share out."""
+
+    def share(self, rank, ranks):
+        return self[rank::ranks]
+
+
+class Part(Synthetic):
+    """Some of these images, once."""
+
+    def __iter__(self):
+        yield self.pixels, self.labels
 
 
 class Instrument:

@@ -1,16 +1,30 @@
 """What holds for every algorithm alike, and how a third party adds one."""
 
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from small import SmallNetwork, Synthetic
 
+from widthopt.algorithms import Conditions
 from widthopt.config import compose
+from widthopt.data import Split
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, plan, run
 from widthopt.records import from_json
+from widthopt.setting import Runtime, Setting
+from widthopt.surgery import Blueprint
 
 
 CONF = Path(__file__).parents[1] / "conf" / "algorithm"
@@ -101,3 +115,81 @@ def test_a_third_party_adds_an_algorithm_by_one_file_and_one_conf_file(tmp_path)
     first, second, *_ = record.found.searched.values()
     assert first == 3 * second
     assert "first_wide" in done.stdout
+
+
+# ------------------------------------------------------------------------------- kill -9
+
+WHERE = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+RUNTIME = Runtime(
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="slice",
+    progress=False,
+)
+
+
+def search(name, folder):
+    """A search of the small network, as JSON without its times, into a file of its own."""
+    torch.set_num_threads(1)
+    recipe = compose(["recipe=smoke"]).recipe
+    recipe = dataclasses.replace(recipe, batch_size=16, search_epochs=4)
+    found = compose([f"algorithm={name}"]).algorithm.search(
+        WHERE,
+        Split(Synthetic(), Synthetic(), 4),
+        budget_macs=Blueprint(WHERE).graph.macs(),
+        conditions=Conditions(recipe, RUNTIME, 0, folder),
+    )
+    plain = dataclasses.asdict(found)
+    plain.pop("seconds")
+    plain["details"].pop("slimming_seconds", None)
+    (folder / "found.json").write_text(json.dumps(plain, sort_keys=True))
+
+
+def killed_at(name, folder, rename):
+    """The same in a process that kills itself as it is about to rename a file."""
+    numbers, ours = itertools.count(1), os.rename
+
+    def renamed(*args, **kwargs):
+        if next(numbers) == rename:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ours(*args, **kwargs)
+
+    os.rename = os.replace = renamed
+    search(name, folder)
+
+
+def forked(function, *arguments, kill_after=None):
+    """How a process of its own ends."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    with warnings.catch_warnings():  # the child never touches the threads of this process
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")
+        process.start()
+    process.join(kill_after)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("name", sorted({name.partition("_")[0] for name in SEARCHES}))
+@pytest.mark.parametrize("when", ["as it renames a file", "at any time"])
+def test_a_search_that_is_killed_again_and_again_ends_the_same(name, when, tmp_path):
+    """One of the second to sixth renames of each process is not made, or it is killed from outside."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert forked(search, name, tmp_path / "whole") == 0
+    draws, kills = random.Random(0), 0  # noqa: S311 (nothing here is a secret)
+    while not (tmp_path / "killed" / "found.json").exists():
+        assert kills < 60
+        if when == "at any time":
+            wait = draws.uniform(0.1, 0.3) + 0.05 * kills
+            code = forked(search, name, tmp_path / "killed", kill_after=wait)
+        else:
+            code = forked(killed_at, name, tmp_path / "killed", draws.randint(2, 6))
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+    assert kills > 0
+    found = [(tmp_path / one / "found.json").read_text() for one in ("whole", "killed")]
+    assert found[0] == found[1]

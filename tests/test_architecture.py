@@ -15,7 +15,7 @@ ROWS = [
     ["seeds", "setting", "widthgraph", "identity"],
     ["widths", "projection", "store", "operators"],
     ["extrapolation"],  # solves alpha with widths
-    ["tracing", "networks", "data", "devices", "checkpoints"],
+    ["tracing", "networks", "data", "devices", "checkpoints", "distributed"],
     ["surgery"],
     ["supernet"],
     ["evaluation"],

@@ -373,10 +373,10 @@ class Watched(Synthetic):
         super().__init__()
         self._instrument = instrument
 
-    def epoch(self, epoch, first_step=0):
+    def epoch(self, epoch, first_step=0, rank=0, ranks=1):
         if epoch == 0:
             self._instrument.total = 0
-        return super().epoch(epoch, first_step)
+        return super().epoch(epoch, first_step, rank, ranks)
 
 
 @pytest.mark.parametrize("backend", ["slice", "mask"])

@@ -53,6 +53,7 @@ def record(method, seed):
         algorithm="morphnet",
         target={"width": 1.0, "depth": 1, "resolution": 24, "fraction": 1.0},
         proxy={"width": 0.5, "depth": 1, "resolution": 24, "fraction": 1.0},
+        extrapolation="",
         found=found,
         top1=TOP1[method][seed],
         top5=99.0,

@@ -265,23 +265,12 @@ def test_one_seed_gives_one_result_and_another_gives_another(tmp_path):
 # --------------------------------------------------------------- two processes are as one
 
 
-class _Averaged(_Pruning):
-    """Averages the gradients of all processes, as data-parallel training does, then prunes."""
-
-    def before_step(self):
-        for parameter in self.model.parameters():
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= torch.distributed.get_world_size()
-        super().before_step()
-
-
-def steps_of(objective_type, *, parts, rank=None):
+def steps_of(*, parts, rank=None):
     """The small network after eight steps, of which one process sees one half of the images."""
     recipe = dataclasses.replace(RECIPE, accumulation=parts)
     model = Blueprint(setting()).build({"stem": 8, "inner": 6, "down": 12, "wide": 10}, seed=5)
     penalty = Penalty(model, trace(model, 8), threshold=0.1, tie="max", depthwise="double")
-    objective = objective_type(penalty, MorphNet(**(DEFAULT | PRUNING)), recipe)
-    objective.model = model
+    objective = _Pruning(penalty, MorphNet(**(DEFAULT | PRUNING)), recipe)
     loop = Loop(
         model,
         recipe=recipe,
@@ -306,7 +295,7 @@ def process(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    torch.save(steps_of(_Averaged, parts=1, rank=rank), folder / f"{rank}.pt")
+    torch.save(steps_of(parts=1, rank=rank), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -325,7 +314,7 @@ def test_two_processes_prune_as_one_does(tmp_path):
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")
         for one in started:
             one.start()
-    alone = steps_of(_Pruning, parts=2)
+    alone = steps_of(parts=2)
     for one in started:
         one.join(timeout=60)
         assert one.exitcode == 0

@@ -41,6 +41,7 @@ RECORD = Record(
     algorithm="morphnet",
     target={"width": 1.0, "depth": 1, "resolution": 24, "fraction": 1.0},
     proxy={"width": 0.5, "depth": 1, "resolution": 24, "fraction": 0.1},
+    extrapolation="",
     found=FOUND,
     top1=91.3,
     top5=99.9,
@@ -84,7 +85,7 @@ def test_a_later_format_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "records": [{"found": {}}]}', "3"],
+    ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "records": [{"found": {}}]}', "3"],
 )
 def test_what_is_no_record_is_refused(text):
     with pytest.raises(

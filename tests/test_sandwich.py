@@ -150,7 +150,7 @@ def gradients(supernet):
 def after_a_step(supernet, objective, images=IMAGES, labels=LABELS, *, step=0, share=1.0):
     """The gradients of one step."""
     supernet.model.zero_grad(set_to_none=True)
-    objective.begin_step(step)
+    objective.begin_step(step, images=len(images))
     objective.backward(supernet.model, images, labels, share=share)
     return gradients(supernet)
 
@@ -213,7 +213,7 @@ def test_the_gradient_of_a_step_is_that_of_its_four_losses_by_hand(backend, redu
 
 def test_the_loss_and_logits_of_a_step_are_the_widests():
     supernet, objective = made()
-    objective.begin_step(0)
+    objective.begin_step(0, images=16)
     loss, logits = objective.backward(supernet.model, IMAGES, LABELS, share=1.0)
     weights = dict(supernet.model.named_parameters())
     expected = by_hand(weights, IMAGES, *COUNTS).detach()
@@ -368,9 +368,9 @@ def test_micro_batches_of_a_step_have_the_same_subnets(updates):
     assert first != third
     assert len(updates) == 2
     one_batch = made(dtype=torch.float32)[1]
-    one_batch.begin_step(0)
+    one_batch.begin_step(0, images=16)
     one_batch.backward(one_batch.supernet.model, IMAGES.float(), LABELS, share=1.0)
-    one_batch.begin_step(1)
+    one_batch.begin_step(1, images=16)
     one_batch.backward(one_batch.supernet.model, IMAGES.float(), LABELS, share=1.0)
     assert objective.macs == one_batch.macs
 
@@ -383,7 +383,7 @@ def test_the_gradient_of_micro_batches_is_that_of_each_by_its_share():
         for a, b in ((0, 10), (10, 16))
     ]
     supernet.model.zero_grad()
-    objective.begin_step(0)
+    objective.begin_step(0, images=16)
     for a, b in ((0, 10), (10, 16)):
         objective.backward(supernet.model, IMAGES[a:b], LABELS[a:b], share=(b - a) / 16)
     close(
@@ -451,7 +451,7 @@ def test_a_draw_follows_from_the_seed_and_the_step_alone():
         _, again = made(backend="mask")
         before = random.getstate(), torch.get_rng_state()
         for step in sorted(steps):
-            again.begin_step(step)
+            again.begin_step(step, images=16)
             assert [again.draw(step, n) for n in (0, 1)] == first[step]
         assert random.getstate() == before[0]
         assert torch.equal(torch.get_rng_state(), before[1])

@@ -75,7 +75,7 @@ class Synthetic:
         self.steps_per_epoch = 64 // batch_size
         self.spoilt = spoilt  # the step that gets an image that is not a number
 
-    def epoch(self, epoch, first_step=0):
+    def epoch(self, epoch, first_step=0, rank=0, ranks=1):
         order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
         for step, chosen in enumerate(order.split(self.batch_size)):
             if step >= first_step:
@@ -406,7 +406,7 @@ def test_ctrl_c_does_not_wait_where_nothing_is_saved():
 
 def test_a_loader_that_ctrl_c_ended_leaves_a_resumable_run(tmp_path, uninterrupted):
     class Ended(Synthetic):
-        def epoch(self, epoch, first_step=0):
+        def epoch(self, epoch, first_step=0, rank=0, ranks=1):
             for step, batch in enumerate(super().epoch(epoch, first_step)):
                 if (epoch, step) == (1, 2):
                     signal.raise_signal(signal.SIGINT)
@@ -466,7 +466,7 @@ def test_a_training_that_is_complete_is_not_run_again(tmp_path, uninterrupted):
     run(network(), objective=Watched(), folder=tmp_path)
 
     class Closed(Synthetic):
-        def epoch(self, *_):
+        def epoch(self, *_, **__):
             raise AssertionError("no batch is needed")
 
     model, objective = network(seed=3), Watched()

@@ -1,7 +1,7 @@
 """How often a network is right, and BatchNorm statistics that fit it."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from widthopt import distributed
 from widthopt.devices import autocast, place
 from widthopt.errors import InputError
 from widthopt.setting import Runtime
@@ -27,8 +28,10 @@ class TrainBatches(Protocol):
         """Batches in one epoch."""
         ...
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from 0."""
+    def epoch(
+        self, epoch: int, *, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from 0; of each the part of process ``rank`` of ``ranks``."""
         ...
 
 
@@ -38,6 +41,10 @@ class EvaluationBatches(Protocol):
     @property
     def images(self) -> int:
         """How many images there are."""
+        ...
+
+    def part(self, rank: int, ranks: int) -> "EvaluationBatches":
+        """The images that one of several processes evaluates."""
         ...
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -65,7 +72,7 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, *, runtime: Runtime) 
     """The accuracy of ``model``, in evaluation mode, on every image of ``batches``.
 
     Each module's own mode is restored afterwards. An image with a score that is not a number
-    counts as wrong.
+    counts as wrong. Of several processes each evaluates a part, and all get the whole's accuracy.
 
     Args:
         model: Moved to the device.
@@ -78,22 +85,25 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, *, runtime: Runtime) 
     device, layout = place(model, runtime)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    right = torch.zeros(2, dtype=torch.int64, device=device)
-    images = 0
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right, within five, all
+    if distributed.ranks() > 1:
+        batches = batches.part(distributed.rank(), distributed.ranks())
     try:
         # Not inference mode: what a data set or a model caches here may be trained on later.
         with torch.no_grad():
             for pixels, labels in batches:
                 with autocast(runtime, device):
                     logits = model(pixels.to(device).contiguous(memory_format=layout))
-                right += _right(logits, labels.to(device))
-                images += len(labels)
+                counts[:2] += _right(logits, labels.to(device))
+                counts[2] += len(labels)
     finally:
         for module, mode in modes:
             module.training = mode
+    distributed.add([counts])
+    *right, images = counts.tolist()
     if images == 0:
         raise InputError("the evaluation has 0 images, but needs at least 1; give it more data")
-    top1, top5 = (100 * count / images for count in right.tolist())
+    top1, top5 = (100 * count / images for count in right)
     return Accuracy(top1=top1, top5=top5, images=images)
 
 
@@ -110,7 +120,8 @@ def recalibrate(model: nn.Module, batches: TrainBatches, *, runtime: Runtime) ->
     """Replace the running statistics of every BatchNorm by means over training images.
 
     A running mean forgets slowly, so after a short training, or once channels were removed,
-    it describes a network that is no longer there. Every batch counts alike.
+    it describes a network that is no longer there. Every batch counts alike, and so does every
+    process's part of one.
 
     Args:
         model: Moved to the device; its parameters and modes stay as they are.
@@ -137,16 +148,33 @@ def recalibrate(model: nn.Module, batches: TrainBatches, *, runtime: Runtime) ->
             norm.training = True
         steps = recalibration_steps(batches.batch_size, batches.steps_per_epoch)
         with torch.no_grad():
-            for pixels, _ in itertools.islice(batches.epoch(0), steps):
+            mine = batches.epoch(0, rank=distributed.rank(), ranks=distributed.ranks())
+            for pixels, _ in itertools.islice(mine, steps):
                 with autocast(runtime, device):
                     model(pixels.to(device).contiguous(memory_format=layout))
                 images += len(pixels)
+        images = _over_processes(norms, images, device)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
     return images
+
+
+def _over_processes(norms: Sequence[_BatchNorm], images: int, device: torch.device) -> int:
+    """Let running statistics be the means over all processes; the images of all of them."""
+    ranks = distributed.ranks()
+    if ranks == 1:
+        return images
+    statistics = [one for norm in norms for one in (norm.running_mean, norm.running_var)]
+    kept = [one for one in statistics if one is not None]
+    distributed.add(kept)
+    for one in kept:
+        one.div_(ranks)
+    total = torch.tensor(images, device=device)
+    distributed.add([total])
+    return int(total)
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

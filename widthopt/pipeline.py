@@ -231,6 +231,11 @@ class Point:
         }
         return self.store.stage("train", named)
 
+    def strategy(self, method: str) -> str:
+        """How a method carries widths to the target's depth; empty where there is no need."""
+        deeper = self.setting(method).depth != self.target.depth
+        return self.request.extrapolation.strategy if deeper else ""
+
     @property
     def _budget_share(self) -> float:
         """The budget as a part of what the un-optimised target costs."""
@@ -321,6 +326,7 @@ def _record(point: Point, method: str, seed: int) -> Record:
         algorithm=request.algorithm.name,
         target=_axes(point.target),
         proxy=_axes(point.setting(method)),
+        extrapolation=point.strategy(method),
         found=one,
         top1=trained["top1"],
         top5=trained["top5"],

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from widthopt.errors import InputError
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON form."""
 
 METHODS = ("uniform", "direct", "transfer")
@@ -72,6 +72,7 @@ class Record:
         algorithm: The search's name.
         target: Width, depth, resolution and fraction of the target.
         proxy: The same of the setting that was searched; of the target where none was.
+        extrapolation: How the widths were carried to another depth; empty where it is the same.
         found: The channel counts.
         top1: Test accuracy after the last epoch, in per cent.
         top5: Likewise, among the five likeliest classes.
@@ -86,6 +87,7 @@ class Record:
     algorithm: str
     target: Mapping[str, float]
     proxy: Mapping[str, float]
+    extrapolation: str
     found: Found
     top1: float
     top5: float

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
-from widthopt import checkpoints
+from widthopt import checkpoints, distributed
 from widthopt.devices import autocast, memory_format, place, resolve_device
 from widthopt.errors import InputError
 from widthopt.identity import canonical
@@ -84,10 +84,13 @@ class Batches(Protocol):
         """Number of classes."""
         ...
 
-    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self, epoch: int, *, first_step: int = 0, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch (from 0), from its step ``first_step`` on.
 
-        Each is float32 images, ``batch channels height width``, and their int64 labels.
+        Each is float32 images, ``batch channels height width``, and their int64 labels; of
+        each batch the part that process ``rank`` of ``ranks`` trains on.
         """
         ...
 
@@ -113,8 +116,13 @@ class Objective:
         """Plain data: what a checkpoint must agree in with the training that goes on from it."""
         return {"objective": type(self).__name__}
 
-    def begin_step(self, step: int) -> None:
-        """Called before the gradients of a step, so numbered in the whole training."""
+    def begin_step(self, step: int, *, images: int) -> None:
+        """Called before the gradients of a step.
+
+        Args:
+            step: Its number in the whole training.
+            images: Images of the whole step, of all processes that train together.
+        """
 
     def backward(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, share: float
@@ -127,7 +135,8 @@ class Objective:
             model: The network, in training mode.
             images: Float32, ``batch channels height width``.
             labels: The class of each, int64.
-            share: Part of the step's images that are in this micro-batch, in (0, 1].
+            share: Part of the step's images, those of all processes, that are in this
+                micro-batch; in (0, 1].
 
         Returns:
             The mean loss (no axes) and the logits, ``batch classes``, both detached.
@@ -143,14 +152,15 @@ class Objective:
             (loss * share).backward()
 
     def before_step(self) -> None:
-        """Called once in a step, when the gradients of all its images are there."""
+        """Called once in a step, when the gradients of all images of all processes are there."""
 
     def after_step(self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Called when a step has updated the parameters, under the loop's autocast.
 
         Args:
             step: Its number in the whole training.
-            micro_batches: The images and labels of the step, as `backward` had them.
+            micro_batches: The images and labels of the step, as `backward` had them: those of
+                this process.
         """
 
     def after_epoch(self, epoch: int) -> None:
@@ -248,6 +258,9 @@ class Loop:
     Attributes:
         model: The network, on the device, in training mode.
         tally: How far it is; complete after `read`.
+        objective: What a step minimises.
+        device: Where it computes.
+        read_every: Steps between two looks at the device.
     """
 
     def __init__(
@@ -292,7 +305,7 @@ class Loop:
             fused=self.device.type in ("cpu", "cuda") and all(map(_dense, self._parameters)),
         )
         self._unread: list[tuple[int, int, Tensor, Tensor]] = []  # step, images, loss, right
-        self._read_every = 1 if self.device.type == "cpu" else _STEPS_UNREAD
+        self.read_every = 1 if self.device.type == "cpu" else _STEPS_UNREAD
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -301,8 +314,9 @@ class Loop:
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """Update the parameters once.
 
-        Draws from torch's own generators are a function of the seed and the step; the caller
-        keeps their state if it wants it back.
+        Of several processes each is given its part of a whole batch; their gradients are summed
+        once, after the last micro-batch. Draws from torch's own generators are a function of the
+        seed and the step; the caller keeps their state if it wants it back.
 
         Args:
             images: Float32, ``batch channels height width``.
@@ -320,8 +334,11 @@ class Loop:
         micro_batches = list(
             zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
         )
-        self.objective.begin_step(step)
-        loss, right = self._gradients(micro_batches, images=len(labels))
+        together = distributed.ranks() > 1
+        count = self._recipe.batch_size if together else len(labels)
+        self.objective.begin_step(step, images=count)
+        loss, right = self._gradients(micro_batches, images=count)
+        distributed.add([p.grad for p in self._parameters if p.grad is not None])
         self.objective.before_step()
         for parameter in self._parameters:
             gradient = parameter.grad
@@ -334,8 +351,8 @@ class Loop:
         with autocast(self._runtime, self.device):
             self.objective.after_step(step, micro_batches)
         self.tally.step = step + 1
-        self._unread.append((step, len(labels), loss, right))
-        if len(self._unread) >= self._read_every:
+        self._unread.append((step, count, loss, right))
+        if len(self._unread) >= self.read_every:
             self.read()
 
     def read(self) -> None:
@@ -347,15 +364,15 @@ class Loop:
         if not self._unread:
             return
         unread, self._unread = self._unread, []
-        losses = torch.stack([loss for *_, loss, _ in unread]).tolist()
-        rights = torch.stack([right for *_, right in unread]).tolist()
-        for (step, images, *_), loss, right in zip(unread, losses, rights, strict=True):
+        sums = torch.stack([torch.stack([loss, right.float()]) for *_, loss, right in unread])
+        distributed.add([sums])
+        for (step, images, *_), (loss, right) in zip(unread, sums.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}", step)
             self.tally.images += images
             self.tally.epoch_images += images
             self.tally.epoch_loss += loss * images
-            self.tally.epoch_right += right
+            self.tally.epoch_right += int(right)
 
     def check(self) -> None:
         """See that what a checkpoint would keep is finite.
@@ -386,8 +403,12 @@ class Loop:
         self.objective.load(_below("objective.", tensors))
 
     def _seed_draws(self, step: int) -> None:
-        """Make what a step draws (dropout, for example) a function of the seed and the step."""
-        drawn = derived_seed(self._seed, "model", step)
+        """Make what a step draws (dropout, for example) a function of the seed and the step.
+
+        And of the process, which has other images.
+        """
+        rank = distributed.rank()
+        drawn = derived_seed(self._seed, "model", step, *([rank] if rank else []))
         torch.default_generator.manual_seed(drawn)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(drawn)
@@ -482,9 +503,15 @@ def train(
     tally = loop.tally
     with ExitStack() as stack:
         stack.enter_context(_generators_kept(loop.device))
-        stop = stack.enter_context(_Stop(active=folder is not None))
+        stop = stack.enter_context(_Stop(loop, active=folder is not None))
         shown = stack.enter_context(
-            _Shown(tally, batches, epochs=epochs, label=label, bar=runtime.progress)
+            _Shown(
+                tally,
+                batches,
+                epochs=epochs,
+                label=label,
+                bar=runtime.progress and distributed.rank() == 0,
+            )
         )
         try:
             while tally.step < epochs * batches.steps_per_epoch:
@@ -499,6 +526,7 @@ def train(
                     )
         except Diverged as error:
             raise Diverged(f"{error}; {saved}; lower recipe.learning_rate") from None
+    distributed.share_buffers(model)
     return Trained(
         epochs=epochs,
         images=tally.images,
@@ -535,8 +563,11 @@ def _run_epoch(loop: Loop, batches: Batches, stop: "_Stop", shown: "_Shown") -> 
     if first == 0:
         tally.begin_epoch()
     before, started = tally.seconds, time.perf_counter()
-    for images, labels in _fetched(batches.epoch(epoch, first_step=first), stop):
+    rank, ranks = distributed.rank(), distributed.ranks()
+    mine = batches.epoch(epoch, first_step=first, rank=rank, ranks=ranks)
+    for images, labels in _fetched(mine, stop):
         loop.step(images, labels, tally.step)
+        stop.agree()
         tally.seconds = before + time.perf_counter() - started
         shown.step()
         if stop.asked():
@@ -593,6 +624,9 @@ class _Saved:
             InputError: It is of another training.
         """
         found = None if self._folder is None else checkpoints.newest(self._folder)
+        step = None if found is None else found.step
+        if distributed.of_first(step, device=self._loop.device) != step:
+            raise RuntimeError(f"{self._folder} is not the same folder for all processes")
         if found is None:
             return
         theirs = found.state["identity"]
@@ -613,7 +647,7 @@ class _Saved:
         logger.info("resumed at step %d from %s", found.step, self._folder)
 
     def write(self) -> None:
-        """Write a checkpoint of the loop, which has been checked.
+        """Write a checkpoint of the loop, which has been checked; of several processes, one does.
 
         Raises:
             InputError: The disk is full or the folder cannot be written.
@@ -622,7 +656,10 @@ class _Saved:
             return
         tally = self._loop.tally
         state = {"identity": self._identity, "tally": dataclasses.asdict(tally)}
-        checkpoints.save(self._folder, step=tally.step, state=state, tensors=self._loop.tensors())
+        if distributed.rank() == 0:
+            tensors = self._loop.tensors()
+            checkpoints.save(self._folder, step=tally.step, state=state, tensors=tensors)
+        distributed.wait()
         self._step = tally.step
 
 
@@ -644,11 +681,14 @@ def _identity(
 class _Stop:
     """Ctrl-C asks once to stop after the step; the second time it is what it always is.
 
-    Only where that is possible: in the main thread, and where Ctrl-C is not ignored.
+    Only where that is possible: in the main thread, and where Ctrl-C is not ignored. Processes
+    that train together stop after the same step, whichever of them was asked.
     """
 
-    def __init__(self, *, active: bool) -> None:
+    def __init__(self, loop: Loop, *, active: bool) -> None:
+        self._loop = loop
         self._asked = False
+        self._agreed = False
         self._before = signal.getsignal(signal.SIGINT)
         self._active = (
             active
@@ -667,7 +707,12 @@ class _Stop:
 
     def asked(self) -> bool:
         """Whether Ctrl-C has been pressed."""
-        return self._asked
+        return self._agreed if distributed.ranks() > 1 else self._asked
+
+    def agree(self) -> None:
+        """Hear, now and then, whether some process was asked; every process calls it alike."""
+        if distributed.ranks() > 1 and self._loop.tally.step % self._loop.read_every == 0:
+            self._agreed = distributed.any_of(self._asked, device=self._loop.device)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         """Handle the first Ctrl-C."""

@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from widthopt import distributed
 from widthopt.algorithms import Conditions, SearchResult, check_searchable
-from widthopt.algorithms.greedy import expected_macs, slim
+from widthopt.algorithms.greedy import assumed_path, path_macs, slim
 from widthopt.algorithms.grids import Grids, binned, grids
 from widthopt.algorithms.sandwich import Reduction, Sandwich, check_budget, prepared, step_macs
 from widthopt.data import Counts, Split
@@ -136,7 +137,7 @@ class AutoSlim:
         slimmed = slim(
             supernet,
             options,
-            list(sample),
+            list(sample.share(distributed.rank(), distributed.ranks())),
             budgets_macs=[budget_macs],
             runtime=conditions.runtime,
             rules=setting.network.rules,
@@ -189,7 +190,8 @@ class AutoSlim:
         step = step_macs(graph, options, random_subnets=self.random_subnets)
         trained = round(counts.per_epoch * recipe.search_epochs * step)
         images = self.images(counts.evaluation)
-        return trained + expected_macs(graph, options, images=images, budget_macs=budget_macs)
+        path = assumed_path(graph, options, budget_macs)
+        return trained + path_macs(graph, options, path, images=images, chunk=self.chunk)
 
     def _checked(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
         """The supernet's graph, if the network can be searched under this budget."""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from widthopt import distributed
 from widthopt.algorithms import Conditions, SearchResult, check_searchable
 from widthopt.algorithms.grids import Grids, grids, grouped
 from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regulariser_slope, schedule
@@ -322,9 +323,16 @@ class _Architecture(Sandwich):
             loss = self.loss(self.supernet.mixture(pixels, factors), labels)
             self.backpropagate(loss, share=len(labels) / images)
         assert marginals.grad is not None
+        # The mean over the images of all processes, in one exchange.
+        seen = torch.tensor([float(images)], dtype=torch.float64, device=marginals.device)
+        slope = marginals.grad * images if distributed.ranks() > 1 else marginals.grad
+        distributed.add([slope, seen])
+        if distributed.ranks() > 1:
+            slope /= seen
+            images = round(float(seen))
         part = self.chains.expected_macs() / self.budget_macs
         self._sides[0 if part < BAND else 1 if part < 1 else 2] += 1
-        gradient = self.chains.by_alpha(marginals.grad) + self.push()
+        gradient = self.chains.by_alpha(slope) + self.push()
         self._sgd.step(gradient, rate=self.rate(step - self._first))
         # Forward, and backward without the weights' gradients.
         self.macs += 2 * self.supernet.graph.macs() * images

@@ -24,13 +24,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
+from widthopt import distributed
 from widthopt.devices import autocast, memory_format
 from widthopt.errors import InputError
 from widthopt.identity import canonical
@@ -130,7 +131,8 @@ def slim(
         supernet: The trained supernet, on the device that is to compute.
         grids: By free width variable; one with a single entry keeps its count.
         chunks: Images in random order, held out of training; every pass normalises with the
-            statistics of one chunk.
+            statistics of one chunk. Of processes that search together each has its own, whole
+            ones: part of a chunk would have other statistics.
         budgets_macs: MACs of one image that a solution may cost, in any order.
         runtime: How to compute. With bfloat16, which rounds coarsely, the engines may decide
             otherwise where two candidates are nearly equal.
@@ -155,7 +157,7 @@ def slim(
     fields = {
         **(identity or {}),
         "grids": {name: list(grid) for name, grid in grids.items()},
-        "chunks": [len(images) for images, _ in chunks],
+        "chunks": _sizes(chunks),
     }
     journal = _Journal(log, fields)
     entries: list[_Entry] = []
@@ -182,13 +184,14 @@ def slim(
                 counter.moved(last.variable)
             while len(solutions) < len(budgets):
                 before = counter.macs
-                errors = counter.errors(channels, _steps(graph, grids, channels))
+                counted = counter.errors(channels, _steps(graph, grids, channels))
+                errors, spent = _of_all(counted, counter.macs - before, supernet.device)
                 name = min(errors, key=errors.__getitem__)
                 channels[name] = _below(grids[name], channels[name])
                 counter.moved(name)
                 move = Move(name, channels[name], errors, graph.macs(channels))
                 now = time.perf_counter()
-                entries.append(_Entry(move, counter.macs - before, now - begin))
+                entries.append(_Entry(move, spent, now - begin))
                 begin = now
                 journal.write(entries)
                 if now - shown > _SHOW_SECONDS:
@@ -206,17 +209,30 @@ def slim(
     )
 
 
-def expected_macs(graph: WidthGraph, grids: Grids, *, images: int, budget_macs: int) -> int:
-    """MACs that the fast engine is going to run, close enough to plan with.
+def _sizes(chunks: Sequence[Chunk]) -> list[int]:
+    """Images in each chunk, of all processes; the first of each come first."""
+    of_each = distributed.of_each([len(images) for images, _ in chunks])
+    return [size for row in zip_longest(*of_each) for size in row if size is not None]
 
-    The path is not known before the search: the one assumed always takes a bin from the
-    variable that has the largest part of its channels left. What the fast engine keeps from one
-    move to the next, where there is a single chunk, is not taken off.
+
+def _of_all(
+    errors: Mapping[str, int], macs: int, device: torch.device
+) -> tuple[dict[str, int], int]:
+    """Mistakes on the chunks of all processes, and the MACs that they took together."""
+    sums = torch.tensor([*errors.values(), macs], dtype=torch.int64, device=device)
+    distributed.add([sums])
+    *counts, total = sums.tolist()
+    return dict(zip(errors, counts, strict=True)), total
+
+
+def assumed_path(graph: WidthGraph, grids: Grids, budget_macs: int) -> list[str]:
+    """A path to plan with, for the true one is not known before the search.
+
+    It always takes a bin from the variable that has the largest part of its channels left.
 
     Args:
         graph: The supernet's.
         grids: As for `slim`.
-        images: Evaluation images, of all chunks together.
         budget_macs: The lowest budget.
 
     Raises:
@@ -224,33 +240,63 @@ def expected_macs(graph: WidthGraph, grids: Grids, *, images: int, budget_macs: 
     """
     channels = _widest(graph, grids)
     _check_budgets(graph, grids, [budget_macs])
-    again = {name: _run_again(graph, name) for name in grids}
-    total = 0
+    path = []
     while graph.macs(channels) > budget_macs:
+        steps = _steps(graph, grids, channels)
+        parts = {name: channels[name] / graph.free[name].channels for name in steps}
+        path.append(max(parts, key=parts.__getitem__))
+        channels[path[-1]] = steps[path[-1]]
+    return path
+
+
+def path_macs(
+    graph: WidthGraph, grids: Grids, path: Iterable[str], *, images: int, chunk: int
+) -> int:
+    """MACs that the fast engine runs to find a path, in closed form.
+
+    At each move, every candidate's readers and what follows them; and the base, once: all that
+    some candidate does not run. Where there is a single chunk, its values outlive a move, but
+    for those that had the bin that was lost.
+
+    Args:
+        graph: The supernet's.
+        grids: As for `slim`.
+        path: The variable that loses a bin, of each move.
+        images: Evaluation images, of all chunks together.
+        chunk: Images in one chunk, at most.
+    """
+    channels = _widest(graph, grids)
+    again = {name: _run_again(graph, name) for name in grids}
+    places = range(len(graph.layers))
+    fresh = set(places)
+    total = 0
+    for name in path:
         steps = _steps(graph, grids, channels)
         counts = _class_counts(graph, channels)
         costs = [_layer_macs(layer, counts) for layer in graph.layers]
-        runs = Counter(place for name in steps for place in again[name])
-        # The base runs whatever some candidate does not.
+        runs = Counter(place for one in steps for place in again[one])
         total += sum(
-            cost * (runs[place] + (runs[place] < len(steps))) for place, cost in enumerate(costs)
+            costs[place] * (runs[place] + (place in fresh and runs[place] < len(steps)))
+            for place in places
         )
-        parts = {name: channels[name] / graph.free[name].channels for name in steps}
-        name = max(parts, key=parts.__getitem__)
         channels[name] = steps[name]
+        if images <= chunk:
+            fresh = set(_run_again(graph, name, writers=True))
     return total * images
 
 
-def _run_again(graph: WidthGraph, name: str) -> list[int]:
-    """The places of the layer calls that depend on a bin of a variable."""
+def _run_again(graph: WidthGraph, name: str, *, writers: bool = False) -> list[int]:
+    """The places of the layer calls that depend on a bin of a variable; or have it as well."""
     index = next(i for i, one in enumerate(graph.variables) if one.name == name)
     reached: set[int] = set()
     places: list[int] = []
     for place, layer in enumerate(graph.layers):
         reads = {run.variable for run in layer.reads}
-        if reads & reached or (layer.kind == "dense" and index in reads):
+        writes = {run.variable for run in layer.writes}
+        has = writers and index in writes
+        if has or reads & reached or (layer.kind == "dense" and index in reads):
             places.append(place)
-            reached |= {run.variable for run in layer.writes}
+            reached |= writes
     return places
 
 
@@ -307,7 +353,7 @@ class _Journal:
         self._path = path
         # Through the text, since that is how the fields of a log that is read have come.
         self._fields = json.loads(canonical(dict(fields)))
-        if path is not None:
+        if path is not None and distributed.rank() == 0:
             with writing(path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -331,7 +377,7 @@ class _Journal:
 
     def write(self, entries: Iterable[_Entry]) -> None:
         """Make these the moves on disk."""
-        if self._path is None:
+        if self._path is None or distributed.rank() > 0:
             return
         moves = [
             {**entry.move._asdict(), "run_macs": entry.run_macs, "seconds": entry.seconds}

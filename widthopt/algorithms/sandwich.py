@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from widthopt import distributed
 from widthopt.algorithms import Conditions
 from widthopt.algorithms.grids import Grids
 from widthopt.devices import autocast, memory_format, place, resolve_device
@@ -59,7 +60,7 @@ class Sandwich(Objective):
     Attributes:
         supernet: The supernet.
         grids: Channel counts that subnets are drawn from.
-        macs: MACs of all passes so far.
+        macs: MACs of all passes of the steps so far, of all images of all processes.
     """
 
     def __init__(
@@ -101,10 +102,12 @@ class Sandwich(Objective):
             "share": self._share,
         }
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, *, images: int) -> None:
         """Draw the step's random subnets; they follow from the seed and the step alone."""
         random = [self.draw(step, number) for number in range(self._random_subnets)]
         self._students = [self._narrowest, *random]
+        graph = self.supernet.graph
+        self.macs += 3 * images * (graph.macs() + sum(map(graph.macs, self._students)))
 
     def draw(self, step: int, number: int) -> dict[str, int]:
         """One random subnet: every variable independently and uniformly over its grid.
@@ -127,13 +130,10 @@ class Sandwich(Objective):
         loss = self.loss(logits, labels)
         self.backpropagate(loss, share=share)
         teacher = logits.detach().float().softmax(1)
-        macs = self.supernet.graph.macs()
         for channels in self._students:
             subnet = self.supernet.subnet(channels)
             self.backpropagate(distillation(subnet(images), teacher), share=share)
             subnet.collect()
-            macs += self.supernet.graph.macs(channels)
-        self.macs += 3 * macs * len(images)
         return loss.detach(), logits.detach()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -198,8 +198,8 @@ def prepared(
     """A supernet on its device with fresh weights, and the runtime that it is fastest under.
 
     What the runtime leaves open (how subnets run, the memory format) is timed once and kept in
-    the folder, so that a search that is resumed goes on in the same way. The trial's few passes
-    are no part of the search's overhead.
+    the folder, so that a search that is resumed goes on in the same way; of several processes
+    the first decides. The trial's few passes are no part of the search's overhead.
 
     Args:
         blueprint: The network.
@@ -225,9 +225,11 @@ def prepared(
     }
     check_maskable(supernet, images, half)
     way = _kept(conditions.folder, runtime) or _fastest(supernet, images, half, runtime)
-    with writing(conditions.folder):
-        conditions.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(conditions.folder / TRIAL, json.dumps(way._asdict()))
+    way = distributed.of_first(way, device=device)
+    if distributed.rank() == 0:
+        with writing(conditions.folder):
+            conditions.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(conditions.folder / TRIAL, json.dumps(way._asdict()))
     return supernet, way.taken(supernet, runtime)
 
 

@@ -256,6 +256,22 @@ class EvaluationBatches:
         drawn.images = len(drawn._positions)
         return drawn
 
+    def share(self, rank: int, ranks: int) -> "EvaluationBatches":
+        """The batches, whole ones, that one of several processes takes: every ``ranks``-th.
+
+        Args:
+            rank: Which process, counted from 0.
+            ranks: Processes that share them.
+        """
+        starts = range(rank * self._batch_size, self.images, ranks * self._batch_size)
+        mine = EvaluationBatches(
+            self._squares, self._labels, batch_size=self._batch_size, placement=self._placement
+        )
+        parts = [self._positions[start : start + self._batch_size] for start in starts]
+        mine._positions = np.concatenate([self._positions[:0], *parts])
+        mine.images = len(mine._positions)
+        return mine
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, batch x 3 x height x width, float32 and normalised, and labels, int64."""
         size = self._batch_size
