@@ -1,16 +1,44 @@
-"""Where sweeps run: launchers that Hydra's ``hydra/launcher`` group chooses among."""
+"""Where sweeps run: launchers that Hydra's ``hydra/launcher`` group chooses among.
 
-from hydra.core.config_store import ConfigStore
+They know that a sweep is made of units of work which need one another, and nothing about what
+those do: ``conf/hydra/launcher`` names what plans a sweep and what does one unit.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+from hydra.core.plugins import Plugins
+
+
+PLUGINS = "hydra_plugins.widthopt"
+"""Hydra instantiates plugins by dotted name, and only below ``hydra_plugins``."""
 
 
 def register() -> None:
-    """Make the choices of ``hydra/launcher`` known to Hydra; call it before Hydra starts.
+    """Make our sweeper and launchers known to Hydra; call it before Hydra starts.
 
-    ``inprocess`` runs a sweep's points one after the other in this process.
+    Done again it changes nothing. Hydra finds plugins by scanning the package ``hydra_plugins``,
+    which an editable installation does not fill; so the classes are put there by hand.
     """
-    ConfigStore.instance().store(
-        group="hydra/launcher",
-        name="inprocess",
-        node={"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"},
-        provider="launchers",
-    )
+    from launchers.launcher import WidthoptInProcessLauncher, WidthoptLocalLauncher  # noqa: PLC0415
+    from launchers.sweeper import WidthoptSweeper  # noqa: PLC0415
+
+    parent = _module("hydra_plugins")
+    ours = _module(PLUGINS)
+    parent.widthopt = ours  # type: ignore[attr-defined]
+    for kind in (WidthoptSweeper, WidthoptInProcessLauncher, WidthoptLocalLauncher):
+        setattr(ours, kind.__name__, kind)
+        kind.__module__ = PLUGINS
+        Plugins.instance().register(kind)
+
+
+def _module(name: str) -> ModuleType:
+    """The module of this name, made if there is none."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        module = ModuleType(name)
+        module.__path__ = []
+        sys.modules[name] = module
+        return module

@@ -23,13 +23,15 @@ ROWS = [
     ["algorithms"],
     ["records"],  # what figures read and the pipeline writes
     ["pipeline", "figures", "costs"],
+    ["planning"],
     ["config", "report"],
+    ["sweeps"],
     ["__main__"],
 ]
 PURE = {"errors", "seeds", "setting", "widthgraph", "identity", "widths", "projection", "store"}
 PURE |= {"extrapolation"}
 HEAVY = {"torch", "torchvision", "numpy", "timm"}
-MAY_LAUNCH = {"config", "__main__"}
+MAY_LAUNCH = {"config", "sweeps", "__main__"}
 
 PLACE = {module: number for number, row in enumerate(ROWS) for module in row}
 

@@ -11,7 +11,7 @@ from widthopt.algorithms import Conditions
 from widthopt.algorithms.autoslim import AutoSlim
 from widthopt.algorithms.greedy import path_macs
 from widthopt.algorithms.sandwich import step_macs
-from widthopt.data import Counts, Split, search_counts, search_split
+from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe, Runtime, Setting
@@ -159,7 +159,7 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path):
         dataset, resolution=8, fraction=0.6, seed=0, recipe=recipe, runtime=RUNTIME,
         device=torch.device("cpu"),
     )  # fmt: skip
-    counts = search_counts(dataset, fraction=0.6, seed=0, batch_size=8)
+    counts = search_counts(Sizes.of(dataset), fraction=0.6, validation=0.2, batch_size=8)
     found = search(tmp_path, recipe=recipe, data=data, where=where)
     budget, algorithm = Blueprint(where).graph.macs(), AutoSlim(**DEFAULT)
     graph = Supernet(Blueprint(where), enlarge=1.5, seed=0).graph

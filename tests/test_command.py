@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,57 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, widthopt
 from PIL import Image
 
 from widthopt.config import compose
 from widthopt.records import from_json
 from widthopt.report import show_macs
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "118"}
-TINY = (
-    "network=custom",
-    "network.factory=my_network.MyNetwork",
-    "recipe=smoke",
-    "algorithm=morphnet",
-    "algorithm.strength=5",
-    "target.resolution=12",
-    "projection.width=0.5",
-    "runtime.device=cpu",
-)
-"""A run of a few seconds."""
-
-NETWORK = '''
-import torch
-from torch import nn
-
-
-class Layer(nn.Sequential):
-    def __init__(self, inputs, outputs, kernel, stride):
-        super().__init__(
-            nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-        )
-
-
-class MyNetwork(nn.Module):
-    """A residual sum, and two branches side by side."""
-
-    def __init__(self, num_classes, width=16):
-        super().__init__()
-        self.stem = Layer(3, width, 3, 2)
-        self.residual = nn.Sequential(Layer(width, 24, 1, 1), Layer(24, width, 3, 1))
-        self.wide = Layer(width, 20, 3, 2)
-        self.narrow = Layer(width, 12, 1, 2)
-        self.head = nn.Linear(32, num_classes)
-
-    def forward(self, images):
-        stem = self.stem(images)
-        both = stem + self.residual(stem)
-        side = torch.cat([self.wide(both), self.narrow(both)], dim=1)
-        return self.head(side.mean((2, 3)))
-'''
 
 
 @pytest.fixture
@@ -79,31 +33,6 @@ def ran(tmp_path_factory):
     done = widthopt(*TINY, "methods=[uniform,direct,transfer]", folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, done
-
-
-def command(*words):
-    return [sys.executable, "-m", "widthopt", *words]
-
-
-def widthopt(*words, folder):
-    return subprocess.run(  # noqa: S603 (our own words)
-        command(*words),
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
-def one_line(done, code):
-    """The one line of a command that ended with this code."""
-    assert done.returncode == code, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("widthopt: ")
-    return lines[0].removeprefix("widthopt: ")
 
 
 def run_folder(folder):
@@ -250,12 +179,14 @@ def test_a_plan_starts_nothing_and_writes_nothing(folder):
     done = widthopt("plan", *TINY, "--json", folder=folder)
     assert done.returncode == 0
     planned = json.loads(done.stdout)
-    assert [stage["what"] for stage in planned] == [
-        "uniform: training, seed 0",
-        "transfer: morphnet search, seed 0",
-        "transfer: training, seed 0",
+    name = "my_network.MyNetwork on digits"
+    assert [run["what"] for run in planned["runs"]] == [
+        f"{name}, (0.5, 1, 12, 100%): morphnet search, seed 0",
+        f"{name}, (1, 1, 12, 100%): training, un-optimised, seed 0",
+        f"{name}, (1, 1, 12, 100%): training, morphnet at (0.5, 1, 12, 100%), seed 0",
     ]
-    assert [stage["done"] for stage in planned] == [False, False, None]
+    assert [run["state"] for run in planned["runs"]] == ["missing"] * 3
+    assert planned["macs_left"] == sum(run["macs"] for run in planned["runs"])
     assert everything(folder) == ["my_network.py"]
 
 
@@ -347,9 +278,9 @@ def test_a_sweep_runs_each_of_its_values(folder):
         "seeds=[0],[1]", "root=kept", folder=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    records = [from_json(path.read_text()) for path in (folder / "kept").glob("*/record.json")]
-    assert sorted(record.found.seed for (record,) in records) == [0, 1]
-    assert len(list((folder / "kept" / "stages").iterdir())) == 2
+    (path,) = (folder / "kept").glob("*/record.json")
+    assert [record.found.seed for record in from_json(path.read_text())] == [0, 1]
+    assert len(list((folder / "kept" / "stages").glob("train-*"))) == 2
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
         "kept", "my_network.py"
     ]  # fmt: skip
@@ -407,10 +338,11 @@ def test_runs_are_shown_side_by_side(ran, folder):
     ("words", "line"),
     [
         (["report"], "--root is runs, but no run there has a record; run one first"),
+        (["report", "nowhere"], "nowhere is no sweep in runs, but the sweeps there are: none"),
         (
-            ["report", "nowhere"],
+            ["report", "no/where"],
             (
-                "RUN is nowhere, but there is no record in it (No such file or directory); give a "
+                "RUN is no/where, but there is no record in it (No such file or directory); give a "
                 "run's folder, such as runs/resnet18-digits-..."
             ),
         ),

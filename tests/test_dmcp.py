@@ -16,7 +16,7 @@ from widthopt import checkpoints
 from widthopt.algorithms import Conditions
 from widthopt.algorithms.dmcp import DMCP, _Architecture
 from widthopt.algorithms.markov import AlphaSGD, regulariser_slope, schedule
-from widthopt.data import Counts, Split, search_counts, search_split
+from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe, Runtime, Setting
@@ -405,7 +405,7 @@ def test_the_overhead_is_that_of_the_closed_form_within_a_hundredth(tmp_path):
         dataset, resolution=8, fraction=0.6, seed=0, recipe=recipe, runtime=RUNTIME,
         device=torch.device("cpu"),
     )  # fmt: skip
-    counts = search_counts(dataset, fraction=0.6, seed=0, batch_size=8)
+    counts = search_counts(Sizes.of(dataset), fraction=0.6, validation=0.2, batch_size=8)
     found = search(tmp_path, recipe=recipe, data=data, where=where)
     budget = Blueprint(where).graph.macs()
     foretold = DMCP(**DEFAULT).overhead_macs(where, counts, recipe=recipe, budget_macs=budget)

@@ -19,7 +19,7 @@ from widthopt.algorithms import Conditions
 from widthopt.algorithms.morphnet import MorphNet, _Pruning
 from widthopt.algorithms.penalty import Penalty
 from widthopt.algorithms.uniform import Uniform
-from widthopt.data import Counts, Split, search_counts, search_split
+from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.evaluation import evaluate, recalibrate
 from widthopt.networks import TorchvisionNetwork
@@ -351,7 +351,7 @@ def test_the_overhead_on_real_data_is_that_of_the_closed_form(tmp_path):
         runtime=RUNTIME,
         device=torch.device("cpu"),
     )
-    counts = search_counts(dataset, fraction=0.3, seed=0, batch_size=48)
+    counts = search_counts(Sizes.of(dataset), fraction=0.3, validation=0.2, batch_size=48)
     assert counts.per_epoch < counts.per_epoch + counts.evaluation < 0.3 * 1438
     algorithm = MorphNet(**DEFAULT)
     with Instrument() as instrument:

@@ -16,7 +16,8 @@ from torch import nn
 import widthopt
 from widthopt.config import compose, search
 from widthopt.errors import InputError
-from widthopt.pipeline import Point, found, plan, run
+from widthopt.pipeline import Point, found, run
+from widthopt.planning import Plan
 from widthopt.records import from_json
 
 
@@ -156,14 +157,15 @@ def test_the_final_training_sees_all_images_whatever_the_fraction(ran):
 def test_accuracy_is_measured_on_the_images_that_no_training_sees(ran):
     one, records = ran
     result = json.loads((one.store.root / records[0].stages["train"] / "result.json").read_text())
-    assert result["test_images"] == 1797 - len(one.request.dataset.train().labels)
+    right = result["result"]["top1"] / 100 * (1797 - len(one.request.dataset.train().labels))
+    assert right == pytest.approx(round(right), abs=1e-9)
 
 
 def test_the_overhead_counted_is_the_closed_form(ran, records):
     one = ran[0]
     assert records["uniform"].found.overhead_macs == 0
     for method in ("direct", "transfer"):
-        assert records[method].found.overhead_macs == one.overhead_macs(method, 0)
+        assert records[method].found.overhead_macs == one.overhead_macs(method)
         assert records[method].found.direct_overhead_macs == records["direct"].found.overhead_macs
 
 
@@ -238,11 +240,14 @@ def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
 # What is shared.
 
 
-def test_methods_that_found_the_same_channels_share_one_training(tmp_path):
+def test_a_training_is_named_before_its_channels_are_known(tmp_path):
+    """By where they come from; two ways to the same channels are two trainings, and alike."""
     one = unsearched(f"root={tmp_path}", "recipe.epochs=1")
+    names = [one.train_stage(method, 0).folder.name for method in ("uniform", "direct", "transfer")]
     records = run(one)
+    assert [record.stages["train"] for record in records] == names
     assert len({tuple(record.found.channels.items()) for record in records}) == 1
-    assert stages(tmp_path, "train") == [records[0].stages["train"]]
+    assert stages(tmp_path, "train") == sorted(names)
     assert len(stages(tmp_path, "search")) == 2
     assert len({record.top1 for record in records}) == 1
 
@@ -253,13 +258,19 @@ def test_direct_and_transfer_without_a_projection_share_one_search(tmp_path):
     assert one.search_stage("direct", 0).folder == one.search_stage("transfer", 0).folder
     again = point("projection.width=1", "projection.fraction=1.0")
     assert again.search_stage("transfer", 0).key == one.search_stage("transfer", 0).key
+    assert one.train_stage("direct", 0).key == again.train_stage("transfer", 0).key
+    records = run(one)
+    assert [record.found.method for record in records] == ["uniform", "direct", "transfer"]
+    assert len(stages(tmp_path, "search")) == 1
+    assert len(stages(tmp_path, "train")) == 2
+    assert records[2].found.saved == 0
 
 
 def test_seeds_share_nothing():
     one = point("seeds=[0,1]")
     assert one.search_stage("direct", 0).key != one.search_stage("direct", 1).key
-    channels = one.target_blueprint.graph.channels
-    assert one.train_stage(channels, 0).key != one.train_stage(channels, 1).key
+    for method in ("uniform", "direct", "transfer"):
+        assert one.train_stage(method, 0).key != one.train_stage(method, 1).key
 
 
 @functools.cache
@@ -268,9 +279,8 @@ def search_key(*overrides):
 
 
 @functools.cache
-def train_key(*overrides, **changes):
-    one = point(*overrides)
-    return one.train_stage({**one.target_blueprint.graph.channels, **changes}, 0).key
+def train_key(*overrides, method="transfer"):
+    return point(*overrides).train_stage(method, 0).key
 
 
 @pytest.mark.parametrize(
@@ -317,22 +327,35 @@ def test_a_search_is_another_where_its_result_may_be(override):
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "root=elsewhere",
-        "runtime.workers=2",
-        "recipe.search_epochs=7",
-        "algorithm.strength=7",
-        "algorithm=uniform",
-        "projection.width=0.6",
-        "extrapolation=stack_last_block",
-        "methods=[uniform]",
-        "budget_macs=200000",
-        "dataset.memory_limit_gb=0",
-    ],
-)
+    ["root=elsewhere", "runtime.workers=2", "extrapolation=stack_last_block", "seeds=[2,0]",
+     "methods=[transfer]", "dataset.memory_limit_gb=0", "algorithm.strength=5.0"],
+)  # fmt: skip
 def test_a_training_is_the_same_whatever_it_does_not_depend_on(override):
-    one = unsearched() if override == "algorithm=uniform" else point(override)
-    assert one.train_stage(one.target_blueprint.graph.channels, 0).key == train_key()
+    """How widths are carried to another depth is nothing to it where there is no other."""
+    assert train_key(override) == train_key()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["recipe.search_epochs=7", "algorithm.strength=7", "projection.width=0.6",
+     "projection.fraction=0.6"],
+)  # fmt: skip
+def test_the_un_optimised_network_is_the_same_beside_every_search(override):
+    assert train_key(override, method="uniform") == train_key(method="uniform")
+    assert train_key(override) != train_key()
+
+
+def test_strategies_share_no_training_where_the_target_is_deeper():
+    words = ("network=resnet18", "recipe=smoke", "algorithm=morphnet", "target.depth=2",
+             "projection.depth=1", "target.resolution=24", "target.width=0.125",
+             "projection.width=0.125")  # fmt: skip
+    one, other = (
+        Point(compose([*words, f"extrapolation={name}"]))
+        for name in ("stack_last_block", "stack_average_block")
+    )
+    assert one.search_stage("transfer", 0).key == other.search_stage("transfer", 0).key
+    assert one.train_stage("transfer", 0).key != other.train_stage("transfer", 0).key
+    assert one.train_stage("direct", 0).key == other.train_stage("direct", 0).key
 
 
 @pytest.mark.parametrize(
@@ -413,22 +436,24 @@ def test_every_name_of_the_package_is_there(name):
 def test_a_plan_costs_nothing_and_says_what_is_to_do(tmp_path):
     root = tmp_path / "runs"
     one = point(f"root={root}")
-    planned = plan(one)
-    assert [stage.what for stage in planned] == [
-        "uniform: training, seed 0",
-        "direct: morphnet search, seed 0",
-        "direct: training, seed 0",
-        "transfer: morphnet search, seed 0",
-        "transfer: training, seed 0",
+    plan = Plan.of([one.request])
+    assert [run.what for run in plan.runs.values()] == [
+        "tiny on digits, (1, 1, 12, 100%): morphnet search, seed 0",
+        "tiny on digits, (0.5, 1, 12, 50%): morphnet search, seed 0",
+        "tiny on digits, (1, 1, 12, 100%): training, un-optimised, seed 0",
+        "tiny on digits, (1, 1, 12, 100%): training, morphnet at (1, 1, 12, 100%), seed 0",
+        "tiny on digits, (1, 1, 12, 100%): training, morphnet at (0.5, 1, 12, 50%), seed 0",
     ]
-    assert [stage.done for stage in planned] == [False, False, None, False, None]
-    assert planned[1].macs == one.overhead_macs("direct", 0) > planned[3].macs
+    assert set(plan.states().values()) == {"missing"}
+    direct, transfer, training, *_ = plan.runs.values()
+    assert direct.macs == one.overhead_macs("direct") > transfer.macs
     images = len(one.request.dataset.train().labels) // 64 * 64 * 2
-    assert planned[0].macs == 3 * one.budget_macs * images
+    assert training.macs == 3 * one.budget_macs * images
     assert not root.exists()
 
 
 def test_a_plan_knows_what_is_done(ran):
-    assert all(stage.done for stage in plan(ran[0]))
-    more = plan(point(f"root={ran[0].request.root}", "recipe.epochs=3"))
-    assert [stage.done for stage in more] == [False, True, False, True, False]
+    assert set(Plan.of([ran[0].request]).states().values()) == {"done"}
+    more = Plan.of([point(f"root={ran[0].request.root}", "recipe.epochs=3").request])
+    kinds = {run.kind: more.states()[name] for name, run in more.runs.items()}
+    assert kinds == {"search": "done", "train": "missing"}

@@ -1,16 +1,22 @@
 import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from widthopt.errors import InputError
-from widthopt.store import Store, writable, write_atomically
+from widthopt.store import Store, Taken, blocked, writable, write_atomically
 
 
 ROOT = Path(__file__).parents[1]
@@ -54,12 +60,96 @@ def test_a_claim_writes_down_what_names_the_stage(stage):
     assert written == {"kind": "search", "fields": {"width": 0.5}}
 
 
-@pytest.mark.parametrize("content", [b"", b'{"top1": 70.2', b"[1]", b"\xff\xfe", b"{}}"])
+NOT_WHOLE = [b"", b'{"top1": 70.2', b"\xff\xfe", b"{}}", b"null", b"\0" * 300, b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", NOT_WHOLE, ids=range(len(NOT_WHOLE)))
 def test_a_result_that_is_not_whole_is_not_believed(stage, caplog, content):
     stage.finish({"top1": 70.25})
     (stage.folder / "result.json").write_bytes(content)
     assert stage.result() is None
     assert "result.json is not whole; it is treated as missing" in caplog.text
+    assert stage.state() == "missing"
+
+
+def test_a_result_says_itself_whose_it_is_and_whether_it_is_whole(stage):
+    stage.finish({"top1": 70.25, "flags": []})
+    assert json.loads((stage.folder / "result.json").read_text()) == {
+        "format": 1,
+        "key": stage.key,
+        "sha256": hashlib.sha256(b'{"flags":[],"top1":70.25}').hexdigest(),
+        "result": {"top1": 70.25, "flags": []},
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("70.25", "71.25"),
+        ("70.25", "7025"),
+        ("70.25", "NaN"),
+        ("70.25", "1e999"),
+        ("70.25", "[" * 400 + "]" * 400),
+        ("top1", "top5"),
+        ('"format": 1', '"format": 2'),
+        ('"key": "', '"key": "0'),
+        ('"sha256": "', '"sha256": "0'),
+        ('"result": {', '"note": 1, "result": {'),
+    ],
+)
+def test_a_result_that_was_changed_is_neither_believed_nor_overwritten(stage, before, after):
+    stage.finish({"top1": 70.25})
+    path = stage.folder / "result.json"
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    for ask in (stage.result, stage.state):
+        with pytest.raises(InputError) as caught:
+            ask()
+        assert str(caught.value) == (
+            f"root is {stage.folder.parent}, but {path} was changed after it was written; "
+            "restore it, or delete it to do the work again"
+        )
+
+
+def test_a_result_of_another_stage_is_not_believed(stage, tmp_path):
+    other = Store(tmp_path / "runs").stage("search", {"width": 0.7})
+    other.finish({"top1": 1.0})
+    stage.finish({"top1": 70.25})
+    shutil.copy(other.folder / "result.json", stage.folder)
+    with pytest.raises(InputError, match="was changed after it was written"):
+        stage.result()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"top1": 70.25}', '{"result": 3}', "3"])
+def test_whole_json_that_is_no_result_was_changed(stage, content):
+    stage.finish({"top1": 70.25})
+    (stage.folder / "result.json").write_text(content)
+    with pytest.raises(InputError, match="restore it, or delete it to do the work again"):
+        stage.result()
+
+
+def test_a_result_laid_out_anew_is_the_same_result(stage):
+    stage.finish({"top1": 70.25})
+    path = stage.folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert stage.result() == {"top1": 70.25}
+
+
+def test_a_result_that_cannot_be_read_is_one_line(stage):
+    (stage.folder / "result.json").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"result\.json cannot be read \(Is a directory\); name a"):
+        stage.result()
+
+
+@given(st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)))
+def test_numbers_come_back_to_the_last_bit(tmp_path_factory, result):
+    stage = Store(tmp_path_factory.mktemp("runs")).stage("a", 1)
+    stage.finish(result)
+    found = stage.result()
+    assert {name: number.hex() for name, number in found.items()} == {
+        name: number.hex() for name, number in result.items()
+    }
 
 
 def test_a_result_that_is_not_a_number_is_not_written(stage):
@@ -215,3 +305,304 @@ def test_a_root_that_is_a_file_is_one_line(tmp_path):
 def test_a_writable_root_is_made_and_left_empty(tmp_path):
     writable(tmp_path / "new" / "runs")
     assert list((tmp_path / "new" / "runs").iterdir()) == []
+
+
+# Claims.
+
+
+def test_a_claim_says_who_works_and_goes_when_they_leave(stage):
+    with stage.claim(job="7_1"):
+        claim = json.loads((stage.folder / "claim.json").read_text())
+        assert abs(claim.pop("started") - time.time()) < 60
+        assert claim == {"host": os.uname().nodename, "process": os.getpid(), "job": "7_1"}
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["fields.json", "lock"]
+
+
+def test_a_claim_without_a_job_says_so(stage):
+    with stage.claim():
+        assert json.loads((stage.folder / "claim.json").read_text())["job"] == ""
+
+
+def test_a_claim_goes_with_an_error(stage):
+    with pytest.raises(KeyError), stage.claim():
+        raise KeyError
+    assert not (stage.folder / "claim.json").exists()
+    with stage.claim(wait=False):
+        pass
+
+
+def test_who_does_not_wait_is_told_who_works(stage, tmp_path):
+    other = Store(tmp_path / "runs").stage("search", {"width": 0.5})
+    with stage.claim(job="7"):
+        with pytest.raises(Taken, match=rf"process {os.getpid()}, host .*, job 7\)"):
+            other.claim(wait=False).__enter__()
+        assert (stage.folder / "claim.json").exists()
+        assert other.state() == "running"
+    with other.claim(wait=False):
+        pass
+
+
+def test_whoever_asks_for_the_state_does_not_seem_to_work(stage):
+    with stage.claim():
+        pass
+    with stage._at_rest() as rests:  # noqa: SLF001 (what `state` does for a moment)
+        assert rests
+        assert stage.state() == "missing"
+        with pytest.raises(Taken):  # nobody begins meanwhile
+            stage.claim(wait=False).__enter__()
+    with stage.claim(wait=False):
+        pass
+
+
+def test_a_claim_that_cannot_be_removed_stops_nobody(stage, monkeypatch, caplog):
+    with monkeypatch.context() as patch, stage.claim():
+        stage.finish({"top1": 1.0})
+        patch.setattr(os, "unlink", refusing(errno.EIO))
+    assert "claim.json is left; it stops nobody" in caplog.text
+    assert stage.state() == "done"
+    with stage.claim(wait=False):
+        pass
+
+
+def test_a_claim_is_removed_while_nobody_else_can_have_one(stage, monkeypatch):
+    unlink, seen = os.unlink, []
+
+    def removing(path, **options):
+        if Path(path).name == "claim.json":
+            seen.append(stage.state())
+        return unlink(path, **options)
+
+    with stage.claim():
+        monkeypatch.setattr(os, "unlink", removing)
+    assert seen == ["running"]
+
+
+def test_a_stage_deleted_while_someone_waits_is_still_worked_on_by_one(tmp_path, stage):
+    with ExitStack() as deleted:
+        deleted.enter_context(stage.claim())
+        waits = python(WORK, tmp_path / "runs", tmp_path)
+        assert waits.stdout.readline() == "ready\n"
+        assert "another process works on" in waits.stderr.readline()
+        shutil.rmtree(stage.folder)
+        with stage.claim(wait=False):
+            deleted.close()  # what was waited for
+            assert "another process works on" in waits.stderr.readline()
+    assert waits.communicate(timeout=20)[0] == "working\n"
+    assert stage.result() == {"top1": 1.0}
+
+
+# Failures and states.
+
+
+def broken():
+    raise OSError(5, "no such\ndevice")
+
+
+def failing(stage, job=""):
+    with stage.claim(job=job):
+        try:
+            broken()
+        except OSError as error:
+            stage.fail(error)
+
+
+def test_a_failure_says_what_happened_and_where(stage):
+    assert stage.failure() is None
+    failing(stage, job="7")
+    failure = stage.failure()
+    assert abs(failure.pop("time") - time.time()) < 60
+    assert "in broken" in failure.pop("traceback")
+    assert failure == {
+        "type": "OSError",
+        "message": "[Errno 5] no such\ndevice",
+        "host": os.uname().nodename,
+        "process": os.getpid(),
+        "job": "7",
+    }
+    assert stage.result() is None
+
+
+def test_a_failure_is_forgotten_when_work_begins_again(stage):
+    failing(stage)
+    assert stage.state() == "failed"
+    with stage.claim():
+        assert (stage.failure(), stage.state()) == (None, "running")
+    assert stage.state() == "missing"
+
+
+def test_a_failure_is_forgotten_when_the_work_is_done(stage):
+    with stage.claim():
+        stage.fail(KeyError("a"))
+        stage.finish({})
+    assert (stage.failure(), stage.state()) == (None, "done")
+
+
+def test_asking_writes_nothing(stage, tmp_path):
+    store = Store(tmp_path / "runs")
+    assert stage.state() == "missing"
+    assert (stage.result(), stage.failure(), list(store.stages())) == (None, None, [])
+    store.check(write=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_submitted_stage_is_queued_while_its_job_lives(stage):
+    stage.submitted("7")
+    assert json.loads((stage.folder / "submission.json").read_text()) == {"job": "7"}
+    assert stage.state(live={"7"}) == "queued"
+    assert stage.state(live={"8"}) == stage.state() == "stale"
+    with stage.claim(job="7"):
+        assert stage.state(live={"7"}) == "running"
+        stage.finish({})
+    assert stage.state(live={"7"}) == stage.state() == "done"
+
+
+def test_a_failed_stage_that_is_submitted_again_is_queued(stage):
+    stage.submitted("7")
+    failing(stage, job="7")
+    assert stage.state() == "failed"
+    stage.submitted("8")
+    assert stage.state(live=["8"]) == "queued"
+
+
+def test_a_claim_whose_job_lives_runs_even_if_no_lock_is_seen(stage):
+    with stage.claim(job="7"):
+        claim = (stage.folder / "claim.json").read_text()
+    (stage.folder / "claim.json").write_text(claim)
+    assert stage.state(live={"7"}) == "running"
+    assert stage.state(live={"8"}) == "stale"
+
+
+def test_what_needs_a_failure_is_blocked():
+    states = {
+        "a": "failed",
+        "b": "missing",
+        "c": "stale",
+        "d": "done",
+        "e": "missing",
+        "f": "queued",
+        "g": "missing",
+    }
+    needs = {"b": ["a"], "c": ["b", "elsewhere"], "d": ["a"], "e": ["d"], "f": ["a"], "g": ["f"]}
+    before = dict(states)
+    assert blocked(states, needs) == {**states, "b": "blocked", "c": "blocked"}
+    assert states == before
+
+
+def test_stages_that_need_each_other_are_no_endless_loop():
+    needs = {"a": ["b"], "b": ["a", "c"]}
+    states = {"a": "missing", "b": "missing", "c": "failed"}
+    assert blocked(states, needs) == {"a": "blocked", "b": "blocked", "c": "failed"}
+    assert blocked({**states, "c": "done"}, needs) == {**states, "c": "done"}
+
+
+def test_a_long_chain_is_blocked_to_its_end():
+    needs = {str(place): [str(place - 1)] for place in range(1, 5000)}
+    states = dict.fromkeys(needs, "missing")
+    assert set(blocked({"0": "blocked", **states}, needs).values()) == {"blocked"}
+
+
+def test_the_states_of_a_thousand_stages_take_less_than_a_second(tmp_path):
+    store = Store(tmp_path)
+    result = {"channels": {f"layer{n}": 64 + n for n in range(20)}, "top1": 70.25}
+    first = store.stage("search", {"seed": 0})
+    with first.claim():
+        first.finish(result)
+    done = json.loads((first.folder / "result.json").read_text())
+    for seed in range(1, 1000):
+        other = store.stage("search", {"seed": seed})
+        other.folder.mkdir()
+        for name in ("fields.json", "lock"):
+            shutil.copy(first.folder / name, other.folder)
+        if seed < 500:
+            text = json.dumps({**done, "key": other.key})
+            (other.folder / "result.json").write_text(text)
+    before = time.process_time()
+    states = [store.stage("search", {"seed": seed}).state() for seed in range(1000)]
+    assert time.process_time() - before < 1
+    assert (states.count("done"), states.count("missing")) == (500, 500)
+
+
+# Roots.
+
+
+def test_a_new_root_is_marked_and_a_marked_one_is_taken(tmp_path):
+    store = Store(tmp_path / "new" / "runs")
+    store.check()
+    assert [path.name for path in store.root.iterdir()] == ["store.json"]
+    assert json.loads((store.root / "store.json").read_text()) == {"format": 2}
+    before = (store.root / "store.json").stat().st_mtime_ns
+    store.check()
+    store.check(write=False)
+    assert (store.root / "store.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize(
+    ("content", "stated"), [('{"format": 3}', "3"), ("{}", "None"), ("[2]", "None")]
+)
+def test_a_root_of_another_version_is_one_line(tmp_path, write, content, stated):
+    (tmp_path / "store.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        Store(tmp_path).check(write=write)
+    assert str(caught.value) == (
+        f"root is {tmp_path}, but it belongs to another version (format {stated} in store.json, "
+        "2 here); name another folder"
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_a_root_that_is_a_file_is_no_store(tmp_path, write):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(InputError, match=r"root is .*/runs, but that is a file; name a folder"):
+        Store(tmp_path / "runs").check(write=write)
+
+
+def test_a_full_disk_is_found_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", refusing(errno.ENOSPC))
+    with pytest.raises(InputError, match="make room and run the same again"):
+        Store(tmp_path).check()
+    Store(tmp_path).check(write=False)
+
+
+def test_the_stages_on_the_disk_are_found_by_what_names_them(tmp_path):
+    store = Store(tmp_path)
+    store.check()
+    made = [store.stage("search", {"width": 0.5}), store.stage("train", [1, 2.0, "a", None])]
+    made[0].finish({"top1": 1.0})
+    made[1].submitted("7")
+    (tmp_path / "resnet18-run").mkdir()
+    store.stage("search", "killed before it was named").folder.mkdir()
+    found = list(store.stages())
+    assert [(one.kind, one.fields) for one in found] == [(one.kind, one.fields) for one in made]
+    assert [one.folder for one in found] == [one.folder for one in made]
+    assert [one.state() for one in found] == ["done", "stale"]
+    assert [one.kind for one in store.stages("train")] == ["train"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"kind":"search","fields":{"width":0.7}}',
+        '{"kind":"train","fields":{"width":0.5}}',
+        '{"kind":"search","fields":NaN}',
+        '{"kind":1,"fields":{}}',
+        '{"kind":"search","fields":' + "[" * 600 + "]" * 600 + "}",
+        '{"kind":"search"}',
+        "[]",
+    ],
+)
+def test_a_folder_named_by_something_else_is_passed_over(stage, caplog, content):
+    stage.finish({})
+    (stage.folder / "fields.json").write_text(content)
+    assert list(Store(stage.folder.parent).stages()) == []
+    assert "fields.json does not name its folder; the folder is passed over" in caplog.text
+    with stage.claim():
+        pass
+    assert [one.key for one in Store(stage.folder.parent).stages()] == [stage.key]
+
+
+def test_a_root_that_cannot_be_listed_is_one_line(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(InputError, match=r"cannot be read \(Not a directory\); name a folder you"):
+        list(Store(tmp_path / "runs").stages())

@@ -77,7 +77,8 @@ class Synthetic:
 
     def epoch(self, epoch, first_step=0, rank=0, ranks=1):
         order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
-        for step, chosen in enumerate(order.split(self.batch_size)):
+        part = slice(rank * self.batch_size // ranks, (rank + 1) * self.batch_size // ranks)
+        for step, chosen in enumerate(batch[part] for batch in order.split(self.batch_size)):
             if step >= first_step:
                 pixels = self.pixels[chosen].clone()
                 if epoch * self.steps_per_epoch + step == self.spoilt:
@@ -407,7 +408,7 @@ def test_ctrl_c_does_not_wait_where_nothing_is_saved():
 def test_a_loader_that_ctrl_c_ended_leaves_a_resumable_run(tmp_path, uninterrupted):
     class Ended(Synthetic):
         def epoch(self, epoch, first_step=0, rank=0, ranks=1):
-            for step, batch in enumerate(super().epoch(epoch, first_step)):
+            for step, batch in enumerate(super().epoch(epoch, first_step, rank, ranks)):
                 if (epoch, step) == (1, 2):
                     signal.raise_signal(signal.SIGINT)
                     raise RuntimeError("DataLoader worker exited unexpectedly")

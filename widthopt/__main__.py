@@ -18,10 +18,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from launchers.work import Failed
 from widthopt.errors import InputError
 
 
 logger = logging.getLogger("widthopt")
+
+YES = "--yes"
+"""A sweep's flag: do not ask, however much it is."""
 
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 """Exit codes: what was asked for cannot be done; it went wrong; Ctrl-C."""
@@ -41,6 +45,7 @@ def main() -> None:
         "macs": _macs,
         "plan": _plan,
         "report": _report,
+        "status": _status,
     }
     try:
         if words and words[0] in commands:
@@ -49,6 +54,8 @@ def main() -> None:
             _hydra()
     except InputError as error:
         _end(error, WRONG_INPUT)
+    except Failed as error:
+        _end(error, FAILED)
     except (HydraException, OmegaConfBaseException) as error:
         from widthopt.config import refusal  # noqa: PLC0415 (imports torch)
 
@@ -103,26 +110,20 @@ def _hydra() -> None:
 
     launchers.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to `main`, which words them
-    done: list[Path] = []
-
-    def run(config: DictConfig) -> None:
-        done.append(_run(config))
-
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(run)()
-    if len(done) > 1:
-        from widthopt.report import compare  # noqa: PLC0415 (imports torch)
-
-        compare(done, into=done[0].parent / "report")
+    if YES in sys.argv:
+        sys.argv[sys.argv.index(YES)] = "hydra.launcher.sure=true"
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(_run)()
 
 
-def _run(config: DictConfig) -> Path:
+def _run(config: DictConfig) -> None:
     """One run of Hydra's: from a composed configuration to the table and the figures."""
-    from widthopt.config import request  # noqa: PLC0415 (imports torch)
+    from widthopt.config import check_once, request  # noqa: PLC0415 (imports torch)
     from widthopt.report import report  # noqa: PLC0415
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
     try:
-        return report(request(config))
+        check_once(sys.argv[1:])
+        report(request(config))
     except InputError as error:
         _end(error, WRONG_INPUT)
     except Diverged as error:
@@ -132,34 +133,76 @@ def _run(config: DictConfig) -> Path:
 
 
 def _report(words: Sequence[str]) -> None:
-    """``widthopt report [RUN ...] [--root FOLDER]``."""
+    """``widthopt report [SWEEP or RUN ...] [--root FOLDER]``."""
     parser = argparse.ArgumentParser(
-        "widthopt report", description="Runs side by side: tables, and a figure for each network."
+        "widthopt report",
+        description="The figures and tables of sweeps, from the records there are; or runs side by "
+        "side.",
     )
-    parser.add_argument("runs", nargs="*", type=Path, help="their folders; all by default")
+    parser.add_argument(
+        "names", nargs="*", help="sweeps, or folders of runs; all sweeps (or runs) by default"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
     from widthopt.report import compare, runs  # noqa: PLC0415 (imports torch)
+    from widthopt.sweeps import draw, manifests  # noqa: PLC0415
 
-    folders = arguments.runs or runs(arguments.root)
+    root = arguments.root
+    folders = [Path(name) for name in arguments.names if os.sep in name or Path(name).is_dir()]
     if not folders:
-        raise InputError(
-            f"--root is {arguments.root}, but no run there has a record; run one first"
-        )
-    compare(folders, into=arguments.root / "report")
+        found = manifests(root, arguments.names)
+        drawn = [one for one in found if one.figures]
+        if drawn:
+            draw(root, drawn)
+            return
+        folders = runs(root)
+    if not folders:
+        raise InputError(f"--root is {root}, but no run there has a record; run one first")
+    compare(folders, into=root / "report")
+
+
+def _status(words: Sequence[str]) -> None:
+    """``widthopt status [SWEEP ...] [--root FOLDER] [--json]``."""
+    parser = argparse.ArgumentParser("widthopt status", description="How far sweeps are.")
+    parser.add_argument("sweeps", nargs="*", help="how their names begin; all by default")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(words)
+    from widthopt.report import show_status  # noqa: PLC0415 (imports torch)
+    from widthopt.sweeps import manifests, status  # noqa: PLC0415
+
+    root = arguments.root
+    show_status(status(root, manifests(root, arguments.sweeps)), as_json=arguments.json)
 
 
 def _plan(words: Sequence[str]) -> None:
-    """``widthopt plan [OVERRIDE ...] [--config-dir FOLDER] [--json]``."""
-    parser = argparse.ArgumentParser("widthopt plan", description="What a run would cost.")
+    """``widthopt plan [OVERRIDE ...] [--config-dir FOLDER] [--nodes N] [--rate R] [--json]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt plan", description="What a run or a sweep would do, and what it costs."
+    )
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
     parser.add_argument("--config-dir", help="a folder of further choices")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of eight accelerators")
+    parser.add_argument("--rate", type=float, help="MACs per second of one; a V100's by default")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(words)
-    from widthopt.config import compose  # noqa: PLC0415 (imports torch)
+    for name, value in (("--nodes", arguments.nodes), ("--rate", arguments.rate)):
+        if value is not None and not value > 0:
+            raise InputError(f"{name} is {value:g}, but it is above 0; correct it")
+    from widthopt.config import compose_sweep  # noqa: PLC0415 (imports torch)
+    from widthopt.planning import GPU_MACS_PER_SECOND, Plan  # noqa: PLC0415
     from widthopt.report import show_plan  # noqa: PLC0415
 
-    show_plan(compose(arguments.overrides, config_dir=arguments.config_dir), as_json=arguments.json)
+    overrides = [word for word in arguments.overrides if word not in {"-m", "--multirun"}]
+    requests = compose_sweep(overrides, config_dir=arguments.config_dir)
+    plan = Plan.of(requests, images=False)
+    show_plan(
+        plan,
+        plan.states(),
+        as_json=arguments.json,
+        nodes=arguments.nodes,
+        macs_per_second=arguments.rate or GPU_MACS_PER_SECOND,
+    )
 
 
 def _macs(words: Sequence[str]) -> None:

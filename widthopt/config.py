@@ -1,24 +1,34 @@
 """From what a user typed to a `Request`: composed, typed and checked before anything starts."""
 
+import copy
 import difflib
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import launchers
+from launchers.sweeper import CONFIG_NAME, EXPERIMENT, expanded
+from widthopt import identity
 from widthopt.errors import InputError
 from widthopt.pipeline import Request, Target, found
 from widthopt.records import Found
@@ -26,10 +36,12 @@ from widthopt.setting import Runtime
 
 
 CONFIG_MODULE = "conf"
-CONFIG_NAME = "config"
 
 _GROUPS = ("network", "dataset", "projection", "algorithm", "extrapolation", "recipe")
-_VALUES = ("target", "budget_macs", "methods", "seeds", "root", "runtime")
+_VALUES = ("target", "budget_macs", "methods", "seeds", "root", "runtime", "figures")
+
+NEUTRAL = ("root", "runtime", "figures")
+"""What no result depends on: where it is kept, where and how it is computed, what is drawn."""
 
 
 def search(*overrides: str) -> Found:
@@ -59,12 +71,36 @@ def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Reque
     Raises:
         InputError: They do not fit it.
     """
+    with _loading(overrides, config_dir) as words:
+        return request(hydra_compose(CONFIG_NAME, overrides=words))
+
+
+def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Request]:
+    """The requests of a sweep, one for each of its points; a single one where nothing is swept.
+
+    Args:
+        overrides: As typed behind ``widthopt -m``.
+        config_dir: A folder of further choices, as ``--config-dir`` names it.
+
+    Raises:
+        InputError: They do not fit ``conf/``, or the sweep has no points.
+    """
+    with _loading(overrides, config_dir) as words:
+        loader = GlobalHydra.instance().config_loader()
+        return requests(loader, expanded(loader, words))
+
+
+@contextmanager
+def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[str]]:
+    """Have Hydra read ``conf/``; the words to compose, and its refusals as ours."""
     launchers.register()
+    check_once(overrides)
+    words = list(overrides)
     if config_dir is not None:
-        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+        words.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return request(hydra_compose(CONFIG_NAME, overrides=list(overrides)))
+            yield words
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides) from error
     except ValueError as error:
@@ -73,8 +109,84 @@ def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Reque
         raise refusal(error, overrides) from error
 
 
-def request(config: DictConfig) -> Request:
+def check_once(overrides: Sequence[str]) -> None:
+    """Raise where one key is given two values.
+
+    Args:
+        overrides: As typed; flags among them are passed over.
+
+    Raises:
+        InputError: Two overrides contradict each other.
+    """
+    given: dict[str, str] = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or key.startswith("-"):
+            continue
+        if given.setdefault(key, value) != value:
+            raise InputError(
+                f"{key} is {given[key]} and {value}, but it has one value in one command; leave "
+                "one of them out, or sweep over both with -m and a comma"
+            )
+
+
+def requests(loader: ConfigLoader, points: Sequence[Sequence[str]]) -> list[Request]:
+    """The requests of these points, none of them composed twice.
+
+    What takes time in Hydra is the composition of groups, so that is done once for every
+    choice of groups there is, and the single values are put into a copy.
+
+    Args:
+        loader: Hydra's.
+        points: The overrides of each.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    bases: dict[tuple[str, ...], DictConfig] = {}
+    groups: dict[str, bool] = {}
+    made: Made = {}
+    result = []
+    for words in points:
+        overrides = parser.parse_overrides(list(words))
+        for one in overrides:
+            name = str(one.key_or_group)
+            if name not in groups:
+                groups[name] = bool(loader.get_group_options(name))
+        whole = [one for one in overrides if groups[str(one.key_or_group)] or not _is_value(one)]
+        key = tuple(str(one.input_line) for one in whole)
+        if key not in bases:
+            base = loader.load_configuration(CONFIG_NAME, list(key), RunMode.RUN)
+            with open_dict(base):
+                del base["hydra"]
+            bases[key] = base
+        config = copy.deepcopy(bases[key])
+        values = [one for one in overrides if one not in whole]
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)  # noqa: SLF001 (no other way)
+        result.append(request(config, made))
+    return result
+
+
+def _is_value(override: Override) -> bool:
+    """Whether an override that chooses no group only changes a value."""
+    key = str(override.key_or_group)
+    return not (
+        key.startswith("hydra")
+        or "/" in key
+        or override.package is not None
+        or override.is_delete()
+        or key == EXPERIMENT
+    )
+
+
+Made = dict[tuple[str, str], Any]
+"""What was made of each group's values before, by their canonical text."""
+
+
+def request(config: DictConfig, made: Made | None = None) -> Request:
     """A composed configuration as typed values.
+
+    Args:
+        config: As Hydra composes it, or what is left of it without Hydra's own.
+        made: What was made of equal values before; requests share it, and add to it.
 
     Raises:
         InputError: A key is unknown or missing, or a value has the wrong type or range.
@@ -87,6 +199,7 @@ def request(config: DictConfig) -> Request:
         raise refusal(error) from error
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items()}
+    values.pop("hydra", None)
     unknown = [key for key in values if key not in (*_GROUPS, *_VALUES)]
     if unknown:
         raise InputError(_unknown(unknown[0], (*_GROUPS, *_VALUES)))
@@ -104,11 +217,48 @@ def request(config: DictConfig) -> Request:
         "root": _value(str, "root", values["root"]),
     }
     composed = {**plain_values, **{key: {**values[key], **one} for key, one in typed.items()}}
+    made = {} if made is None else made
+    objects: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        try:
+            name = (key, identity.canonical(composed[key]))
+        except InputError:  # a number that is not finite; the kind says what is wrong with it
+            kind(**typed[key])
+            raise
+        if name not in made:
+            made[name] = kind(**typed[key])
+        objects[key] = made[name]
     return Request(
-        **{key: kind(**typed[key]) for key, kind in kinds.items()},
+        **objects,
         **plain_values,
-        fields={key: composed[key] for key in values if key not in {"root", "runtime"}},
+        figures=figures(values["figures"]),
+        fields={key: composed[key] for key in values if key not in NEUTRAL},
     )
+
+
+def frozen(asked: Request) -> dict[str, Any]:
+    """All of a request as plain data, from which `request` makes it again anywhere.
+
+    Figures are left out: they change no result.
+    """
+    runtime = asdict(asked.runtime)
+    return {**asked.fields, "runtime": runtime, "root": asked.root, "figures": []}
+
+
+def figures(values: Any) -> tuple[Any, ...]:
+    """What a report draws, each of the kind that its ``_target_`` names.
+
+    Raises:
+        InputError: The values are no list of such tables.
+    """
+    if not isinstance(values, list):
+        raise InputError(f"figures is {_shown(values)}, but it is a list of tables; see conf")
+    result = []
+    for place, one in enumerate(values):
+        key = f"figures[{place}]"
+        kind = _kind(key, one)
+        result.append(kind(**_typed(kind, key, one)))
+    return tuple(result)
 
 
 def _kind(group: str, values: Any) -> type[Any]:
@@ -186,8 +336,8 @@ def _value(kind: Any, key: str, value: Any) -> Any:
         rule = "" if value in arguments else f"one of {', '.join(map(str, arguments))}"
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         rule = "" if isinstance(value, Mapping) else "a table, {name: value}"
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    elif kind is float and _as_number(value) is not None:
+        return _as_number(value)
     elif kind is not Any and (
         not isinstance(value, kind) or isinstance(value, bool) > (kind is bool)
     ):
@@ -195,6 +345,17 @@ def _value(kind: Any, key: str, value: Any) -> Any:
     if rule:
         raise InputError(f"{key} is {_shown(value)}, but it must be {rule}; correct it")
     return value
+
+
+def _as_number(value: Any) -> float | None:
+    """A number, or one in quotes: 1, 1.0 and "1" are the same."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) or isinstance(value, float) else None
 
 
 def _shown(value: Any) -> str:

@@ -4,8 +4,10 @@ Searches and trainings are stages of the store, named by everything that their r
 depends on, so none is done twice; a run's folder gathers what belongs to one request.
 """
 
+import copy
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,18 +20,18 @@ from omegaconf import OmegaConf
 from widthopt import data, identity
 from widthopt.algorithms import Conditions, SearchResult, WidthSearch
 from widthopt.algorithms.uniform import Uniform
-from widthopt.data import Dataset, Split
+from widthopt.data import Dataset, Sizes, Split
 from widthopt.devices import resolve_device
 from widthopt.errors import InputError
 from widthopt.evaluation import evaluate
 from widthopt.extrapolation import Extrapolation
-from widthopt.projection import Projection, nominal_saving
-from widthopt.records import METHODS, Found, Record, to_json
+from widthopt.projection import nominal_saving
+from widthopt.records import METHODS, Found, Record, from_plain, to_json
 from widthopt.seeds import derived_seed
 from widthopt.setting import Network, Recipe, Runtime, Setting
 from widthopt.store import Stage, Store, writable, write_atomically, writing
 from widthopt.surgery import Blueprint
-from widthopt.training import train
+from widthopt.training import Interrupted, train
 from widthopt.widths import TOLERANCE, Match, match_macs, multipliers
 
 
@@ -64,12 +66,14 @@ class Request:
     """What one run is asked for; `widthopt.config` makes it from ``conf/`` and overrides.
 
     Attributes:
+        projection: From the target to its proxy; `widthopt.projection.Projection` or another.
+        figures: What a report draws of it, of `widthopt.figures`.
         fields: The composed values that results may depend on, as plain data.
     """
 
     network: Network
     dataset: Dataset
-    projection: Projection
+    projection: Callable[[Setting], Setting]
     algorithm: WidthSearch
     extrapolation: Extrapolation
     recipe: Recipe
@@ -79,6 +83,7 @@ class Request:
     seeds: tuple[int, ...]
     root: str
     runtime: Runtime
+    figures: tuple[Any, ...]
     fields: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -113,7 +118,7 @@ class Request:
             axis = str(error).split(" ", 1)[0]
             if axis not in {"width", "depth", "resolution"}:
                 raise
-            typed = getattr(self.projection, axis) is not None
+            typed = getattr(self.projection, axis, None) is not None
             projected = typed and getattr(self.target, axis) != getattr(setting, axis)
             group = "projection" if projected else "target"
             raise InputError(f"{group}.{error}") from error
@@ -126,12 +131,21 @@ class Point:
         InputError: Anything asked for cannot be done; nothing has started or been written.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, *, images: bool = True) -> None:
+        """Check and size a request.
+
+        Args:
+            request: What is asked for.
+            images: Whether its images must be there, as they must to run it.
+        """
         self.request = request
-        data.check(request.dataset, fraction=request.projection.fraction or 1.0)
+        if images:
+            data.check(request.dataset, fraction=1.0)
         self.target = request.target_setting
         transfer = "transfer" in request.methods
         self.proxy = request.projection(self.target) if transfer else self.target
+        if images and transfer:
+            data.check(request.dataset, fraction=self.proxy.fraction)
         self.target_blueprint = request.blueprint(self.target)
         self.proxy_blueprint = request.blueprint(self.proxy)
         graph = self.target_blueprint.graph
@@ -147,6 +161,14 @@ class Point:
                 budget_macs=self.budget_macs,
             )
         self.device = resolve_device(request.runtime)
+
+    def with_seeds(self, seeds: Sequence[int]) -> "Point":
+        """The same request for other seeds; nothing is checked or sized again."""
+        fields = {**self.request.fields, "seeds": tuple(seeds)}
+        other = copy.copy(self)
+        other.__dict__.pop("folder", None)  # its name follows from the fields
+        other.request = replace(self.request, seeds=tuple(seeds), fields=fields)
+        return other
 
     def setting(self, method: str) -> Setting:
         """What a method searches."""
@@ -176,13 +198,25 @@ class Point:
             device=self.device,
         )
 
-    def overhead_macs(self, method: str, seed: int) -> int:
+    @cached_property
+    def sizes(self) -> Sizes:
+        """How many images there are."""
+        return Sizes.of(self.request.dataset)
+
+    @property
+    def train_macs(self) -> int:
+        """What the final training takes, at the budget."""
+        recipe = self.request.recipe
+        counts = data.target_counts(self.sizes, batch_size=recipe.batch_size)
+        return 3 * self.budget_macs * counts.per_epoch * recipe.epochs
+
+    def overhead_macs(self, method: str) -> int:
         """What the search of a method takes, in closed form."""
         setting, recipe = self.setting(method), self.request.recipe
         counts = data.search_counts(
-            self.request.dataset,
+            self.sizes,
             fraction=setting.fraction,
-            seed=seed,
+            validation=self.request.dataset.validation,
             batch_size=recipe.batch_size,
         )
         return self.algorithm(method).overhead_macs(
@@ -217,15 +251,23 @@ class Point:
         }
         return self.store.stage("search", named)
 
-    def train_stage(self, channels: Mapping[str, int], seed: int) -> Stage:
-        """The stage of a final training; methods that found the same channels share it."""
+    def train_stage(self, method: str, seed: int) -> Stage:
+        """The stage of a final training, named by where its channels come from.
+
+        So it has its name before the search has found them. How widths are carried to another
+        depth is part of it only where there is another.
+        """
         fields = self.request.fields
         recipe = {key: one for key, one in fields["recipe"].items() if key != "search_epochs"}
         named = {
             "network": fields["network"],
             "dataset": _naming(self.request.dataset, fields["dataset"]),
             "setting": _axes(self.target),
-            "channels": dict(channels),
+            "origin": {
+                "search": None if method == "uniform" else self.search_stage(method, seed).key,
+                "extrapolation": {**fields["extrapolation"], "strategy": self.strategy(method)},
+                "budget": self._budget_share,
+            },
             "recipe": recipe,
             "seed": seed,
         }
@@ -289,12 +331,13 @@ def run(point: Point, show: Callable[[str], None] = logger.info) -> list[Record]
         InputError: Results cannot be written, or an algorithm cannot go on.
     """
     request = point.request
-    for folder in (point.store.root, point.folder, point.folder / "channels"):
+    point.store.check()
+    for folder in (point.folder, point.folder / "channels"):
         writable(folder)
     write_atomically(point.folder / "config.yaml", OmegaConf.to_yaml(dict(request.fields)))
     write_atomically(point.folder / "graph.json", point.target_blueprint.graph.to_json())
     records = []
-    with _logged(point.folder / "run.log"):
+    with logged(point.folder / "run.log"):
         for seed in request.seeds:
             for method in request.methods:
                 show(f"{method}, seed {seed}")
@@ -304,41 +347,18 @@ def run(point: Point, show: Callable[[str], None] = logger.info) -> list[Record]
 
 
 def _record(point: Point, method: str, seed: int) -> Record:
-    request = point.request
-    one = _found(point, method, seed)
-    content = {"network": request.network.name, **asdict(one)}
+    """One method at one seed, and its channels and links in the run's folder."""
+    record = trained(point, method, seed)
+    content = {"network": record.network, **asdict(record.found)}
     path = point.folder / "channels" / f"{method}-seed{seed}.json"
     write_atomically(path, json.dumps(content, indent=2) + "\n")
-    stage = point.train_stage(one.channels, seed)
-    with stage.claim():
-        trained = stage.result()
-        if trained is None:
-            trained = _trained(point, one.channels, seed, stage.folder)
-            stage.finish(trained)
-    stages = {"train": stage.folder.name}
-    if method != "uniform":
-        stages["search"] = point.search_stage(method, seed).folder.name
-    for kind, name in stages.items():
+    for kind, name in record.stages.items():
         _link(point.folder / f"{kind}-{method}-seed{seed}", Path("..") / "stages" / name)
-    return Record(
-        network=request.network.name,
-        dataset=request.dataset.name,
-        algorithm=request.algorithm.name,
-        target=_axes(point.target),
-        proxy=_axes(point.setting(method)),
-        extrapolation=point.strategy(method),
-        found=one,
-        top1=trained["top1"],
-        top5=trained["top5"],
-        train_macs=int(trained["macs"]),
-        train_seconds=trained["seconds"],
-        train_loss=trained["loss"],
-        stages=stages,
-    )
+    return record
 
 
 def _found(point: Point, method: str, seed: int) -> Found:
-    result = _searched(point, method, seed)
+    result = searched(point, method, seed)
     target = point.target_blueprint
     match: Match = point.request.extrapolation(
         result.multipliers,
@@ -362,7 +382,7 @@ def _found(point: Point, method: str, seed: int) -> Found:
         budget_macs=match.budget_macs,
         parameters=target.parameters(match.channels),
         overhead_macs=result.overhead_macs,
-        direct_overhead_macs=_direct_overhead_macs(point, method, seed, result),
+        direct_overhead_macs=_direct_overhead_macs(point, method, result),
         nominal_saving=nominal_saving(point.target, point.setting(method)),
         search_seconds=result.seconds,
         flags=flags,
@@ -370,21 +390,30 @@ def _found(point: Point, method: str, seed: int) -> Found:
     )
 
 
-def _direct_overhead_macs(point: Point, method: str, seed: int, result: SearchResult) -> int:
+def _direct_overhead_macs(point: Point, method: str, result: SearchResult) -> int:
     """What a search on the target itself takes: counted where this is one, else foretold."""
-    if method == "transfer":
-        return point.overhead_macs("direct", seed)
+    if method == "transfer" and point.proxy != point.target:
+        return point.overhead_macs("direct")
     return result.overhead_macs
 
 
-def _searched(point: Point, method: str, seed: int) -> SearchResult:
-    """The search of a method, done now or before."""
+def searched(point: Point, method: str, seed: int) -> SearchResult:
+    """The search of a method, done now or before.
+
+    Args:
+        point: What it belongs to.
+        method: ``direct`` or ``transfer``; there is nothing to do for ``uniform``.
+        seed: One of the point's.
+
+    Raises:
+        InputError: The algorithm cannot search this network.
+    """
     algorithm, setting = point.algorithm(method), point.setting(method)
     if method == "uniform":
         ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
         return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
     stage = point.search_stage(method, seed)
-    with stage.claim():
+    with _working(stage):
         done = stage.result()
         if done is None:
             result = algorithm.search(
@@ -396,6 +425,68 @@ def _searched(point: Point, method: str, seed: int) -> SearchResult:
             stage.finish(asdict(result))
             return result
     return SearchResult(**done)
+
+
+def trained(point: Point, method: str, seed: int) -> Record:
+    """The final training of a method, done now or before, and its search before it.
+
+    Args:
+        point: What it belongs to.
+        method: One of `widthopt.records.METHODS`.
+        seed: One of the point's.
+    """
+    one = _found(point, method, seed)
+    stage = point.train_stage(method, seed)
+    with _working(stage):
+        done = stage.result()
+        if done is None:
+            measured = _trained(point, one.channels, seed, stage.folder)
+            stages = {"train": stage.folder.name}
+            if method != "uniform":
+                stages["search"] = point.search_stage(method, seed).folder.name
+            record = Record(
+                network=point.request.network.name,
+                dataset=point.request.dataset.name,
+                algorithm=point.request.algorithm.name,
+                target=_axes(point.target),
+                proxy=_axes(point.setting(method)),
+                extrapolation=point.strategy(method),
+                found=one,
+                top1=measured["top1"],
+                top5=measured["top5"],
+                train_macs=int(measured["macs"]),
+                train_seconds=measured["seconds"],
+                train_loss=measured["loss"],
+                stages=stages,
+            )
+            stage.finish(asdict(record))
+            done = asdict(record)
+    return recorded(done, method=method, algorithm=point.request.algorithm.name)
+
+
+def recorded(result: Mapping[str, Any], *, method: str, algorithm: str) -> Record:
+    """The record in a training's result, as one of the requests that share it has it.
+
+    A transfer whose proxy is the target is a direct search; a network that is not optimised is
+    the same beside every algorithm.
+    """
+    record = from_plain(result)
+    return replace(record, algorithm=algorithm, found=replace(record.found, method=method))
+
+
+@contextmanager
+def _working(stage: Stage) -> Iterator[None]:
+    """Work on a stage alone, and write down what ended the work if it is not done.
+
+    An interruption is no failure: the work goes on from its checkpoint.
+    """
+    with stage.claim(job=os.environ.get("SLURM_JOB_ID", "")):
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if not isinstance(error, Interrupted):
+                stage.fail(error)
+            raise
 
 
 def _trained(
@@ -444,7 +535,7 @@ def _link(path: Path, to: Path) -> None:
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
+def logged(path: Path) -> Iterator[None]:
     """Write what is logged to a file too."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.DEBUG)
@@ -455,43 +546,3 @@ def _logged(path: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """One stage of a request that has not started: what it is, what it costs, whether it is done.
-
-    Attributes:
-        what: The stage in words.
-        macs: Its MACs; for a training those of its budget.
-        done: True if its result is there; None where that depends on a search to come.
-    """
-
-    what: str
-    macs: int
-    done: bool | None
-
-
-def plan(point: Point) -> Sequence[Planned]:
-    """What `run` would do, in its order; starts nothing and writes nothing.
-
-    Raises:
-        InputError: The algorithm cannot search this network.
-    """
-    request = point.request
-    counts = data.target_counts(request.dataset, batch_size=request.recipe.batch_size)
-    train_macs = 3 * point.budget_macs * counts.per_epoch * request.recipe.epochs
-    planned = []
-    for seed in request.seeds:
-        for method in request.methods:
-            result = None
-            if method != "uniform":
-                result = point.search_stage(method, seed).result()
-                what = f"{method}: {request.algorithm.name} search, seed {seed}"
-                planned.append(Planned(what, point.overhead_macs(method, seed), result is not None))
-            done: bool | None = None
-            if method == "uniform" or result is not None:
-                channels = _found(point, method, seed).channels
-                done = point.train_stage(channels, seed).result() is not None
-            planned.append(Planned(f"{method}: training, seed {seed}", train_macs, done))
-    return planned

@@ -129,6 +129,15 @@ def by_algorithm(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
+def from_plain(content: Mapping[str, Any]) -> Record:
+    """A record from what `dataclasses.asdict` made of it.
+
+    Raises:
+        KeyError, TypeError: It is of something else.
+    """
+    return Record(**{**content, "found": Found(**content["found"])})
+
+
 def to_json(records: Sequence[Record]) -> str:
     """Records as JSON text; `from_json` reads it back."""
     content = {"format": FORMAT, "records": [asdict(record) for record in records]}
@@ -147,7 +156,7 @@ def from_json(text: str, *, name: str = "record.json") -> list[Record]:
             raise InputError(
                 f"{name} has format {content['format']}, but this version reads {FORMAT}; run again"
             )
-        return [Record(**{**one, "found": Found(**one["found"])}) for one in content["records"]]
+        return [from_plain(one) for one in content["records"]]
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise

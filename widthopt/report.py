@@ -3,9 +3,11 @@
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, get_args
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -16,11 +18,14 @@ from widthopt.errors import InputError
 from widthopt.figures import channels as channels_figure
 from widthopt.figures import savings as savings_figure
 from widthopt.figures import similarity
+from widthopt.figures.grid import Kind
+from widthopt.figures.page import Section, page
 from widthopt.figures.style import RC
 from widthopt.figures.summary import short, table
-from widthopt.pipeline import Planned, Point, Request, plan, run
+from widthopt.pipeline import Request, run
+from widthopt.planning import GPU_MACS_PER_SECOND, Plan
 from widthopt.records import Record, from_json, read_channels
-from widthopt.store import writable, write_atomically, writing
+from widthopt.store import State, writable, write_atomically, writing
 
 
 logger = logging.getLogger("widthopt")
@@ -32,10 +37,12 @@ def report(request: Request) -> Path:
     Raises:
         InputError: Something asked for cannot be done; nothing has started.
     """
-    console, point = _console(), Point(request)
-    planned = _plan_table(plan(point))
+    console, plan = _console(), Plan.of([request])
+    point = plan.points[0].point
+    states = plan.states()
+    point.store.check()
     writable(Path(request.root))
-    console.print(planned)
+    show_plan(plan, states)
     records = run(point, show=lambda line: console.print(f"[bold]{line}[/bold]"))
     folder = point.folder
     pictures = draw(records, folder / "figures")
@@ -160,31 +167,150 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     return paths
 
 
-def show_plan(request: Request, *, as_json: bool) -> None:
-    """Print what a request would do and what it costs; starts nothing.
+LISTED_RUNS = 16
+"""Runs up to which a plan lists each of them."""
+
+
+def show_plan(
+    plan: Plan,
+    states: Mapping[str, State],
+    *,
+    as_json: bool = False,
+    nodes: int = 1,
+    macs_per_second: float = GPU_MACS_PER_SECOND,
+) -> None:
+    """Print what a plan would do and what it costs.
+
+    Args:
+        plan: The plan.
+        states: Of each of its runs.
+        as_json: Print one JSON object.
+        nodes: Nodes that the hours are for, each of eight accelerators.
+        macs_per_second: What one accelerator trains at.
+    """
+    cost = plan.cost(states, nodes=nodes, macs_per_second=macs_per_second)
+    if as_json:
+        runs = [
+            {
+                "name": name,
+                "kind": one.kind,
+                "what": one.what,
+                "needs": list(one.needs),
+                "macs": one.macs,
+                "state": states[name],
+            }
+            for name, one in plan.runs.items()
+        ]
+        print(json.dumps({**asdict(cost), "runs": runs}, indent=2))  # noqa: T201
+        return
+    result = Table(title="What this takes", title_justify="left")
+    if len(plan.runs) <= LISTED_RUNS:
+        for name in ("run", "MACs", "state"):
+            result.add_column(name, justify="right" if name == "MACs" else "left")
+        for name, one in plan.runs.items():
+            state = "to do" if states[name] == "missing" else states[name]
+            result.add_row(one.what, short(one.macs), state)
+        result.add_section()
+        result.add_row("left to do", short(cost.macs_left), "")
+    else:
+        for name in ("runs", "all", "done", "left", "MACs left"):
+            result.add_column(name, justify="left" if name == "runs" else "right")
+        for kind, word in (("search", "searches"), ("train", "trainings")):
+            mine = [one for one in plan.runs.values() if one.kind == kind]
+            left = [one for one in mine if states[one.name] != "done"]
+            macs = short(sum(one.macs for one in left))
+            counts = (len(mine), len(mine) - len(left), len(left))
+            result.add_row(word, *map(str, counts), macs)
+        result.add_section()
+        result.add_row(f"for {cost.points} points", "", "", "", short(cost.macs_left))
+    console = _console()
+    console.print(result)
+    others = {name: count for name, count in cost.states.items() if name in _NOTEWORTHY}
+    for name, count in others.items():
+        console.print(f"{count} {name}")
+    if cost.gpu_hours_left >= 1:
+        console.print(
+            f"{cost.gpu_hours_left:,.0f} GPU hours at {macs_per_second:.2g} MACs/s each; "
+            f"{cost.wall_hours_left:,.1f} hours on {nodes} node{'s' if nodes > 1 else ''} of eight"
+        )
+
+
+_NOTEWORTHY = ("running", "queued", "failed", "blocked", "stale")
+
+
+def show_figures(
+    drawn: Sequence[tuple[Kind, Sequence[Record], Sequence[str]]], *, into: Path
+) -> None:
+    """Draw figures and tables, and one page with all of them; print where they are.
+
+    Args:
+        drawn: Each with its records, and the names of the points that are missing.
+        into: The folder they go to: PNG and PDF, CSV and Markdown, ``index.html``.
 
     Raises:
-        InputError: Something asked for cannot be done.
+        InputError: The folder cannot be written.
     """
-    planned = plan(Point(request))
+    console, sections = _console(), []
+    with writing(into):
+        into.mkdir(parents=True, exist_ok=True)
+    for kind, records, missing in drawn:
+        images = []
+        for stem, figure in kind.draw(records).items():
+            files = {suffix: _saved(figure, suffix) for suffix in _METADATA}
+            for suffix, content in files.items():
+                write_atomically(into / f"{stem}.{suffix}", content)
+            images.append(files["png"])
+        grid = kind.table(records)
+        write_atomically(into / f"{kind.name}.csv", grid.csv())
+        write_atomically(into / f"{kind.name}.md", grid.markdown())
+        sections.append(Section(kind.name, kind.title, kind.claim, images, [grid], list(missing)))
+        seen = f"{len(records)} records" + (f", {len(missing)} points missing" if missing else "")
+        console.print(f"{kind.name}: {kind.title} ({seen})")
+    write_atomically(into / "index.html", page("Width transfer", sections))
+    console.print(str(into / "index.html"), soft_wrap=True)
+
+
+def _saved(figure: Figure, suffix: str) -> bytes:
+    """A figure as a file of this kind."""
+    content = io.BytesIO()
+    with mpl.rc_context(RC):
+        figure.savefig(content, format=suffix, metadata=_METADATA[suffix])
+    return content.getvalue()
+
+
+_METADATA: Mapping[str, dict[str, Any]] = {
+    "pdf": {"CreationDate": None},
+    "png": {"Software": None},
+}
+"""The same records give the same files: no date, no version."""
+
+
+def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print how far sweeps are.
+
+    Args:
+        tables: As `widthopt.sweeps.status` returns them.
+        as_json: Print one JSON list.
+    """
     if as_json:
-        print(json.dumps([asdict(one) for one in planned], indent=2))  # noqa: T201
+        print(json.dumps(list(tables), indent=2))  # noqa: T201
         return
-    _console().print(_plan_table(planned))
-
-
-def _plan_table(planned: Sequence[Planned]) -> Table:
-    result = Table(title="What this takes", title_justify="left")
-    result.add_column("stage")
-    result.add_column("MACs", justify="right")
-    result.add_column("state")
-    states: Mapping[bool | None, str] = {True: "done", False: "to do", None: "after the search"}
-    for one in planned:
-        result.add_row(one.what, short(one.macs), states[one.done])
-    left = sum(one.macs for one in planned if not one.done)
-    result.add_section()
-    result.add_row("left to do", short(left), "")
-    return result
+    console = _console()
+    for one in tables:
+        result = Table(title=f"{one['sweep']}, {one['points']} points", title_justify="left")
+        states = [
+            state for state in get_args(State) if any(r["state"] == state for r in one["runs"])
+        ]
+        for name in ("runs", *states):
+            result.add_column(name, justify="left" if name == "runs" else "right")
+        for kind, word in (("search", "searches"), ("train", "trainings")):
+            counts = Counter(run["state"] for run in one["runs"] if run["kind"] == kind)
+            result.add_row(word, *(str(counts[state]) for state in states))
+        console.print(result)
+        for row in one["runs"]:
+            if row["state"] in {"failed", "stale", "running"}:
+                why = f": {' '.join(row['why'].split())}" if row["why"] else ""
+                console.print(f"{row['state']}: {row['name']} ({row['what']}){why}")
 
 
 def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None:

@@ -1,20 +1,33 @@
 """Results by content: what is done is a question that the disk can answer.
 
 A *stage* is one piece of work, named by its kind and by everything that its result depends
-on. It has one folder, ``<root>/<kind>-<key>``, with ``fields.json`` (what names it),
-``result.json`` (written last, so that it is there only when the work is done) and ``lock``.
+on. It has one folder, ``<root>/<kind>-<key>``, with
+
+- ``fields.json``: what names it;
+- ``lock``: locked by the process that works on it, and released however that ends;
+- ``claim.json``: who that process is. Left without a lock, the process was killed;
+- ``submission.json``: the job of a queue that is to work on it;
+- ``failed.json``: the error that the last attempt ended with;
+- ``result.json``: written last and whole, so that it is there only when the work is done.
+
+``<root>/store.json`` says which format this is. The *state* of a stage follows from these
+files and from the jobs that live, and from no clock.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
+import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import traceback
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from widthopt import identity
 from widthopt.errors import InputError
@@ -22,7 +35,16 @@ from widthopt.errors import InputError
 
 logger = logging.getLogger("widthopt")
 
+State = Literal["missing", "queued", "running", "stale", "failed", "blocked", "done"]
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOT_FORMAT = 2
+_RESULT_FORMAT = 1
+_FOLDER = re.compile(r"(.+)-[0-9a-f]{12}")
+
+
+class Taken(Exception):  # noqa: N818 (nothing went wrong: someone else is at it)
+    """Someone else works on the stage."""
 
 
 @contextmanager
@@ -85,9 +107,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         try:
             write_through(beside, content.encode() if isinstance(content, str) else content)
             beside.replace(path)
-            sync_folder(path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def writable(root: Path) -> None:
@@ -105,14 +129,38 @@ def writable(root: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
+def blocked(states: Mapping[str, State], needs: Mapping[str, Collection[str]]) -> dict[str, State]:
+    """The same states, with what cannot start because of a failure before it as "blocked".
+
+    Only what is missing or stale can be blocked, by a need that failed or is blocked itself;
+    what is queued, runs or is done passes nothing on.
+
+    Args:
+        states: The state of each stage, by any name.
+        needs: By the same names, the stages whose results a stage needs.
+    """
+    after: dict[str, list[str]] = {}
+    for name, wanted in needs.items():
+        for need in wanted:
+            after.setdefault(need, []).append(name)
+    found = dict(states)
+    front = [name for name, state in found.items() if state in ("failed", "blocked")]
+    while front:
+        for name in after.get(front.pop(), ()):
+            if found.get(name) in ("missing", "stale"):
+                found[name] = "blocked"
+                front.append(name)
+    return found
+
+
 class Stage:
-    """One piece of work: its folder, and its result once there is one.
+    """One piece of work: its folder, its state, and its result once there is one.
 
     Attributes:
         kind: What sort of work, for example ``search``.
         fields: Plain data, everything that the result depends on.
         key: Twelve hex digits made from both; see `widthopt.identity.key`.
-        folder: Where it lives; there once it has been claimed.
+        folder: Where it lives; there once it has been claimed or submitted.
     """
 
     def __init__(self, root: Path, kind: str, fields: Any) -> None:
@@ -120,23 +168,30 @@ class Stage:
         self.fields = fields
         self.key = identity.key(kind, fields)
         self.folder = root / f"{kind}-{self.key}"
+        self._job = ""
 
     def result(self) -> dict[str, Any] | None:
         """The result, or None while there is none.
 
         A file that is not whole counts as none, with a warning: the work is done again.
+
+        Raises:
+            InputError: The file is whole, but it is not what was written; or it cannot be read.
         """
         path = self.folder / "result.json"
-        try:
-            result = json.loads(path.read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        found = _whole(path, self.folder.parent)
+        if found is None:
             return None
-        except ValueError:
-            result = None
+        result = found.get("result") if isinstance(found, dict) else None
         if isinstance(result, dict):
-            return result
-        logger.warning("%s is not whole; it is treated as missing", path)
-        return None
+            # A number that is not finite, or such depth, was not written here.
+            with suppress(InputError, RecursionError):
+                if found == self._signed(result):
+                    return result
+        raise InputError(
+            f"root is {self.folder.parent}, but {path} was changed after it was written; "
+            "restore it, or delete it to do the work again"
+        )
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result; the last thing that the work does.
@@ -147,52 +202,204 @@ class Stage:
         Raises:
             InputError: The disk is full or the folder cannot be written.
         """
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "result.json", text)
+        signed = self._signed(json.loads(json.dumps(result, allow_nan=False)))
+        self._describe()
+        write_atomically(self.folder / "result.json", json.dumps(signed, indent=2) + "\n")
+        self._remove("failed.json")
+
+    def fail(self, error: BaseException) -> None:
+        """Write down what ended the work, inside the claim.
+
+        Raises:
+            InputError: The disk is full or the folder cannot be written.
+        """
+        self._describe()
+        self._write(
+            "failed.json",
+            {
+                "type": type(error).__qualname__,
+                "message": str(error),
+                "traceback": "".join(traceback.format_exception(error)),
+                "host": os.uname().nodename,
+                "process": os.getpid(),
+                "job": self._job,
+                "time": time.time(),
+            },
+        )
+
+    def failure(self) -> dict[str, Any] | None:
+        """What the last attempt ended with: what `fail` wrote, or None.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
+        return self._read("failed.json")
+
+    def submitted(self, job: str) -> None:
+        """Write down that a job of a queue is to work on this stage.
+
+        Raises:
+            InputError: The disk is full or the folder cannot be written.
+        """
+        self._describe()
+        self._write("submission.json", {"job": job})
+
+    def state(self, live: Collection[str] = ()) -> State:
+        """How far this stage is, from its files and the queue alone; nothing is written.
+
+        Never "blocked", which depends on other stages: see `blocked`.
+
+        Args:
+            live: The jobs that the queue knows as waiting or running.
+
+        Raises:
+            InputError: A file cannot be read, or the result was changed.
+        """
+        with self._at_rest() as rests:
+            if self.result() is not None:
+                return "done"
+            claim = self._read("claim.json")
+            if not rests or _job(claim) in live:
+                return "running"
+            submission = self._read("submission.json")
+            if _job(submission) in live:
+                return "queued"
+            if self.failure() is not None:
+                return "failed"
+            return "missing" if claim is None and submission is None else "stale"
 
     @contextmanager
-    def claim(self) -> Iterator[None]:
+    def claim(self, *, wait: bool = True, job: str = "") -> Iterator[None]:
         """Work on this stage alone: whoever comes second waits until the first has left.
 
         Ask for `result` inside the claim, since the one before may have finished it. The
         claim ends with the process that holds it, however that ends. It is not reentrant.
+        What an earlier attempt failed with is forgotten once the claim is written down.
+
+        Args:
+            wait: Whether to wait for someone else who works on it.
+            job: The job of a queue that this process is a part of, if any.
 
         Raises:
+            Taken: Someone else works on it, and ``wait`` is off.
             InputError: The folder cannot be written, or its file system has no locks.
         """
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = self._take(wait=wait)
         try:
-            with writing(self.folder):
-                self._take(lock)
-            self._describe()
-            yield
+            try:
+                self._begin(job)
+                yield
+            finally:
+                self._leave()
         finally:
-            # Not by closing alone: a child process may hold a copy of the descriptor.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
+            _unlock(lock)
 
-    def _take(self, lock: int) -> None:
-        """Wait for the lock."""
+    def _take(self, *, wait: bool) -> int:
+        """The open lock file, locked."""
+        while True:
+            with writing(self.folder):
+                _make(self.folder)
+                lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    self._lock(lock, wait=wait)
+                    if _is_at(lock, self.folder / "lock"):
+                        return lock
+                except BaseException:
+                    _unlock(lock)
+                    raise
+                _unlock(lock)  # the folder was deleted meanwhile
+
+    def _lock(self, lock: int, *, wait: bool) -> None:
+        """Lock for this process alone.
+
+        Whoever asks for the state shares the lock for a moment, and is not someone at work.
+        """
+        for _ in range(100):
+            if _locked(lock, fcntl.LOCK_EX):
+                return
+            if not _locked(lock, fcntl.LOCK_SH):
+                break
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(0.001)
+        if not wait:
+            claim = self._read("claim.json") or {}
+            known = [
+                f"{name} {claim[name]}" for name in ("process", "host", "job") if name in claim
+            ]
+            raise Taken(f"another process works on {self.folder} ({', '.join(known) or 'unknown'})")
+        logger.warning("another process works on %s; waiting for it", self.folder)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[bool]:
+        """Whether nobody works on this stage; if so, nobody begins before the block ends."""
+        with _reading(self.folder / "lock", self.folder.parent):
+            try:
+                lock = os.open(self.folder / "lock", os.O_RDONLY)
+            except (FileNotFoundError, NotADirectoryError):
+                lock = None
+        if lock is None:
+            yield True
+            return
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process works on %s; waiting for it", self.folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with _reading(self.folder / "lock", self.folder.parent):
+                rests = _locked(lock, fcntl.LOCK_SH)
+            yield rests
+        finally:
+            _unlock(lock)
+
+    def _begin(self, job: str) -> None:
+        """Write down who works on it, and only then forget what it failed with before."""
+        self._job = job
+        for name in ("claim", "failed", "result"):  # of a process that was killed as it wrote
+            for left in self.folder.glob(f".{name}.json.*.part"):
+                self._remove(left.name)
+        self._describe()
+        claim = {"host": os.uname().nodename, "process": os.getpid(), "job": job}
+        self._write("claim.json", {**claim, "started": time.time()})
+        self._remove("failed.json")
+
+    def _leave(self) -> None:
+        """Nobody works on it any more."""
+        self._job = ""
+        try:
+            self._remove("claim.json")
+        except InputError as error:  # not worth hiding how the work itself ended
+            logger.warning("%s is left; it stops nobody (%s)", self.folder / "claim.json", error)
 
     def _describe(self) -> None:
-        """Write what names this stage, unless it is there."""
-        text = f'{{"kind":"{self.kind}","fields":{identity.canonical(self.fields)}}}\n'
+        """Make the folder and write what names this stage, unless it is there."""
+        kind, fields = json.dumps(self.kind), identity.canonical(self.fields)
+        text = f'{{"kind":{kind},"fields":{fields}}}\n'
         path = self.folder / "fields.json"
-        if not path.exists() or path.read_bytes() != text.encode():
+        with writing(self.folder):
+            _make(self.folder)
+            there = path.exists() and path.read_bytes() == text.encode()
+        if not there:
             write_atomically(path, text)
+
+    def _signed(self, result: dict[str, Any]) -> dict[str, Any]:
+        """What ``result.json`` says: the result, whose it is, and whether it is whole."""
+        digest = hashlib.sha256(identity.canonical(result).encode()).hexdigest()
+        return {"format": _RESULT_FORMAT, "key": self.key, "sha256": digest, "result": result}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """What one of this stage's files says, or None."""
+        found = _whole(self.folder / name, self.folder.parent)
+        return found if isinstance(found, dict) else None
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        """Write one of this stage's files."""
+        write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+    def _remove(self, name: str) -> None:
+        """Remove one of this stage's files, if it is there."""
+        with writing(self.folder):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 class Store:
-    """The stages below one root folder; nothing is written before a stage is claimed."""
+    """The stages below one root folder; nothing is written before one is claimed or submitted."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
@@ -200,3 +407,134 @@ class Store:
     def stage(self, kind: str, fields: Any) -> Stage:
         """The stage of this kind (a word that can name a folder) and these fields."""
         return Stage(self.root, kind, fields)
+
+    def stages(self, kind: str | None = None) -> Iterator[Stage]:
+        """The stages that are on the disk, by name; those of one kind if it is given.
+
+        A folder that does not say what names it is passed over, with a warning if it says
+        something else.
+
+        Raises:
+            InputError: The root or a file cannot be read.
+        """
+        with _reading(self.root, self.root):
+            try:
+                names = sorted(path.name for path in self.root.iterdir())
+            except FileNotFoundError:
+                names = []
+        for name in names:
+            match = _FOLDER.fullmatch(name)
+            if not match or kind not in (None, match[1]):
+                continue
+            path = self.root / name / "fields.json"
+            found = _whole(path, self.root)
+            if found is None:
+                continue
+            stage = self._described(found)
+            if stage is not None and stage.folder.name == name:
+                yield stage
+            else:
+                logger.warning("%s does not name its folder; the folder is passed over", path)
+
+    def check(self, *, write: bool = True) -> None:
+        """Check, before any work, that this is a root for this version.
+
+        Args:
+            write: Whether results are to be written: then the root is made, marked with this
+                version's format, and tried out. Otherwise nothing is written.
+
+        Raises:
+            InputError: The root belongs to another version, or it cannot be written or read.
+        """
+        if self.root.is_file():
+            raise InputError(f"root is {self.root}, but that is a file; name a folder")
+        path = self.root / "store.json"
+        found = _whole(path, self.root)
+        if found is not None:
+            stated = found.get("format") if isinstance(found, dict) else None
+            if stated != _ROOT_FORMAT:
+                raise InputError(
+                    f"root is {self.root}, but it belongs to another version (format {stated!r} "
+                    f"in store.json, {_ROOT_FORMAT} here); name another folder"
+                )
+        if write:
+            writable(self.root)
+            if found is None:
+                write_atomically(path, json.dumps({"format": _ROOT_FORMAT}) + "\n")
+
+    def _described(self, found: Any) -> Stage | None:
+        """The stage that ``fields.json`` names, or None if that is not what the file does."""
+        if not isinstance(found, dict) or found.keys() != {"kind", "fields"}:
+            return None
+        if not isinstance(found["kind"], str):
+            return None
+        try:
+            return self.stage(found["kind"], found["fields"])
+        except (InputError, RecursionError):  # a number that is not finite, or such depth
+            return None
+
+
+@contextmanager
+def _reading(path: Path, root: Path) -> Iterator[None]:
+    """Turn the system's refusal to read ``path`` into the one line a user needs."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"root is {root}, but {path} cannot be read ({error.strerror or error}); "
+            "name a folder you may read"
+        ) from error
+
+
+def _whole(path: Path, root: Path) -> Any | None:
+    """What a JSON file says; None if it is not there, or with a warning if it is not whole."""
+    found = None
+    with _reading(path, root):
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    # Deeper than the program can follow is nothing that it wrote.
+    with suppress(ValueError, RecursionError):
+        found = json.loads(content.decode())
+    if found is None:
+        logger.warning("%s is not whole; it is treated as missing", path)
+    return found
+
+
+def _job(found: dict[str, Any] | None) -> str | None:
+    """The job that a file names, or None."""
+    job = found.get("job") if found else None
+    return job if isinstance(job, str) and job else None
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, and see that the disk has its name."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def _locked(lock: int, kind: int) -> bool:
+    """Whether the lock could be had at once; if so, it is."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unlock(lock: int) -> None:
+    """Let go of the lock, if it is held, and close its file."""
+    # Not by closing alone: a child process may hold a copy of the descriptor.
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

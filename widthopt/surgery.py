@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from widthopt.errors import InputError
 from widthopt.networks import initialise
-from widthopt.setting import Setting
+from widthopt.setting import Network, Setting
 from widthopt.tracing import on_meta, symbolic_trace, trace
 from widthopt.widthgraph import Axis, Rewrite, WidthGraph
 from widthopt.widths import scaled
@@ -26,15 +27,16 @@ class Blueprint:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        network = setting.network
-        self._model = network.build(depth=setting.depth, classes=setting.classes)
-        self._traced = trace(
-            self._model,
-            setting.resolution,
-            stages=network.stages(self._model),
-            rules=network.rules,
-        )
+        # A network with a table among its values, as one of the user's own, is not remembered.
+        traced: Any = _traced if _hashable(setting.network) else _traced.__wrapped__
+        axes = (setting.network, setting.depth, setting.classes, setting.resolution)
+        self._traced: WidthGraph = traced(*axes)
         self.graph = self._traced.resized(scaled(self._traced, setting.width))
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        """The network at width multiplier 1; its weights do not matter."""
+        return _built(self.setting.network, self.setting.depth, self.setting.classes)
 
     def build(self, channels: Mapping[str, int], *, seed: int) -> nn.Module:
         """The network at these channel counts with fresh weights that depend on the seed."""
@@ -51,6 +53,32 @@ class Blueprint:
         model = on_meta(self._model)
         _Resizer(self._traced, channels, {}).resize(model)
         return sum(parameter.numel() for parameter in model.parameters())
+
+
+@lru_cache(maxsize=64)
+def _traced(network: Network, depth: int, classes: int, resolution: int) -> WidthGraph:
+    """The graph of a network at width multiplier 1.
+
+    Remembered, since a plan asks for those of few networks some hundred times.
+    """
+    model = _built(network, depth, classes)
+    stages = network.stages(model)
+    return trace(model, resolution, stages=stages, rules=network.rules)
+
+
+def _hashable(network: Network) -> bool:
+    try:
+        hash(network)
+    except TypeError:
+        return False
+    return True
+
+
+def _built(network: Network, depth: int, classes: int) -> nn.Module:
+    """The network as it comes; the caller's random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = network.build(depth=depth, classes=classes)
+    return model
 
 
 def resize(

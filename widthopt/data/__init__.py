@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from widthopt.data.choice import Dataset, classes
 from widthopt.data.images import Images
-from widthopt.data.subsets import Counts, check, search_counts, target_counts
+from widthopt.data.subsets import Counts, Sizes, check, search_counts, target_counts
 
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "Dataset",
     "EvaluationBatches",
     "Images",
+    "Sizes",
     "Split",
     "TrainBatches",
     "check",

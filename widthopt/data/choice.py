@@ -107,8 +107,11 @@ class DatasetChoice:
             bytes); 0 decodes each image whenever it is needed. Changes no result.
     """
 
-    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"memory_limit_gb"})
-    """Fields that change no result, so that they are no part of a run's name."""
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"memory_limit_gb", "resolution"})
+    """Fields that change no result, so that they are no part of a run's name.
+
+    The resolution is that of the target where nobody says another, and has its place there.
+    """
 
     name: str
     resolution: int

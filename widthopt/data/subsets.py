@@ -100,18 +100,48 @@ class Counts(NamedTuple):
         return self.batch_size * self.steps_per_epoch
 
 
-def search_counts(dataset: Dataset, *, fraction: float, seed: int, batch_size: int) -> Counts:
-    """The counts of `widthopt.data.search_split`, from the labels alone."""
-    images = dataset.train()
-    drawn = stratified(images.labels, classes=len(images.classes), fraction=fraction, seed=seed)
-    train, validate = held_out(drawn, validation=dataset.validation)
-    return Counts.of(len(train), len(validate), batch_size=batch_size)
+class Sizes(NamedTuple):
+    """How many images a data set has.
+
+    Attributes:
+        train: Training images of each class.
+        test: Test images of all classes.
+    """
+
+    train: tuple[int, ...]
+    test: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Sizes":
+        """From the labels; where there are no images, as published, to plan with.
+
+        Raises:
+            InputError: There are no images, and nothing is published about them.
+        """
+        try:
+            images = dataset.train()
+            counts = np.bincount(images.labels, minlength=len(images.classes))
+            return cls(tuple(counts.tolist()), len(dataset.test().labels))
+        except InputError:
+            published = getattr(dataset, "published", None)
+            if published is None:
+                raise
+            return cls(*published())
 
 
-def target_counts(dataset: Dataset, *, batch_size: int) -> Counts:
-    """The counts of `widthopt.data.target_split`, from the labels alone."""
-    images, tested = dataset.train().labels, dataset.test().labels
-    return Counts.of(len(images), len(tested), batch_size=batch_size)
+def search_counts(sizes: Sizes, *, fraction: float, validation: float, batch_size: int) -> Counts:
+    """The counts of `widthopt.data.search_split`, which are the same for every seed."""
+    train = held = 0
+    for images in sizes.train:
+        drawn = fraction_of(images, fraction)
+        kept = max(1, drawn - max(1, fraction_of(drawn, validation)))
+        train, held = train + kept, held + drawn - kept
+    return Counts.of(train, held, batch_size=batch_size)
+
+
+def target_counts(sizes: Sizes, *, batch_size: int) -> Counts:
+    """The counts of `widthopt.data.target_split`."""
+    return Counts.of(sum(sizes.train), sizes.test, batch_size=batch_size)
 
 
 def check(dataset: Dataset, *, fraction: float, key: str = "projection.fraction") -> None:

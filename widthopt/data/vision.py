@@ -57,6 +57,21 @@ class VisionDataset(DatasetChoice):
         """How many classes there are; known without the images."""
         return {"CIFAR10": 10, "CIFAR100": 100, "FashionMNIST": 10, "ImageNet": 1000}[self.dataset]
 
+    def published(self) -> tuple[tuple[int, ...], int]:
+        """How many training images each class has, and how many test images there are.
+
+        Known without the images. ImageNet's classes have 732 to 1,300; here they are alike.
+        """
+        train, test = {
+            "CIFAR10": (50_000, 10_000),
+            "CIFAR100": (50_000, 10_000),
+            "FashionMNIST": (60_000, 10_000),
+            "ImageNet": (1_281_167, 50_000),
+        }[self.dataset]
+        classes = self.class_count()
+        each, more = divmod(train, classes)
+        return tuple(each + (label < more) for label in range(classes)), test
+
     def train(self) -> Images:
         """The training images.
 

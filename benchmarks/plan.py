@@ -1,0 +1,121 @@
+"""Seconds to plan the paper's whole grid, to tell its state, and to draw its report.
+
+At most 60 for the plan of 600 points, 2 for the state of 1,000 runs, 20 for the report of 1,000
+records. The results are made up: nothing here is trained.
+"""
+
+import contextlib
+import io
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from harness import Figure, main
+
+from widthopt.config import compose_sweep
+from widthopt.pipeline import Point
+from widthopt.planning import Manifest, Plan
+from widthopt.records import Found, Record
+from widthopt.sweeps import draw, status
+
+
+PAPER = (
+    "fig3_width,fig3_depth,fig4_extrapolation,fig5_resolution,fig5_fraction,fig6_compound,"
+    "uniform,table1"
+)
+SEEDS = "seeds=[0],[1],[2],[3],[4]"
+"""Five seeds make the 600 points 1,000."""
+
+
+def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
+    """Each once: they take as long as a person waits."""
+    words = [f"experiment={'fig3_width,uniform' if quick else PAPER}"]
+    begin = time.perf_counter()
+    requests = compose_sweep(words)
+    composed = time.perf_counter() - begin
+    plan = Plan.of(requests, images=False)
+    seconds = time.perf_counter() - begin
+    note = f"seconds; {composed:.1f} of them to compose, {len(plan.runs)} runs"
+    yield Figure(f"plan/paper/{len(plan.points)}", seconds, note)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        plan = Plan.of(compose_sweep([*words, SEEDS, f"root={root}"]), images=False)
+        _filled(plan)
+        manifest = Manifest.of(plan, title="paper")
+        begin = time.perf_counter()
+        (table,) = status(root, [manifest])
+        seconds = time.perf_counter() - begin
+        yield Figure(f"status/runs/{len(table['runs'])}", seconds, "seconds")
+        begin = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            draw(root, [manifest])
+        seconds = time.perf_counter() - begin
+        pictures = len(list((root / "report").glob("*.png")))
+        note = f"seconds; {pictures} figures as PNG and PDF, tables, one page"
+        yield Figure(f"report/records/{len(plan.points)}", seconds, note)
+
+
+def _filled(plan: Plan) -> None:
+    """Give every run a result."""
+    draws = random.Random(0)  # noqa: S311 (nothing here is a secret)
+    for run in plan.runs.values():
+        if run.kind == "search":
+            run.stage.finish({"multipliers": {}, "overhead_macs": run.macs})
+        else:
+            run.stage.finish(asdict(_made_up(run.point, run.method, run.seed, draws)))
+
+
+def _made_up(point: Point, method: str, seed: int, draws: random.Random) -> Record:
+    """A record such as a training leaves."""
+    graph = point.target_blueprint.graph
+    channels = {
+        name: max(1, round(count * draws.uniform(0.5, 2))) for name, count in graph.channels.items()
+    }
+    full = graph.channels
+    found = Found(
+        method=method,
+        seed=seed,
+        channels=channels,
+        multipliers={name: count / full[name] for name, count in channels.items()},
+        alpha=1.0,
+        macs=point.budget_macs,
+        budget_macs=point.budget_macs,
+        parameters=1,
+        overhead_macs=0 if method == "uniform" else point.overhead_macs(method),
+        direct_overhead_macs=0 if method == "uniform" else point.overhead_macs("direct"),
+        nominal_saving=1.0,
+        search_seconds=draws.uniform(1, 2),
+        flags={"budget_reached": True},
+        searched=dict.fromkeys(channels, 1.0),
+    )
+    axes = [
+        {
+            "width": one.width,
+            "depth": one.depth,
+            "resolution": one.resolution,
+            "fraction": one.fraction,
+        }
+        for one in (point.target, point.setting(method))
+    ]
+    return Record(
+        network=point.request.network.name,
+        dataset=point.request.dataset.name,
+        algorithm=point.request.algorithm.name,
+        target=axes[0],
+        proxy=axes[1],
+        extrapolation=point.strategy(method),
+        found=found,
+        top1=draws.uniform(70, 75),
+        top5=90.0,
+        train_macs=1,
+        train_seconds=1.0,
+        train_loss=1.0,
+        stages={},
+    )
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,155 @@
+"""Several items at once on this machine, each in a process of its own."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from launchers.progress import Progress
+from launchers.work import Item, Work
+from widthopt.errors import InputError
+
+
+TICK_SECONDS = 0.5
+"""Time between two looks at the progress where nothing ends."""
+
+
+class Pool:
+    """Does items in at most so many processes at once.
+
+    Processes are forked from one that has imported what they need and done nothing else, so
+    that each starts within milliseconds and yet knows nothing of those before it.
+    """
+
+    def __init__(self, perform: str, *, max_parallel: int, threads: int | None) -> None:
+        """Prepare.
+
+        Args:
+            perform: Dotted name of what does one item, given the path that was frozen.
+            max_parallel: Processes at once, from 1.
+            threads: Threads of each; this machine's processors shared out if None.
+        """
+        if max_parallel < 1:
+            raise InputError(
+                f"hydra.launcher.max_parallel is {max_parallel}, but at least one run must go on "
+                "at a time; use a whole number from 1 up"
+            )
+        self._perform, self._parallel = perform, max_parallel
+        processors = len(os.sched_getaffinity(0))
+        self._threads = threads or max(1, processors // max_parallel)
+
+    def run(self, work: Work, progress: Progress) -> None:
+        """Do all items of some work, each after what it needs.
+
+        Ctrl-C is passed on to the processes; they save their state, and are waited for.
+        """
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([self._perform.rpartition(".")[0]])
+        with _environment({"OMP_NUM_THREADS": str(self._threads)}):
+            self._run(work, progress, context)
+
+    def _run(
+        self, work: Work, progress: Progress, context: multiprocessing.context.ForkServerContext
+    ) -> None:
+        waiting = {item.name: item for item in work.items()}
+        running: dict[int, tuple[Item, ForkServerProcess]] = {}
+        lost: set[str] = set()
+        try:
+            while waiting or running:
+                for item in _blocked(waiting, lost):
+                    progress.wait_for_ever(item)
+                for item in self._startable(waiting, running):
+                    process = context.Process(
+                        target=_child, args=(self._perform, work.freeze(item.name))
+                    )
+                    process.start()
+                    progress.start(waiting.pop(item.name))
+                    running[process.sentinel] = (item, process)
+                for sentinel in wait(list(running), timeout=TICK_SECONDS):
+                    assert isinstance(sentinel, int)
+                    item, process = running.pop(sentinel)
+                    process.join()
+                    if process.exitcode == 0 and work.done(item.name):
+                        progress.finish(item)
+                    else:
+                        lost.add(item.name)
+                        progress.fail(item, work.failure(item.name) or _how(process.exitcode))
+                progress.tick()
+        except KeyboardInterrupt:
+            for _, process in running.values():
+                if process.pid is not None:
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGINT)
+            for _, process in running.values():
+                process.join()
+            raise
+
+    def _startable(
+        self, waiting: Mapping[str, Item], running: Mapping[int, tuple[Item, ForkServerProcess]]
+    ) -> list[Item]:
+        """What can be started now, as many as there is room for."""
+        going = {item.name for item, _ in running.values()}
+        ready = [
+            item
+            for item in waiting.values()
+            if not any(need in waiting or need in going for need in item.needs)
+        ]
+        return ready[: self._parallel - len(running)]
+
+
+def _blocked(waiting: dict[str, Item], lost: set[str]) -> list[Item]:
+    """What can never be started, taken out of what waits and lost too."""
+    result = [item for item in waiting.values() if not lost.isdisjoint(item.needs)]
+    for item in result:
+        lost.add(item.name)
+        del waiting[item.name]
+    return result
+
+
+def _how(code: int | None) -> str:
+    """How a process ended that left no word."""
+    if code is not None and code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    return f"its process ended with exit code {code}"
+
+
+class _environment:  # noqa: N801 (used as a function)
+    """Set variables, and set them back at the end."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self._values}
+        os.environ.update(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _child(perform: str, spec: Path) -> None:
+    """One item in a process of its own; what it prints goes into its folder."""
+    os.setpgrp()  # a terminal's Ctrl-C goes to the sweep alone, which passes it on once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = os.open(spec.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    module, _, name = perform.rpartition(".")
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"{started}, process {os.getpid()}", flush=True)  # noqa: T201 (its log)
+    try:
+        getattr(import_module(module), name)(spec)
+    except InputError as error:
+        sys.exit(f"widthopt: {error}")

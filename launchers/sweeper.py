@@ -1,0 +1,92 @@
+"""The points of a sweep, for Hydra's command line: every point before any work."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, RunMode, TaskFunction
+from omegaconf import DictConfig
+
+from widthopt.errors import InputError
+
+
+CONFIG_NAME = "config"
+EXPERIMENT = "experiment"
+
+
+def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
+    """The overrides of each point of a sweep.
+
+    The values that an experiment sweeps over are those of its file, but where the command line
+    says otherwise. Several experiments are swept one after another.
+
+    Args:
+        loader: Hydra's.
+        words: As typed, without flags.
+
+    Raises:
+        InputError: The sweep has no points.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    fixed = [word for word in words if word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    rest = [word for word in words if word not in fixed]
+    chosen = [one for one in parser.parse_overrides(rest) if one.key_or_group == EXPERIMENT]
+    names: list[str | None] = [None]
+    if chosen:
+        one = chosen[-1]
+        value = str(one.input_line).partition("=")[2]
+        names = list(one.sweep_string_iterator()) if one.is_sweep_override() else [value]
+        rest = [word for word in rest if word.partition("=")[0] != EXPERIMENT]
+        if not names:
+            raise _empty(EXPERIMENT, value)
+    points: list[list[str]] = []
+    for name in names:
+        first = [] if name is None else [f"{EXPERIMENT}={name}"]
+        config = loader.load_configuration(CONFIG_NAME, [*fixed, *first], RunMode.MULTIRUN)
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        overrides = parser.parse_overrides([*params, *rest])
+        for one in overrides:
+            if one.is_sweep_override() and not list(one.sweep_string_iterator()):
+                raise _empty(str(one.key_or_group), str(one.input_line).partition("=")[2])
+        (batch,) = BasicSweeper.split_arguments(overrides, None)
+        points += [[*fixed, *first, *one] for one in batch]
+    return points
+
+
+def _empty(key: str, value: str) -> InputError:
+    return InputError(
+        f"{key} is {value}, but nothing matches it and the sweep has no points; see widthopt --help"
+    )
+
+
+class WidthoptSweeper(Sweeper):
+    """Hands all points to the launcher at once.
+
+    Hydra's own sweeper composes every point to see that it can be composed, and its launchers
+    do so again; ours plans all points before it starts any, so that once is enough.
+    """
+
+    def __init__(self, *, params: Mapping[str, str] | None) -> None:
+        """Args: params: What an experiment sweeps over; `expanded` reads it again."""
+        self.params = params
+        self.context: HydraContext | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """See Hydra."""
+        self.context = hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launch the points of these arguments."""
+        assert self.context is not None
+        assert self.launcher is not None
+        points = expanded(self.context.config_loader, arguments)
+        return [self.launcher.launch(points, initial_job_idx=0)]

@@ -1,0 +1,281 @@
+"""Launchers: what is started when, how much at once, what a failure stops; and Hydra's side."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from work import FileWork
+
+import launchers
+from launchers.launcher import WidthoptInProcessLauncher, WidthoptLocalLauncher
+from launchers.local import Pool
+from launchers.progress import Progress
+from launchers.sweeper import expanded
+from launchers.work import Failed, Item
+from widthopt.errors import InputError
+
+
+CHAIN = {
+    "a": ([], "well"),
+    "b": ([], "fails"),
+    "c": ([], "dies"),
+    "of_a": (["a"], "well"),
+    "of_b": (["b"], "well"),
+    "of_c": (["c"], "well"),
+    "of_of_b": (["of_b"], "well"),
+    "d": ([], "well"),
+}
+
+
+class Told:
+    """What a progress is told."""
+
+    def __init__(self):
+        self.words = []
+
+    def __getattr__(self, name):
+        return lambda *args: self.words.append((name, args[0].name if args else None, *args[1:]))
+
+    def of(self, kind):
+        return [word[1] for word in self.words if word[0] == kind]
+
+
+def pooled(folder, table, *, parallel=2, **options):
+    told = Told()
+    Pool("work.perform", max_parallel=parallel, threads=1).run(
+        FileWork(folder, table, **options), told
+    )
+    return told
+
+
+def most_at_once(folder):
+    """How many items went on at the same time at most."""
+    most = now = 0
+    for line in (folder / "notes").read_text().splitlines():
+        now += 1 if line.startswith("begin") else -1
+        most = max(most, now)
+    return most
+
+
+# ------------------------------------------------------------------------------------ local
+
+
+def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
+    told = pooled(tmp_path, CHAIN)
+    assert sorted(told.of("finish")) == ["a", "d", "of_a"]
+    assert sorted(told.of("fail")) == ["b", "c"]
+    assert sorted(told.of("wait_for_ever")) == ["of_b", "of_c", "of_of_b"]
+    why = {word[1]: word[2] for word in told.words if word[0] == "fail"}
+    assert why == {"b": "it was to fail", "c": "its process was ended by SIGKILL"}
+
+
+def test_what_is_needed_comes_before_what_needs_it(tmp_path):
+    table = {"last": (["middle"], "well"), "middle": (["first"], "well"), "first": ([], "well")}
+    pooled(tmp_path, table, parallel=3)
+    lines = [line.split()[:2] for line in (tmp_path / "notes").read_text().splitlines()]
+    assert [name for word, name in lines if word == "begin"] == ["first", "middle", "last"]
+    assert most_at_once(tmp_path) == 1
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 3])
+def test_no_more_goes_on_at_once_than_was_said_and_no_less(tmp_path, parallel):
+    table = {str(number): ([], "well") for number in range(6)}
+    pooled(tmp_path, table, parallel=parallel, seconds=0.1, together=parallel)
+    assert most_at_once(tmp_path) == parallel
+
+
+def test_each_item_has_a_process_of_its_own_and_its_log(tmp_path):
+    table = {str(number): ([], "well") for number in range(3)}
+    pooled(tmp_path, table)
+    lines = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    processes = {line[1]: line[2] for line in lines}
+    assert len(set(processes.values())) == 3
+    assert str(os.getpid()) not in processes.values()
+    for number in table:
+        log = (tmp_path / number / "log.txt").read_text()
+        assert f"the item {number} says so" in log
+        assert f"process {processes[number]}" in log
+
+
+def test_a_failure_leaves_its_traceback_in_the_log(tmp_path):
+    pooled(tmp_path, {"b": ([], "fails")})
+    assert "ValueError: it was to fail" in (tmp_path / "b" / "log.txt").read_text()
+
+
+def test_a_process_that_ends_well_without_a_result_has_failed(tmp_path):
+    told = pooled(tmp_path, {"x": ([], "lies"), "of_x": (["x"], "well")})
+    assert told.of("fail") == ["x"]
+    assert told.of("wait_for_ever") == ["of_x"]
+
+
+@pytest.mark.parametrize("parallel", [0, -1])
+def test_no_run_at_a_time_is_refused(parallel):
+    with pytest.raises(InputError, match=rf"^hydra.launcher.max_parallel is {parallel}, but"):
+        Pool("work.perform", max_parallel=parallel, threads=None)
+
+
+def test_processors_are_shared_out_unless_said():
+    processors = len(os.sched_getaffinity(0))
+    assert Pool("work.perform", max_parallel=1, threads=None)._threads == processors  # noqa: SLF001
+    assert Pool("work.perform", max_parallel=999, threads=None)._threads == 1  # noqa: SLF001
+
+
+def test_ctrl_c_is_passed_on_once_and_waited_for(tmp_path):
+    code = f"""
+    import sys
+    sys.path[:0] = [{str(Path(__file__).parent)!r}]
+    from work import FileWork
+    from launchers.local import Pool
+    from launchers.progress import Progress
+    if __name__ == "__main__":
+        table = {{name: ([], "well") for name in "abcd"}}
+        work = FileWork({str(tmp_path)!r}, table, seconds=30)
+        with Progress(work.items()) as progress:
+            Pool("work.perform", max_parallel=2, threads=1).run(work, progress)
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    process = subprocess.Popen(  # noqa: S603 (our own script)
+        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True
+    )
+    notes = tmp_path / "notes"
+    deadline = time.monotonic() + 60
+    while not notes.exists() or len(notes.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT or "KeyboardInterrupt" in said
+    for line in notes.read_text().splitlines():
+        assert line.startswith("begin")
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(line.split()[2]), 0)
+
+
+# -------------------------------------------------------------------------------- in process
+
+
+class Planned(FileWork):
+    """As a launcher makes it, of Hydra's loader and the points."""
+
+    folder_of_all = Path()
+
+    def __init__(self, _loader, points):
+        super().__init__(self.folder_of_all, CHAIN | dict.fromkeys(points[0], ([], "well")))
+
+
+@pytest.fixture
+def named_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(Planned, "folder_of_all", tmp_path)
+    monkeypatch.setitem(sys.modules, "work_of_this_test", sys.modules[__name__])
+    monkeypatch.setitem(CHAIN, "c", ([], "fails"))  # nothing may kill this process
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", [WidthoptInProcessLauncher, WidthoptLocalLauncher])
+def test_a_launcher_does_what_it_can_and_says_what_it_could_not(named_here, kind):
+    options = {"max_parallel": 2, "threads": 1} if kind is WidthoptLocalLauncher else {}
+    launcher = kind(work="work_of_this_test.Planned", perform="work.perform", sure=True, **options)
+    launcher.context = type("Context", (), {"config_loader": None})()
+    with pytest.raises(
+        Failed, match=r"^4 of 9 runs are done, 2 failed and 3 wait for those; the s"
+    ):
+        launcher.launch([["more"]], 0)
+    assert (named_here / "began").read_text() == "True"
+    assert (named_here / "ended").exists()
+    assert all((named_here / name / "done").exists() for name in ("a", "of_a", "d", "more"))
+
+
+# ---------------------------------------------------------------------------------- progress
+
+
+ITEMS = [Item(name, f"the item {name}", (), weight) for name, weight in (("a", 1), ("b", 3))]
+
+
+def test_the_time_left_follows_from_the_work_that_is_left(monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr("launchers.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(logging.getLogger("widthopt"), "propagate", True)
+    with caplog.at_level(logging.INFO, "widthopt"), Progress(ITEMS) as progress:
+        progress.start(ITEMS[0])
+        now[0] += 60
+        progress.finish(ITEMS[0])  # a quarter of the work in a minute: three more
+        assert "1 of 2 done, 0:03:00 left; done: the item a, 60.0 s" in caplog.text
+        progress.start(ITEMS[1])
+        now[0] += 30
+        progress.fail(ITEMS[1], "no luck")
+        assert "1 failed" in caplog.text
+        assert "FAILED (no luck): the item b, 30.0 s" in caplog.text
+    assert (progress.done, progress.failed, progress.blocked) == (1, 1, 0)
+
+
+# -------------------------------------------------------------------------------------- Hydra
+
+
+def test_registering_again_changes_nothing():
+    launchers.register()
+    launchers.register()
+    for kind in (Launcher, Sweeper):
+        names = [one.__name__ for one in Plugins.instance().discover(kind)]
+        ours = [name for name in names if name.startswith("Widthopt")]
+        assert len(ours) == len(set(ours))
+
+
+def points(*words):
+    with initialize_config_module("conf", version_base="1.3"):
+        return expanded(GlobalHydra.instance().config_loader(), list(words))
+
+
+def test_points_are_the_product_of_what_is_swept():
+    found = points("projection.width=0.5,1", "seeds=[0],[1]", "network=resnet18")
+    assert len(found) == 4
+    assert ["projection.width=0.5", "seeds=[0]", "network=resnet18"] in found
+
+
+def test_the_command_line_wins_over_an_experiments_own_sweep():
+    found = points("experiment=fig3_width", "projection.width=0.9", "seeds=[7]")
+    assert len(found) == 2 * 3
+    assert all("projection.width=0.9" in one and "seeds=[7]" in one for one in found)
+
+
+def test_several_experiments_come_one_after_another():
+    found = points("experiment=fig3_width,uniform", "seeds=[0]")
+    assert len(found) == 36 + 10
+    assert [one[0] for one in found] == ["experiment=fig3_width"] * 36 + ["experiment=uniform"] * 10
+
+
+def test_experiments_may_be_chosen_by_a_pattern():
+    assert {one[0] for one in points("experiment=glob(fig5*)")} == {
+        "experiment=fig5_fraction", "experiment=fig5_resolution"
+    }  # fmt: skip
+
+
+def test_nothing_swept_is_one_point():
+    assert points("network=resnet18") == [["network=resnet18"]]
+    assert points() == [[]]
+
+
+@pytest.mark.parametrize("name", ["inprocess", "local"])
+def test_every_choice_of_a_launcher_can_be_made(name):
+    with initialize_config_module("conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("config", [f"hydra/launcher={name}"], _multirun())
+    assert config.hydra.launcher._target_.startswith("hydra_plugins.widthopt.Widthopt")
+    assert config.hydra.sweeper._target_ == "hydra_plugins.widthopt.WidthoptSweeper"
+
+
+def _multirun():
+    from hydra.types import RunMode  # noqa: PLC0415 (here alone)
+
+    return RunMode.MULTIRUN

@@ -1,0 +1,447 @@
+"""The paper's grid, composed whole: how much of it is shared, what names a run, what it costs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+
+from launchers.sweeper import expanded
+from widthopt.config import NEUTRAL, compose, compose_sweep, frozen, request, requests
+from widthopt.errors import InputError
+from widthopt.pipeline import Point
+from widthopt.planning import Cost, Manifest, Plan
+
+
+CONF = Path(__file__).parents[1] / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Points, searches and trainings of each (specification of the launcher, section 4).
+PAPER = {
+    "fig3_width": (108, 108, 108),
+    "fig3_depth": (72, 72, 72),
+    "fig4_extrapolation": (48, 24, 42),
+    "fig5_resolution": (72, 72, 72),
+    "fig5_fraction": (90, 90, 90),
+    "fig6_compound": (72, 72, 72),
+    "uniform": (30, 0, 30),
+    "table1": (108, 54, 108),
+}
+
+
+def counts(plan):
+    kinds = [run.kind for run in plan.runs.values()]
+    return len(plan.points), kinds.count("search"), kinds.count("train")
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """The requests of every experiment of the paper."""
+    return {name: compose_sweep([f"experiment={name}"]) for name in PAPER}
+
+
+@pytest.fixture(scope="module")
+def paper(asked):
+    return Plan.of([one for ones in asked.values() for one in ones], images=False)
+
+
+# ---------------------------------------------------------------------------- the paper's grid
+
+
+def test_the_whole_paper_is_600_points_369_searches_and_552_trainings(paper):
+    assert counts(paper) == (600, 369, 552)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_each_experiment_has_its_points_and_shares_its_searches(name, asked):
+    assert counts(Plan.of(asked[name], images=False)) == PAPER[name]
+
+
+def test_what_is_shared_follows_by_hand(paper):
+    """19 searches a network, algorithm and seed: 6 widths, 3 depths, 3 resolutions, ..."""
+    searches = [run for run in paper.runs.values() if run.kind == "search"]
+    imagenet = [run for run in searches if run.point.request.dataset.name == "imagenet"]
+    for network in ("resnet18", "mobilenet_v2"):
+        for algorithm in ("morphnet", "autoslim", "dmcp"):
+            for seed in (0, 1, 2):
+                mine = [
+                    run
+                    for run in imagenet
+                    if (run.point.request.network.name, run.seed) == (network, seed)
+                    and run.point.request.algorithm.name == algorithm
+                ]
+                # (1.414, 2, 320, 1) is of the compound projection, (1, 1, 224, .5) of two.
+                assert len(mine) == 6 + 3 + 3 + 4 + 3
+    assert len(searches) - len(imagenet) == 9 * 3
+
+
+def test_every_training_comes_after_the_search_it_needs(paper):
+    seen = set()
+    for name, run in paper.runs.items():
+        assert seen.issuperset(run.needs)
+        assert len(run.needs) == (run.kind == "train" and run.method != "uniform")
+        seen.add(name)
+
+
+def test_the_projected_settings_are_the_papers(paper):
+    sources = {
+        (s.width, s.depth, s.resolution, s.fraction)
+        for s in (
+            run.point.setting(run.method) for run in paper.runs.values() if run.kind == "search"
+        )
+    }
+    widths = {(w, 1, 224, 1.0) for w in (0.312, 0.5, 0.707, 1, 1.414, 1.732)}
+    depths = {(1, d, 224, 1.0) for d in (1, 2, 3, 4)}
+    resolutions = {(1, 1, r, 1.0) for r in (64, 160, 224, 320)}
+    fractions = {(1, 1, 224, f) for f in (0.05, 0.1, 0.2, 0.5, 1.0)}
+    compound = {(0.312, 1, 64, 0.05), (0.707, 1, 160, 0.1), (1, 1, 224, 0.5), (1.414, 2, 320, 1.0)}
+    cifar = {(w, d, 64, 1.0) for w, d, r, f in widths | depths}
+    assert sources == widths | depths | resolutions | fractions | compound | cifar
+
+
+def test_the_nominal_saving_of_the_papers_headline_is_320_times(paper):
+    point = next(
+        one.point
+        for one in paper.points
+        if one.point.request.projection.width == 0.707
+        and one.point.request.projection.resolution == 160
+        and one.point.request.algorithm.name == "morphnet"
+        and one.point.request.network.name == "resnet18"
+    )
+    # 4 * 2 * 4 * 10 with the paper's rounded widths; counted it is 312 (design, section 9).
+    ratio = point.overhead_macs("direct") / point.overhead_macs("transfer")
+    assert ratio == pytest.approx(312, rel=0.02)
+
+
+def test_the_experiments_are_those_of_the_design():
+    assert set(PAPER) | {"demo"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one not in {"demo", "mini"}])
+def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    head = text.partition("defaults:")[0].lower()
+    for word in ("claim", f"command: widthopt experiment={name}", "points:", "to reach:"):
+        assert word in head
+    for line in text.splitlines():
+        assert len(line) <= 200
+
+
+@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one not in {"demo", "mini"}])
+def test_the_number_of_points_is_the_one_that_stands_in_the_file(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    said = int(text.lower().partition("points: ")[2].split()[0])
+    with initialize_config_module("conf", version_base="1.3"):
+        points = expanded(GlobalHydra.instance().config_loader(), [f"experiment={name}"])
+    assert len(points) == said
+
+
+@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one.startswith("mini_")])
+def test_the_miniature_has_every_figure_of_the_paper(name):
+    paper = {"mini_fig4_extrapolation": "fig4_extrapolation"}.get(name, name[len("mini_") :])
+    mine, theirs = (
+        {type(figure).__name__ for figure in compose([f"experiment={one}", *first(one)]).figures}
+        for one in (name, paper)
+    )
+    assert mine == theirs
+
+
+def first(experiment):
+    """The first value of everything that an experiment sweeps over."""
+    with initialize_config_module("conf", version_base="1.3"):
+        words = expanded(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[0]
+    return [word for word in words if not word.startswith("experiment=")]
+
+
+def test_values_on_the_command_line_narrow_an_experiment():
+    words = ["experiment=fig3_width", "network=resnet18", "algorithm=dmcp", "seeds=[0]"]
+    asked = compose_sweep(words)
+    assert [one.projection.width for one in asked] == [0.312, 0.5, 0.707, 1, 1.414, 1.732]
+    assert {one.network.name for one in asked} == {"resnet18"}
+
+
+# ------------------------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize("name", [*PAPER, "mini_fig6_compound"])
+def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
+    """The oracle is Hydra's own composition of the same words, every 17th point."""
+    with initialize_config_module("conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        points = expanded(loader, [f"experiment={name}"])[::17]
+        together = requests(loader, points)
+    for words, one in zip(points, together, strict=True):
+        alone = compose(words)
+        assert one.fields == alone.fields
+        assert (one.root, one.runtime, one.figures) == (alone.root, alone.runtime, alone.figures)
+
+
+def test_groups_are_composed_once_for_each_choice(monkeypatch):
+    calls = []
+    with initialize_config_module("conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        points = expanded(loader, ["experiment=fig3_width"])
+        compose_one = loader.load_configuration
+
+        def counted(*args, **kwargs):
+            calls.append(args)
+            return compose_one(*args, **kwargs)
+
+        monkeypatch.setattr(loader, "load_configuration", counted)
+        assert len(requests(loader, points)) == 108
+    assert len(calls) == 2 * 3  # networks and algorithms
+
+
+def test_requests_that_are_frozen_are_the_same_again():
+    one = compose(["experiment=fig6_compound", *first("fig6_compound")])
+    again = request(_config(json.loads(json.dumps(frozen(one)))))
+    assert again.fields == one.fields
+    assert (again.root, again.runtime) == (one.root, one.runtime)
+
+
+def _config(content):
+    from omegaconf import OmegaConf  # noqa: PLC0415 (here alone)
+
+    return OmegaConf.create(content)
+
+
+@pytest.mark.parametrize("value", ["1", "1.0", "'1'", "'1.0'", '"1e0"'])
+def test_one_is_one_however_it_is_typed(value):
+    here = compose([f"projection.width={value}", f"algorithm.strength={value}"])
+    there = compose(["projection.width=1.0", "algorithm.strength=1.0"])
+    assert here.fields == there.fields
+    keys = [Point(one).search_stage("transfer", 0).key for one in (here, there)]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("value", ["one", "'1,5'", "''", "nan", "'nan'", "true"])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(InputError, match=r"^projection.width is .*, but (it must be a number|a w)"):
+        compose([f"projection.width={value}"])
+
+
+# ---------------------------------------------------------------------------------- identity
+
+
+def test_the_keys_of_the_papers_first_runs_never_change():
+    """Pinned: a change here makes every result that anybody has a stranger."""
+    words = ["experiment=fig3_width", *first("fig3_width")]
+    point = Point(compose(words), images=False)
+    assert point.search_stage("transfer", 0).folder.name == PINNED["search"]
+    assert point.train_stage("transfer", 0).folder.name == PINNED["train"]
+    assert point.train_stage("uniform", 0).folder.name == PINNED["uniform"]
+
+
+PINNED = {
+    "search": "search-2803cd6802ad",
+    "train": "train-257eeb49730a",
+    "uniform": "train-f6015661743d",
+}
+
+CHANGES = {
+    str: lambda value: f"{value}x",
+    bool: lambda value: not value,
+    int: lambda value: value + 1,
+    float: lambda value: value * 0.9,
+    type(None): lambda _: 0.5,
+}
+ELSEWHERE = {
+    # Not in a name by themselves, but by what follows from them.
+    "projection.width", "projection.depth", "projection.resolution", "projection.fraction",
+    "target.width", "target.depth", "target.resolution", "budget_macs",
+    # Which runs there are, not what one of them is.
+    "methods", "seeds",
+    # Memory, places and what a target is where nobody says so: change no result.
+    "dataset.memory_limit_gb", "dataset.resolution",
+}  # fmt: skip
+
+
+def leaves(table, path=()):
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def with_leaf(fields, path, value):
+    copied = json.loads(json.dumps(fields))
+    table = copied
+    for key in path[:-1]:
+        table = table[key]
+    table[path[-1]] = value
+    return copied
+
+
+def test_every_value_of_the_configuration_names_a_run_or_is_declared_not_to():
+    """Completeness: a value that is added and forgotten fails here."""
+    one = compose(["target.depth=2", "projection.depth=1", "projection.width=0.5"])
+    point = Point(one)
+
+    def names(fields):
+        point.request = one.__class__(
+            **{name: getattr(one, name) for name in one.__dataclass_fields__ if name != "fields"},
+            fields=fields,
+        )
+        return {
+            point.search_stage("transfer", 0).key,
+            point.train_stage("transfer", 0).key,
+        }
+
+    before = names(one.fields)
+    silent = set()
+    for path, value in leaves(dict(one.fields)):
+        kind = type(value)
+        changed = CHANGES[kind](value) if kind in CHANGES else [9]
+        if names(with_leaf(dict(one.fields), path, changed)) == before:
+            silent.add(".".join(path))
+    # The strategy is named by the point's own extrapolation, and tested beside it.
+    assert (
+        silent - {"extrapolation.strategy"}
+        == {name for name in ELSEWHERE if name not in NEUTRAL}
+        | {"projection._target_", "target._target_"} & silent
+    )
+
+
+def test_where_and_how_it_runs_is_no_part_of_a_name():
+    assert set(NEUTRAL) == {"root", "runtime", "figures"}
+    one = compose([])
+    assert one.fields.keys() & set(NEUTRAL) == set()
+
+
+# -------------------------------------------------------------------------------------- cost
+
+
+def test_the_cost_is_that_of_what_is_left_and_no_training_comes_before_its_search(paper):
+    states = dict.fromkeys(paper.runs, "missing")
+    one = paper.cost(states, nodes=1, macs_per_second=1e12)
+    assert one.macs == one.macs_left == sum(run.macs for run in paper.runs.values())
+    assert one.gpu_hours_left == pytest.approx(one.macs / 1e12 / 3600)
+    assert one.wall_hours_left == pytest.approx(one.gpu_hours_left / 8)
+    many = paper.cost(states, nodes=10**6, macs_per_second=1e12)
+    longest = max(
+        run.macs + sum(paper.runs[need].macs for need in run.needs) for run in paper.runs.values()
+    )
+    assert many.wall_hours_left == pytest.approx(longest / 8e12 / 3600)
+    done = dict.fromkeys(paper.runs, "done")
+    nothing = paper.cost(done, nodes=1, macs_per_second=1e12)
+    assert nothing == Cost(600, 369, 552, {"done": 921}, one.macs, 0, 0.0, 0.0)
+
+
+def test_a_resnet18_training_takes_the_gpu_hours_that_follow_by_hand(paper):
+    """1.814 GMACs, three passes, 1251 steps of 1024 images, 100 epochs."""
+    name = next(
+        one.train
+        for one in paper.points
+        if one.method == "uniform"
+        and one.point.request.network.name == "resnet18"
+        and (one.point.target.width, one.point.target.depth) == (1, 1)
+        and one.point.target.resolution == 224
+    )
+    assert paper.runs[name].macs == 3 * 1_814_073_344 * 1251 * 1024 * 100
+
+
+# ----------------------------------------------------------------------------------- manifests
+
+
+def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
+    plan = Plan.of(asked["fig4_extrapolation"], images=False)
+    one = Manifest.of(plan, title="fig4")
+    again = Manifest.from_json(one.to_json(), name="x")
+    assert again.name == one.name
+    assert again.own.keys() == plan.runs.keys()
+    assert len(again.points) == 48
+    store = plan.points[0].point.store
+    assert {
+        name: stage.folder for name, stage in again.stages(store).items() if name in plan.runs
+    } == {name: run.stage.folder for name, run in plan.runs.items()}
+    assert set(again.states(store).values()) == {"missing"}
+    assert [figure["_target_"] for figure in again.figures.values()] == [
+        "widthopt.figures.transfer.Transfer"
+    ]
+    del tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "x is no sweep's file"),
+        ("[]", "x is no sweep's file"),
+        ('{"format": 1}', "x is no sweep's file"),
+        ('{"format": 9, "name": "", "points": [], "runs": {}, "figures": {}}', "x has format 9,"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(text, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        Manifest.from_json(text, name="x")
+
+
+# ----------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["projection.width=0.5", "projection.width=1"],
+            (
+                "projection.width is 0.5 and 1, but it has one value in one command; leave one of "
+                "them out, or sweep over both with -m and a comma"
+            ),
+        ),
+        (
+            ["experiment=glob(fig9*)"],
+            (
+                "experiment is glob(fig9*), but nothing matches it and the sweep has no points; "
+                "see widthopt --help"
+            ),
+        ),
+        (
+            ["algorithm=glob(none*)", "experiment=fig3_width"],
+            (
+                "algorithm is glob(none*), but nothing matches it and the sweep has no points; "
+                "see widthopt --help"
+            ),
+        ),
+        (
+            ["experiment=fig3_width", "projection.widht=1"],
+            (
+                "projection.widht is not a key, but only known keys are read; did you mean "
+                "projection.width?"
+            ),
+        ),
+        (
+            ["experiment=fig3_widht"],
+            "experiment is fig3_widht, but there is no such choice; use one of "
+            + ", ".join(EXPERIMENTS),
+        ),
+        (
+            ["experiment=fig3_width", "projection.width=abc"],
+            "projection.width is abc, but it must be a number; correct it",
+        ),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line(words, line):
+    with pytest.raises(InputError) as error:
+        Plan.of(compose_sweep(words), images=False)
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("projection:\n  widht: 1\n", "projection.widht"),
+        ("wrong: [1\n", "mine.yaml"),
+        ("hydra:\n  sweeper:\n    params:\n      projection.widht: 1,2\n", "projection.widht"),
+        ("figures:\n  - _target_: widthopt.figures.nothing.Kind\n", "figures[0]._target_"),
+        ("figures: 3\n", "figures is 3, but it is a list"),
+        ("seeds: zero\n", "seeds is zero, but it is a list"),
+    ],
+)
+def test_a_typo_in_an_experiment_file_is_one_line(tmp_path, text, said):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    with pytest.raises(InputError) as error:
+        compose_sweep(["experiment=mine"], config_dir=str(tmp_path))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

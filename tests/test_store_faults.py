@@ -1,0 +1,607 @@
+"""The store when processes are killed, disks fill up, clocks lie and files are cut short."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from widthopt.errors import InputError
+from widthopt.store import Store, write_atomically
+
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["open", "write", "fsync", "rename", "replace", "unlink", "mkdir"]
+OLD, NEW = {"top1": 1.0}, {"top1": 0.1 + 0.2}
+YEARS = 20 * 365 * 86_400
+
+# Works on a stage: one step of the store's, by name.
+STEPS = """
+import os
+from widthopt.store import Store, write_atomically
+
+NEW = {"top1": 0.1 + 0.2}
+
+def perform(step, root):
+    store = Store(root)
+    stage = store.stage("search", {"width": 0.5})
+    if step == "write":
+        write_atomically(store.root / "a", "new" * 1000)
+    elif step == "check":
+        store.check()
+    elif step == "submit":
+        stage.submitted("8")
+    elif step == "finish unclaimed":
+        stage.finish(NEW)
+    else:
+        with stage.claim(job="8"):
+            if step == "finish":
+                stage.finish(NEW)
+            elif step == "fail":
+                stage.fail(ValueError("new"))
+"""
+
+# For each line "number, how, step, root" it forks a child that dies at that system call.
+KILLING = """
+def deadly(name, number, how, count):
+    call = getattr(os, name)
+    def counted(*arguments, **options):
+        count[0] += 1
+        if count[0] == number:
+            if how == "halfway" and name == "write":
+                call(arguments[0], arguments[1][:len(arguments[1]) // 2])
+            os._exit(9)
+        return call(*arguments, **options)
+    setattr(os, name, counted)
+
+for line in sys.stdin:
+    number, how, step, root = json.loads(line)
+    child = os.fork()
+    if not child:
+        count = [0]
+        for name in NAMES:
+            deadly(name, number, how, count)
+        try:
+            perform(step, root)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+perform = {}
+exec(STEPS, perform)  # noqa: S102 (our own words, here and in the processes below)
+perform = perform["perform"]
+
+
+def python(script, *arguments):
+    """A Python process of its own that runs ``script``."""
+    return subprocess.Popen(  # noqa: S603 (our own words)
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def kill():
+    """What performs a step in a process that dies at a system call; whether it got there."""
+    script = f"import json, os, sys, traceback\n{STEPS}\nNAMES = {NAMES}\n{KILLING}"
+    with python(script) as server:
+
+        def ask(number, how, step, root):
+            server.stdin.write(json.dumps([number, how, step, str(root)]) + "\n")
+            server.stdin.flush()
+            code = int(server.stdout.readline())
+            assert code in (0, 9)
+            return code == 9
+
+        yield ask
+        server.stdin.close()
+
+
+def prepare(root, before):
+    """A root with the file ``a`` and one stage, which has come as far as ``before`` says."""
+    root.mkdir()
+    (root / "a").write_text("old")
+    stage = Store(root).stage("search", {"width": 0.5})
+    if before == "failed":
+        stage.submitted("7")
+        with stage.claim(job="7"):
+            stage.fail(ValueError("old"))
+    elif before == "done":
+        with stage.claim(job="7"):
+            stage.finish(OLD)
+    elif before == "killed":
+        leave_claim(stage)
+    return stage
+
+
+def leave_claim(stage, **said):
+    """What a claim leaves whose process is killed."""
+    with stage.claim():
+        claim = json.loads((stage.folder / "claim.json").read_text())
+    (stage.folder / "claim.json").write_text(json.dumps({**claim, **said}) + "\n")
+
+
+def files(root):
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
+
+
+BEFORE = ["missing", "failed", "killed", "done"]
+STATE = {"missing": "missing", "failed": "failed", "killed": "stale", "done": "done"}
+AFTER = {"finish": "done", "finish unclaimed": "done", "fail": "failed"}
+AFTER |= {"submit": "queued", "claim": "missing"}
+
+
+# A claim that ends in good order leaves no trace, and one that is killed leaves its file.
+CLAIMED = {"missing": {"stale"}, "failed": {"stale"}, "killed": {"missing"}}
+
+
+def between(step, before):
+    """The states that a stage may be in when a step was cut off."""
+    if before == "done":
+        return {"done"}
+    states = {STATE[before], AFTER.get(step, STATE[before])}
+    if step in ("claim", "finish", "fail"):
+        states |= CLAIMED[before]
+    return states - ({"missing"} if before == "failed" else set())
+
+
+def check_whole(stage, step, before):
+    """Nothing is believed that is not whole: the old or the new is there."""
+    # The claim names the job 8 until the process is gone; the queue has it as gone.
+    live = {"8"} if step == "submit" else set()
+    state = stage.state(live)
+    assert state in between(step, before)
+    result, failure = stage.result(), stage.failure()
+    old = OLD if before == "done" else None
+    assert result in ([old, NEW] if step.startswith("finish") else [old])
+    assert (state == "done") == (result is not None)
+    if failure is not None:
+        messages = {"old"} if before == "failed" else set()
+        assert failure["message"] in messages | ({"new"} if step == "fail" else set())
+    written = (stage.folder.parent / "a").read_text()
+    assert written in ({"old", "new" * 1000} if step == "write" else {"old"})
+
+
+def check_repeat(stage, step, before, caplog):
+    """The same again comes to the same end as if nothing had happened."""
+    root = stage.folder.parent
+    perform(step, root)
+    assert caplog.text == ""
+    live = {"8"} if step == "submit" else set()
+    if step == "write":
+        assert (root / "a").read_text() == "new" * 1000
+    elif step == "check":
+        assert json.loads((root / "store.json").read_text()) == {"format": 2}
+    elif before == "done":
+        assert stage.result() == (NEW if step.startswith("finish") else OLD)
+    elif step == "claim" and before == "failed":
+        assert stage.state() == "stale"  # of its submission, whose job is gone
+    elif not (step == "submit" and before == "killed"):
+        assert stage.state(live) == AFTER[step]
+    if step in ("claim", "finish", "fail"):
+        assert not (stage.folder / "claim.json").exists()
+        for name in ("claim", "failed", "result"):
+            assert not [*stage.folder.glob(f".{name}.json.*")]
+
+
+CASES = [(step, before) for step in ["claim", "finish", "fail", "submit"] for before in BEFORE]
+CASES += [("write", "missing"), ("check", "missing")]
+CASES += [("finish unclaimed", "missing"), ("finish unclaimed", "failed")]
+
+
+@pytest.mark.parametrize(("step", "before"), CASES)
+def test_a_process_killed_at_any_system_call_leaves_the_old_or_the_new(
+    tmp_path, kill, step, before, caplog
+):
+    number = 0
+    killed = True
+    while killed:
+        number += 1
+        for how in ("before", "halfway"):
+            root = tmp_path / f"{number}{how}"
+            stage = prepare(root, before)
+            killed = kill(number, how, step, root)
+            check_whole(stage, step, before)
+            assert caplog.text == ""
+            assert killed or not [*root.rglob("*.part")]
+            check_repeat(stage, step, before, caplog)
+    assert number > 5  # open, write, fsync, replace, open and fsync of the folder
+
+
+class Refusing:
+    """System calls that fail with a full disk: the n-th, or all that take room from it on."""
+
+    def __init__(self, patch, number, how):
+        self.number, self.how, self.count, self.refused = number, how, 0, False
+        for name in NAMES:
+            patch.setattr(os, name, self.call(name, getattr(os, name)))
+
+    def call(self, name, call):
+        def counted(*arguments, **options):
+            if name == "mkdir" and Path(arguments[0]).is_dir():  # says so, however full it is
+                return call(*arguments, **options)
+            self.count += 1
+            takes = name != "unlink" and not (name == "open" and not arguments[1] & os.O_CREAT)
+            always = self.how == "from then on" and self.count >= self.number and takes
+            if always or (self.how == "once" and self.count == self.number):
+                self.refused = True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*arguments, **options)
+
+        return counted
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("how", ["once", "from then on"])
+def test_a_disk_that_fills_up_at_any_system_call_leaves_the_old_or_the_new(
+    tmp_path, monkeypatch, case, how, caplog
+):
+    step, before = case
+    number = 0
+    refused = True
+    while refused:
+        number += 1
+        root = tmp_path / str(number)
+        stage = prepare(root, before)
+        error = None
+        with monkeypatch.context() as patch:
+            calls = Refusing(patch, number, how)
+            try:
+                perform(step, root)
+            except InputError as caught:
+                error = str(caught)
+        refused = calls.refused
+        left = "claim.json is left; it stops nobody" in caplog.text
+        assert bool(error) == (refused and not left)
+        if error:
+            assert error.startswith(f"root is {root}")
+            assert "cannot be written (No space left on device); make room and run" in error
+            assert "\n" not in error
+        check_whole(stage, step, before)
+        assert not [*root.rglob("*.part")]
+        caplog.clear()
+        check_repeat(stage, step, before, caplog)
+    assert number > 5
+
+
+@pytest.mark.parametrize(("step", "before"), CASES)
+def test_a_disk_that_takes_one_byte_at_a_time_gets_all_of_them(
+    tmp_path, monkeypatch, step, before, caplog
+):
+    stage = prepare(tmp_path / "runs", before)
+    with monkeypatch.context() as patch:
+        write = os.write
+        patch.setattr(os, "write", lambda file, data: write(file, data[:1]))
+        perform(step, tmp_path / "runs")
+    check_whole(stage, step, before)
+    check_repeat(stage, step, before, caplog)
+
+
+@pytest.mark.parametrize("before", ["missing", "failed", "done"])
+def test_what_has_a_name_is_on_the_disk_and_a_failure_outlives_the_claim(
+    tmp_path, monkeypatch, before
+):
+    stage = prepare(tmp_path / "runs", before)
+    dirty, events = set(), []
+    real = {name: getattr(os, name) for name in NAMES}
+
+    def write(file, data):
+        dirty.add(os.fstat(file).st_ino)
+        return real["write"](file, data)
+
+    def fsync(file):
+        dirty.discard(os.fstat(file).st_ino)
+        events.append(("fsync", os.fstat(file).st_ino))
+        return real["fsync"](file)
+
+    def replace(old, new):
+        assert Path(old).stat().st_ino not in dirty, "a name for what is not on the disk yet"
+        events.append(("replace", Path(new).name))
+        return real["replace"](old, new)
+
+    def unlink(path, **options):
+        events.append(("unlink", Path(path).name))
+        return real["unlink"](path, **options)
+
+    with monkeypatch.context() as patch:
+        for call in (write, fsync, replace, unlink):
+            patch.setattr(os, call.__name__, call)
+        perform("finish", tmp_path / "runs")
+    folder = ("fsync", stage.folder.stat().st_ino)
+    for place, event in enumerate(events):
+        if event[0] == "replace":
+            assert events[place + 1] == folder, "the folder is synced after the name is there"
+    claimed, done = (
+        events.index(("replace", "claim.json")),
+        events.index(("replace", "result.json")),
+    )
+    forgotten = [place for place, event in enumerate(events) if event == ("unlink", "failed.json")]
+    assert claimed < forgotten[0] < done < forgotten[-1]
+    assert done < events.index(("unlink", "claim.json"))
+
+
+# Processes side by side.
+
+WORKING = """
+import os, random, sys, time
+from pathlib import Path
+from widthopt.store import Store
+
+root, me = Path(sys.argv[1]), sys.argv[2]
+log = os.open(root / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+order = list(range(20))
+random.Random(me).shuffle(order)
+sys.stdin.readline()
+for number in order:
+    stage = Store(root).stage("search", number)
+    with stage.claim():
+        if stage.result() is None:
+            os.write(log, f"worked {number} {me}\\n".encode())
+            time.sleep(0.003)  # so that most of the time goes into work
+            stage.finish({"number": number, "by": me})
+            os.write(log, f"finished {number} {me}\\n".encode())
+print("through", flush=True)
+"""
+
+
+def race(root, count, spoil=lambda _workers: None):
+    """Let processes work on twenty stages at once; what they logged, by what it says."""
+    root.mkdir()
+    workers = [python(WORKING, root, me) for me in range(count)]
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    spoiled = spoil(workers)
+    for worker in workers:
+        said = worker.communicate(timeout=30)[0]
+        assert worker is spoiled or (said, worker.returncode) == ("through\n", 0)
+    log = {"worked": [], "finished": []}
+    for line in (root / "log").read_text().splitlines():
+        what, number, who = line.split()
+        log[what].append((int(number), int(who)))
+    stages = list(Store(root).stages())
+    assert sorted(stage.fields for stage in stages) == list(range(20))
+    assert {stage.state() for stage in stages} == {"done"}
+    for stage in stages:
+        assert stage.result()["number"] == stage.fields
+        assert (stage.fields, int(stage.result()["by"])) in log["worked"]
+    return log
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_processes_side_by_side_do_every_work_exactly_once(tmp_path, count):
+    log = race(tmp_path / "runs", count)
+    for what in ("worked", "finished"):
+        assert sorted(number for number, _ in log[what]) == list(range(20))
+    assert sorted(log["worked"]) == sorted(log["finished"])
+
+
+@pytest.mark.parametrize("attempt", range(6))
+def test_the_others_do_everything_when_one_process_is_killed(tmp_path, attempt):
+    def spoil(workers):
+        for _ in range(3000):  # until there is something to break off
+            if (tmp_path / "runs" / "log").exists() and (tmp_path / "runs" / "log").stat().st_size:
+                break
+            time.sleep(0.001)
+        time.sleep(random.Random(attempt).uniform(0, 0.06))  # noqa: S311 (no secret)
+        workers[0].send_signal(signal.SIGKILL)
+        return workers[0]
+
+    log = race(tmp_path / "runs", 3, spoil)
+    finished = Counter(number for number, _ in log["finished"])
+    assert max(finished.values()) == 1
+    assert sum(finished.values()) >= 19  # one may have been killed before it could say so
+    begun = Counter(number for number, who in log["worked"] if who != 0)
+    assert max(begun.values()) == 1
+    assert sum(who == 0 for _, who in log["worked"]) - sum(
+        who == 0 for _, who in log["finished"]
+    ) in (0, 1)
+
+
+def killed_at_work(root):
+    """A process that was killed while it worked; its id."""
+    script = f"{STEPS}\nimport sys, time\n" + textwrap.dedent(
+        """
+        with Store(sys.argv[1]).stage("search", {"width": 0.5}).claim(job="7"):
+            print("working", flush=True)
+            time.sleep(60)
+        """
+    )
+    with python(script, root) as worker:
+        assert worker.stdout.readline() == "working\n"
+        state = Store(root).stage("search", {"width": 0.5}).state()
+        worker.kill()
+    assert state == "running"
+    return worker.pid
+
+
+def test_the_claim_of_a_killed_process_is_stale_and_free_at_once(tmp_path):
+    stage = Store(tmp_path).stage("search", {"width": 0.5})
+    process = killed_at_work(tmp_path)
+    assert json.loads((stage.folder / "claim.json").read_text())["process"] == process
+    assert stage.state() == "stale"
+    assert stage.state(live={"7"}) == "running"  # the queue starts the job again
+    with stage.claim(wait=False, job="8"):
+        assert json.loads((stage.folder / "claim.json").read_text())["process"] == os.getpid()
+        assert stage.state() == "running"
+        stage.finish(NEW)
+    assert (stage.state(), stage.result()) == ("done", NEW)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_claim_from_another_host_is_stale_without_its_lock(tmp_path, locked):
+    stage = Store(tmp_path).stage("search", {"width": 0.5})
+    if locked:
+        leave_claim(stage, host="node17", process=os.getpid())
+    else:  # a folder that was copied without its lock
+        stage.folder.mkdir()
+        text = json.dumps({"host": "node17", "process": 1, "job": "7", "started": 0})
+        (stage.folder / "claim.json").write_text(text)
+    assert stage.state() == "stale"
+    with stage.claim(wait=False):
+        assert json.loads((stage.folder / "claim.json").read_text())["host"] != "node17"
+    assert stage.state() == "missing"
+
+
+# Clocks.
+
+
+def turn(stage, seconds):
+    """Set every file of a stage, and what it says of time, off by so much."""
+    for path in [*stage.folder.iterdir(), stage.folder]:
+        os.utime(path, (time.time() + seconds,) * 2)
+    for name, field in (("claim.json", "started"), ("failed.json", "time")):
+        path = stage.folder / name
+        if path.exists():
+            said = json.loads(path.read_text())
+            path.write_text(json.dumps({**said, field: said[field] + seconds}))
+            os.utime(path, (time.time() + seconds,) * 2)
+
+
+@pytest.mark.parametrize("seconds", [-YEARS, YEARS])
+def test_no_state_depends_on_a_clock(tmp_path, monkeypatch, seconds):
+    now = time.time
+    stages = {before: prepare(tmp_path / before, before) for before in BEFORE}
+    stages["queued"] = prepare(tmp_path / "queued", "failed")
+    stages["queued"].submitted("8")
+    expected = {**STATE, "queued": "queued"}
+    for before, stage in stages.items():
+        with_clock = stage.state({"8"})
+        assert with_clock == expected[before]
+        if stage.folder.exists():
+            turn(stage, seconds)
+        assert stage.state({"8"}) == with_clock
+        monkeypatch.setattr(time, "time", lambda: now() - seconds)
+        assert stage.state({"8"}) == with_clock
+        with stage.claim():
+            turn(stage, seconds)
+            assert stage.state({"8"}) == ("done" if before == "done" else "running")
+            assert stage.failure() is None
+        monkeypatch.setattr(time, "time", now)
+
+
+# Files cut short.
+
+CUT = ["result.json", "claim.json", "failed.json", "submission.json", "fields.json"]
+
+
+def full(root):
+    """A stage with every file that one can have, and their contents."""
+    stage = Store(root).stage("search", {"width": 0.5})
+    stage.submitted("7")
+    leave_claim(stage, job="7")
+    stage.finish(NEW)
+    stage.fail(ValueError("old"))
+    return stage, {name: (stage.folder / name).read_bytes() for name in CUT}
+
+
+def alone(stage, name, content):
+    """Leave one file of a stage, with this content."""
+    for other in CUT:
+        (stage.folder / other).unlink(missing_ok=True)
+    (stage.folder / name).write_bytes(content)
+
+
+def state_of(stage, name, live):
+    """What a stage is taken for that has one file alone."""
+    if name == "fields.json":
+        return ["missing", "named"][len(list(Store(stage.folder.parent).stages()))]
+    return stage.state(live)
+
+
+BELIEVED = {"result.json": "done", "claim.json": "running", "failed.json": "failed"}
+BELIEVED |= {"submission.json": "queued", "fields.json": "named"}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_file_cut_short_anywhere_is_not_believed(tmp_path, name, caplog):
+    stage, contents = full(tmp_path)
+    whole = contents[name]
+    alone(stage, name, whole)
+    assert state_of(stage, name, {"7"}) == BELIEVED[name]
+    assert whole.endswith(b"}\n")
+    for length in range(len(whole) - 1):  # but for the line's end, which says nothing
+        for content in (whole[:length], whole[:length] + b"\0" * (len(whole) - length)):
+            caplog.clear()
+            alone(stage, name, content)
+            assert state_of(stage, name, {"7"}) == "missing"
+            assert f"{name} is not whole; it is treated as missing" in caplog.text
+            assert (stage.result(), stage.failure()) == (None, None)
+    with stage.claim(wait=False):
+        stage.finish(NEW)
+    assert (stage.result(), stage.state()) == (NEW, "done")
+    assert [other.key for other in Store(tmp_path).stages()] == [stage.key]
+
+
+def test_a_mark_of_the_root_cut_short_anywhere_is_written_again(tmp_path, caplog):
+    store = Store(tmp_path)
+    store.check()
+    path = tmp_path / "store.json"
+    whole = path.read_bytes()
+    for length in range(len(whole) - 1):
+        caplog.clear()
+        path.write_bytes(whole[:length])
+        store.check(write=False)
+        assert "store.json is not whole; it is treated as missing" in caplog.text
+        assert path.read_bytes() == whole[:length]
+        store.check()
+        assert path.read_bytes() == whole
+
+
+def test_a_result_with_any_byte_changed_is_never_another_result(tmp_path):
+    stage = Store(tmp_path).stage("search", {"width": 0.5})
+    stage.finish(NEW)
+    path = stage.folder / "result.json"
+    whole = path.read_bytes()
+    seen = Counter()
+    for place in range(len(whole)):
+        for byte in (b"0", b"7", b" ", b"x", b"-", b'"', b"\xff"):
+            path.write_bytes(whole[:place] + byte + whole[place + 1 :])
+            try:
+                found = stage.result()
+            except InputError:
+                seen["refused"] += 1
+            else:
+                assert found in (None, NEW)
+                seen["kept" if found else "missing"] += 1
+    assert min(seen[one] for one in ("refused", "missing", "kept")) > 10
+
+
+def test_a_half_written_file_beside_is_removed_by_the_next_claim(tmp_path):
+    stage = Store(tmp_path).stage("search", {"width": 0.5})
+    stage.submitted("7")
+    for name in ("claim", "failed", "result"):
+        (stage.folder / f".{name}.json.00000000.part").write_text('{"to')
+    (stage.folder / ".other.json.00000000.part").write_text("of someone else")
+    with stage.claim():
+        pass
+    assert [path.name for path in stage.folder.glob(".*")] == [".other.json.00000000.part"]
+    assert stage.result() is None
+
+
+def test_a_write_that_is_interrupted_leaves_nothing_beside_the_file(tmp_path, monkeypatch):
+    def interrupt(_file):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(tmp_path / "a", "new")
+    assert files(tmp_path) == {"a": b"old"}

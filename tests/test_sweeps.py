@@ -1,0 +1,390 @@
+"""Sweeps as a person starts them: shared, resumed, killed, reported; on small networks."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, widthopt
+
+from widthopt.errors import InputError
+from widthopt.pipeline import recorded
+from widthopt.store import Store
+from widthopt.sweeps import manifests, perform
+
+
+SWEEP = (
+    "-m", *(word for word in TINY if not word.startswith("projection")),
+    "projection.width=0.5,0.75,1", "seeds=[0],[1]", "methods=[transfer]",
+    "runtime.backend=slice", "runtime.memory_format=contiguous",
+)  # fmt: skip
+"""Six points: six searches, six trainings."""
+
+MY_FIGURE = '''
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from widthopt.figures.grid import Grid
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many records there are."""
+
+    name: str
+    title: str
+    claim: str
+
+    def draw(self, records):
+        figure = Figure()
+        figure.subplots().bar(["records"], [len(records)])
+        return {self.name: figure}
+
+    def table(self, records):
+        return Grid(self.title, ("records",), ((str(len(records)),),))
+'''
+
+FIGURES = """# @package _global_
+figures:
+  - _target_: my_figure.Counted
+    name: counted
+    title: Counted
+    claim: ""
+  - _target_: widthopt.figures.transfer.Transfer
+    name: mine
+    title: Mine
+    axis: width
+    series: algorithm
+    panels: {my_network.MyNetwork: Mine}
+    claim: Widths carry over.
+    paper_saved: {}
+hydra:
+  mode: MULTIRUN
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "my_network.py").write_text(NETWORK)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed sweep: its folder, and what the command said."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "my_network.py").write_text(NETWORK)
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    (folder / "conf" / "experiment" / "mine.yaml").write_text(FIGURES)
+    (folder / "my_figure.py").write_text(MY_FIGURE)
+    done = widthopt(
+        *SWEEP, "--config-dir", "conf", "experiment=mine", "hydra/launcher=local", folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def stages(folder, kind=None):
+    return list(Store(folder / "runs" / "stages").stages(kind))
+
+
+def records(folder):
+    """All records, without their times."""
+    found = {}
+    for stage in stages(folder, "train"):
+        result = stage.result()
+        if result is not None:
+            record = recorded(result, method="transfer", algorithm="any")
+            one = dataclasses.replace(record.found, search_seconds=0.0)
+            found[stage.key] = dataclasses.replace(record, found=one, train_seconds=0.0)
+    return found
+
+
+def epochs_told(folder, kind):
+    """How often each epoch was trained, by stage."""
+    return {
+        stage.key: re.findall(r"epoch (\d+) of", (stage.folder / "log.txt").read_text())
+        for stage in stages(folder, kind)
+    }
+
+
+# ----------------------------------------------------------------------------- whole sweeps
+
+
+def test_a_sweep_does_every_run_once(whole):
+    folder, done = whole
+    assert len(stages(folder, "search")) == len(stages(folder, "train")) == 6
+    assert len(records(folder)) == 6
+    for kind, epochs in (("search", ["1", "2"]), ("train", ["1", "2"])):
+        assert set(map(tuple, epochs_told(folder, kind).values())) == {tuple(epochs)}
+    assert "for 6 points" not in done.stdout  # so few runs are listed one by one
+    assert done.stdout.count("search, seed 0") == 3
+    assert "12 of 12 done" in done.stderr
+
+
+def test_the_same_again_starts_nothing(whole):
+    folder, _ = whole
+    before = records(folder)
+    done = widthopt(
+        *SWEEP, "--config-dir", "conf", "experiment=mine", "hydra/launcher=local", folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done:" not in done.stderr
+    assert records(folder) == before
+    assert set(map(tuple, epochs_told(folder, "train").values())) == {("1", "2")}
+
+
+def test_a_sweep_ends_with_its_figures_and_a_page(whole):
+    folder, done = whole
+    report = folder / "runs" / "report"
+    for name in ("mine.png", "mine.pdf", "mine.csv", "mine.md", "index.html"):
+        assert (report / name).stat().st_size > 0
+    assert (report / "mine.png").read_bytes().startswith(b"\x89PNG")
+    assert "mine: Mine (6 records, 2 points missing)" in done.stdout
+    assert "runs/report/index.html" in done.stdout
+    page = (report / "index.html").read_text()
+    assert "the un-optimised network beside it, seed 0" in page
+
+
+def test_a_third_party_adds_a_figure_by_one_file_and_one_experiment(whole):
+    report = whole[0] / "runs" / "report"
+    assert (report / "counted.png").stat().st_size > 0
+    assert (report / "counted.csv").read_text() == "records\n6\n"
+
+
+def test_a_third_party_adds_a_projection_by_one_file_and_one_conf_file(folder):
+    """The README's recipe: the code below is the one that stands there."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in ("half_everything.py", "conf/projection/half_everything.yaml"):
+        code = readme.partition(f"`{name}`")[2].partition("```")[2].partition("\n")[2]
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(code.partition("```")[0]))
+    words = [word for word in TINY if not word.startswith("projection")]
+    done = widthopt(
+        "plan", "--config-dir", "conf", "projection=half_everything", "projection.times=1,2",
+        *words, "methods=[transfer]", "--json", folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whats = [run["what"] for run in json.loads(done.stdout)["runs"]]
+    assert sum("(0.5, 1, 12, 50%): morphnet search" in what for what in whats) == 1
+    assert sum("(0.25, 1, 12, 25%): morphnet search" in what for what in whats) == 1
+
+
+def test_the_same_records_give_the_same_files(whole):
+    folder, _ = whole
+    report = folder / "runs" / "report"
+    before = {path.name: path.read_bytes() for path in report.iterdir() if path.is_file()}
+    done = widthopt("report", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
+
+
+def test_the_status_is_that_of_the_files(whole):
+    folder, _ = whole
+    done = widthopt("status", "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(done.stdout)
+    assert table["sweep"].startswith("mine-")
+    assert table["points"] == 6
+    assert [run["state"] for run in table["runs"]] == ["done"] * 12
+    shown = widthopt("status", "mine", folder=folder)
+    assert shown.returncode == 0
+    assert "trainings" in shown.stdout
+    assert one_line(widthopt("status", "other", folder=folder), 2).startswith("other is no sweep")
+
+
+def test_runs_of_a_sweep_have_folders_like_any_run(whole):
+    folder, _ = whole
+    found = [path.parent for path in (folder / "runs").glob("*/record.json")]
+    assert len(found) == 3  # one for each width, with both seeds
+    for run in found:
+        assert len(list((run / "channels").iterdir())) == 2
+        assert (run / "figures" / "channels.png").exists()
+
+
+@pytest.mark.parametrize("launcher", ["inprocess", "local"])
+def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, launcher):
+    words = (
+        *SWEEP[:-4], "projection.width=0.5", "seeds=[0]", "methods=[transfer],[uniform]",
+        "recipe.search_epochs=1,2", "recipe.learning_rate=0.1,1e9", f"hydra/launcher={launcher}",
+    )  # fmt: skip
+    words = tuple(word for word in words if word != "projection.width=0.5,0.75,1")
+    done = widthopt(*words, folder=folder)
+    assert done.returncode == 1
+    # Of rate 1e9: two searches fail and block their trainings, and the un-optimised network's.
+    assert done.stderr.splitlines()[-1] == (
+        "widthopt: 5 of 10 runs are done, 3 failed and 2 wait for those; the same command tries "
+        "them again"
+    )
+    assert done.stderr.count("lower recipe.learning_rate") == 3
+    (table,) = json.loads(widthopt("status", "--json", folder=folder).stdout)
+    states = [run["state"] for run in table["runs"]]
+    assert {state: states.count(state) for state in set(states)} == {
+        "done": 5, "failed": 3, "blocked": 2
+    }  # fmt: skip
+    assert all("learning rate" in run["why"] for run in table["runs"] if run["state"] == "failed")
+    again = widthopt(*words, folder=folder)
+    assert again.returncode == 1
+    assert "0 of 5 runs are done, 3 failed" in again.stderr
+
+
+# ---------------------------------------------------------------------------- interruptions
+
+
+def started(folder, *words):
+    return subprocess.Popen(  # noqa: S603 (our own words)
+        command(*words), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def results(folder):
+    return len(list((folder / "runs" / "stages").glob("*/result.json")))
+
+
+@pytest.mark.parametrize("done_before", [1, 7])
+def test_a_sweep_that_is_killed_goes_on_to_the_very_same_records(whole, folder, done_before):
+    words = (*SWEEP, "hydra/launcher=local")
+    process = started(folder, *words)
+    wait_for(lambda: results(folder) >= done_before)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    for path in (folder / "runs" / "stages").glob("*/claim.json"):  # and those who still work
+        try:
+            os.kill(json.loads(path.read_text())["process"], signal.SIGKILL)
+        except (OSError, ValueError):
+            continue
+    assert results(folder) < 12
+    done = widthopt(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert records(folder) == records(whole[0])
+
+
+def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder):
+    words = (*SWEEP, "hydra/launcher=local")
+    process = started(folder, *words)
+    wait_for(lambda: results(folder) >= 2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from the last checkpoint" in said
+    assert not list((folder / "runs" / "stages").glob("*/failed.json"))
+    assert not list((folder / "runs" / "stages").glob("*/claim.json"))
+    done = widthopt(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert records(folder) == records(whole[0])
+
+
+def test_two_sweeps_at_once_do_nothing_twice(whole, folder):
+    words = (*SWEEP, "hydra/launcher=local")
+    both = [started(folder, *words) for _ in range(2)]
+    for process in both:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    assert records(folder) == records(whole[0])
+    for kind in ("search", "train"):
+        assert set(map(tuple, epochs_told(folder, kind).values())) == {("1", "2")}
+
+
+# --------------------------------------------------------------------------------- mistakes
+
+
+def test_a_sweep_of_many_gpu_hours_wants_to_be_meant(folder):
+    words = (*SWEEP, "recipe.epochs=2000000000")
+    line = one_line(widthopt(*words, folder=folder), 2)
+    assert re.match(
+        r"the sweep is [\d,]+ GPU hours, but more than 24 are started only if that is meant; add "
+        r"--yes, or narrow it$",
+        line,
+    )
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["projection.widht=1,2"], "projection.widht is not a key"),
+        (["projection.width=1,abc"], "projection.width is abc, but it must be a number"),
+        (["experiment=fig9"], "experiment is fig9, but there is no such choice"),
+        (["experiment=glob(fig9*)"], "experiment is glob(fig9*), but nothing matches it"),
+        (["seeds=[0]", "seeds=[1]"], "seeds is [0] and [1], but it has one value"),
+        (["hydra.launcher.max_parallel=0", "hydra/launcher=local"], "hydra.launcher.max_parallel"),
+        (["hydra/launcher=moon"], "hydra/launcher is moon, but there is no such choice"),
+        (["root=one,other"], "root is one and other, but a sweep is kept in one folder"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line_and_starts_nothing(folder, words, said):
+    base = [word for word in SWEEP if not word.startswith(("projection", "seeds"))]
+    line = one_line(widthopt(*base, *words, folder=folder), 2)
+    assert said in line
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
+        "my_network.py"
+    ]
+
+
+def test_a_root_of_another_version_is_refused(folder):
+    (folder / "runs" / "stages").mkdir(parents=True)
+    (folder / "runs" / "stages" / "store.json").write_text('{"format": 1}')
+    line = one_line(widthopt(*SWEEP, folder=folder), 2)
+    assert "it belongs to another version" in line
+    assert os.listdir(folder / "runs" / "stages") == ["store.json"]  # noqa: PTH208 (names)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything is writable for root")
+def test_a_root_that_cannot_be_written_is_refused(folder):
+    (folder / "runs").mkdir(mode=0o500)
+    assert "it cannot be written" in one_line(widthopt(*SWEEP, folder=folder), 2)
+
+
+def test_a_record_that_was_edited_by_hand_is_refused(whole, folder):
+    (folder / "runs").symlink_to(whole[0] / "runs")
+    path = next((folder / "runs" / "stages").glob("train-*/result.json"))
+    before = path.read_text()
+    try:
+        path.write_text(re.sub(r'"top1": [\d.]+', '"top1": 99.9', before))
+        for words in (["report"], ["status"], list(SWEEP)):
+            line = one_line(widthopt(*words, folder=folder), 2)
+            assert "was changed after it was written; restore it, or delete it" in line
+    finally:
+        path.write_text(before)
+
+
+def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):
+    """The worker looks again."""
+    root = whole[0] / "runs"
+    (manifest,) = manifests(root)
+    name = next(name for name, run in manifest.own.items() if run["kind"] == "train")
+    spec = json.loads((root / "stages" / name / "spec.json").read_text())
+    spec["config"]["root"] = str(tmp_path)
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    (tmp_path / "my_network.py").write_text(NETWORK)
+    needed = manifest.own[name]["needs"][0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        with pytest.raises(InputError, match=rf"that needs {needed}, but that is not done"):
+            perform(tmp_path / "spec.json")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"kind": "search"}'])
+def test_what_is_no_frozen_run_is_refused(tmp_path, text):
+    path = tmp_path / "spec.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="is no frozen run"):
+        perform(path)
+    with pytest.raises(InputError, match="is no frozen run"):
+        perform(Path("nowhere"))

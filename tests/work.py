@@ -1,0 +1,75 @@
+"""Work for launchers that is no more than files: what they start, when, how much at once."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from launchers.work import Item
+
+
+class FileWork:
+    """Items that note when they begin and end; some fail, some kill their process.
+
+    Attributes:
+        table: By name, what an item needs, and how it goes: ``well``, ``fails`` or ``dies``.
+    """
+
+    interruptions = ()
+
+    def __init__(self, folder, table, *, seconds=0.0, together=1):
+        self.folder, self.table, self.seconds = Path(folder), table, seconds
+        self.together = together  # items end when so many have begun
+
+    def begin(self, *, sure):
+        (self.folder / "began").write_text(str(sure))
+
+    def items(self):
+        return [
+            Item(name, f"the item {name}", tuple(needs), 1.0)
+            for name, (needs, _) in self.table.items()
+        ]
+
+    def freeze(self, name):
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        content = {"how": self.table[name][1], "seconds": self.seconds, "together": self.together}
+        (folder / "spec.json").write_text(json.dumps(content))
+        return folder / "spec.json"
+
+    def done(self, name):
+        return (self.folder / name / "done").exists()
+
+    def failure(self, name):
+        path = self.folder / name / "failed"
+        return path.read_text() if path.exists() else ""
+
+    def end(self):
+        (self.folder / "ended").touch()
+
+
+def perform(spec):
+    """One item: its beginning and end go into one file, a line each."""
+    content = json.loads(spec.read_text())
+    folder = spec.parent
+    _note(folder, "begin")
+    deadline = time.monotonic() + 60
+    while (folder.parent / "notes").read_text().count("begin") < content["together"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(content["seconds"])
+    print(f"the item {folder.name} says so", flush=True)  # noqa: T201 (it goes into its log)
+    _note(folder, "end")
+    if content["how"] == "fails":
+        (folder / "failed").write_text("it was to fail")
+        raise ValueError("it was to fail")
+    if content["how"] == "dies":
+        os.kill(os.getpid(), 9)
+    if content["how"] == "lies":
+        return
+    (folder / "done").touch()
+
+
+def _note(folder, what):
+    with (folder.parent / "notes").open("a") as file:
+        file.write(f"{what} {folder.name} {os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")

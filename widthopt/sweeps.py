@@ -1,0 +1,295 @@
+"""Sweeps as launchers start them: planned whole, frozen run by run, and reported.
+
+Launchers know `Sweep` and `perform` by name alone (``conf/hydra/launcher``).
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import OmegaConf
+
+from launchers.sweeper import EXPERIMENT
+from launchers.work import Item
+from widthopt import report
+from widthopt.config import figures, frozen, request, requests
+from widthopt.errors import InputError
+from widthopt.pipeline import Point, logged, recorded, run, searched, trained
+from widthopt.planning import GPU_MACS_PER_SECOND, Manifest, Plan, Run
+from widthopt.records import Record
+from widthopt.store import State, Store, writable, write_atomically, writing
+from widthopt.training import Interrupted
+
+
+logger = logging.getLogger("widthopt")
+
+FORMAT = 1
+"""Version of what is frozen of a run."""
+
+ASK_GPU_HOURS = 24.0
+"""Accelerator hours from which a sweep asks before it starts."""
+
+
+class Sweep:
+    """The work of a sweep; see `launchers.work.Work`.
+
+    Attributes:
+        plan: Its points and runs.
+        root: Where they are kept.
+    """
+
+    interruptions = (Interrupted,)
+
+    def __init__(self, loader: ConfigLoader, points: Sequence[Sequence[str]]) -> None:
+        """Plan it; nothing is started or written.
+
+        Args:
+            loader: Hydra's.
+            points: The overrides of each.
+
+        Raises:
+            InputError: Something asked for cannot be done.
+        """
+        asked = requests(loader, points)
+        roots = sorted({one.root for one in asked})
+        if len(roots) > 1:
+            raise InputError(
+                f"root is {' and '.join(roots)}, but a sweep is kept in one folder; name one"
+            )
+        self.plan = Plan.of(asked)
+        self.root = Path(roots[0])
+        self._title = _title(points)
+        self._states: dict[str, State] = {}
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What is kept of it beside its runs."""
+        return Manifest.of(self.plan, title=self._title)
+
+    def begin(self, *, sure: bool) -> None:
+        """See `launchers.work.Work`."""
+        self._states = self.plan.states()
+        cost = self.plan.cost(self._states, nodes=1, macs_per_second=GPU_MACS_PER_SECOND)
+        if cost.gpu_hours_left > ASK_GPU_HOURS and not sure:
+            _ask(cost.gpu_hours_left)
+        self.store.check()
+        writable(self.root)
+        report.show_plan(self.plan, self._states)
+        folder = self.root / "sweeps"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{self.manifest.name}.json", self.manifest.to_json())
+
+    @cached_property
+    def store(self) -> Store:
+        """Where its stages are kept."""
+        return Store(self.root / "stages")
+
+    def items(self) -> Sequence[Item]:
+        """See `launchers.work.Work`: what takes longest first, searches before trainings."""
+        left = [run for name, run in self.plan.runs.items() if self._states[name] != "done"]
+        left.sort(key=lambda run: (run.kind == "train", -run.macs))
+        names = {run.name for run in left}
+        return [
+            Item(run.name, run.what, tuple(one for one in run.needs if one in names), run.macs)
+            for run in left
+        ]
+
+    def freeze(self, name: str) -> Path:
+        """See `launchers.work.Work`."""
+        run = self.plan.runs[name]
+        folder = run.stage.folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "spec.json", json.dumps(_specified(run), indent=2) + "\n")
+        return folder / "spec.json"
+
+    def done(self, name: str) -> bool:
+        """See `launchers.work.Work`."""
+        return self.plan.runs[name].stage.result() is not None
+
+    def failure(self, name: str) -> str:
+        """See `launchers.work.Work`."""
+        found = self.plan.runs[name].stage.failure()
+        return "" if found is None else " ".join(str(found["message"]).split()) or found["type"]
+
+    def end(self) -> None:
+        """See `launchers.work.Work`: figures where an experiment has some, else tables."""
+        states = self.plan.states()
+        folders = []
+        for point in {id(one.point): one.point for one in self.plan.points}.values():
+            mine = [one for one in self.plan.points if one.point is point]
+            if all(states[one.train] == "done" for one in mine):
+                seeds = sorted({one.seed for one in mine})
+                folders.append(_gathered(point.with_seeds(seeds)))
+        if self.manifest.figures:
+            draw(self.root, [self.manifest])
+        elif folders:
+            report.compare(folders, into=self.root / "report")
+
+
+def _gathered(point: Point) -> Path:
+    """The folder of a request whose runs are all done, with what belongs to it."""
+    records = run(point, show=logger.debug)
+    report.draw(records, point.folder / "figures")
+    return point.folder
+
+
+def _title(points: Sequence[Sequence[str]]) -> str:
+    """What a sweep is called: by its experiments, or just a sweep."""
+    names: dict[str, None] = {}
+    for words in points:
+        for word in words:
+            key, _, value = word.partition("=")
+            if key == EXPERIMENT and value:
+                names[value] = None
+    return "+".join(names) if 0 < len(names) <= 3 else "paper" if names else "sweep"  # noqa: PLR2004
+
+
+def _ask(gpu_hours: float) -> None:
+    """Ask whether so much is meant.
+
+    Raises:
+        InputError: It is not, or there is nobody to ask.
+    """
+    if sys.stdin.isatty():
+        sys.stderr.write(f"This takes about {gpu_hours:,.0f} GPU hours. Start it? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() in {"y", "yes"}:
+            return
+    raise InputError(
+        f"the sweep is {gpu_hours:,.0f} GPU hours, but more than {ASK_GPU_HOURS:g} are started "
+        "only if that is meant; add --yes, or narrow it"
+    )
+
+
+def _specified(run: Run) -> dict[str, Any]:
+    """All that a process needs to do a run."""
+    config = frozen(run.point.request)
+    config["methods"], config["seeds"] = [run.method], [run.seed]
+    config["runtime"]["progress"] = False
+    return {
+        "format": FORMAT,
+        "kind": run.kind,
+        "method": run.method,
+        "seed": run.seed,
+        "needs": list(run.needs),
+        "config": config,
+    }
+
+
+def perform(spec: Path) -> None:
+    """Do the run that was frozen at this path; done before, it is not done again.
+
+    Raises:
+        InputError: What it needs is not there, or it cannot be done.
+    """
+    try:
+        content = json.loads(spec.read_text("utf-8"))
+        kind, method, seed = content["kind"], content["method"], content["seed"]
+        config, needs = content["config"], content["needs"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{spec} is no frozen run ({error}), but one is needed; give the same sweep again"
+        ) from error
+    point = Point(request(OmegaConf.create(config)))
+    with logged(spec.parent / "log.txt"):
+        if kind == "search":
+            searched(point, method, seed)
+            return
+        if needs and point.search_stage(method, seed).result() is None:
+            raise InputError(
+                f"{spec.parent.name} is a training that needs {needs[0]}, but that is not done; do "
+                "it first"
+            )
+        trained(point, method, seed)
+
+
+def manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
+    """The sweeps that are kept below a root, by name.
+
+    Args:
+        root: The folder that runs are kept in.
+        names: Those wanted, or how their names begin; all of them if there are none.
+
+    Raises:
+        InputError: There is no such sweep.
+    """
+    paths = sorted((root / "sweeps").glob("*.json"))
+    for name in names:
+        if not any(path.stem.startswith(name) for path in paths):
+            known = ", ".join(path.stem for path in paths) or "none"
+            raise InputError(f"{name} is no sweep in {root}, but the sweeps there are: {known}")
+    chosen = [one for one in paths if not names or one.stem.startswith(tuple(names))]
+    return [Manifest.from_json(one.read_text("utf-8"), name=str(one)) for one in chosen]
+
+
+def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
+    """Draw the figures and tables of sweeps from the records there are, and one page of all.
+
+    Args:
+        root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
+        sweeps: One or more; those that have the same figure share it.
+    """
+    store = Store(root / "stages")
+    store.check(write=False)
+    kinds: dict[str, Mapping[str, Any]] = {}
+    wanted: dict[str, dict[str, str]] = {}
+    records: dict[str, dict[str, Record]] = {}
+    results: dict[str, dict[str, Any] | None] = {}
+    for sweep in sweeps:
+        stages = sweep.stages(store)
+        kinds |= sweep.figures
+        for point in sweep.points:
+            pairs = [(point["train"], point["method"]), (point["baseline"], "uniform")]
+            for name, method in pairs:
+                if name not in results:
+                    results[name] = stages[name].result()
+                result = results[name]
+                for figure in point["figures"]:
+                    if result is not None:
+                        one = recorded(result, method=method, algorithm=point["algorithm"])
+                        records.setdefault(figure, {})[name] = one
+                    elif name == point["train"]:
+                        wanted.setdefault(figure, {})[name] = point["what"]
+                    else:
+                        what = f"the un-optimised network beside it, seed {point['seed']}"
+                        wanted.setdefault(figure, {}).setdefault(name, what)
+    drawn = [
+        (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
+        for one in figures(list(kinds.values()))
+    ]
+    report.show_figures(drawn, into=root / "report")
+
+
+def status(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """How far sweeps are: one table of plain data for each.
+
+    Args:
+        root: The folder that runs are kept in.
+        sweeps: As `manifests` returns them.
+    """
+    store = Store(root / "stages")
+    store.check(write=False)
+    result = []
+    for sweep in sweeps:
+        states, stages = sweep.states(store), sweep.stages(store)
+        rows = []
+        for name, one in sweep.own.items():
+            failure = stages[name].failure() if states[name] == "failed" else None
+            rows.append(
+                {
+                    "name": name,
+                    "kind": one["kind"],
+                    "state": states[name],
+                    "what": one["what"],
+                    "why": None if failure is None else failure["message"],
+                }
+            )
+        result.append({"sweep": sweep.name, "points": len(sweep.points), "runs": rows})
+    return result
