@@ -57,6 +57,7 @@ class _Launcher(Launcher):
         """
         del initial_job_idx
         assert self.context is not None
+        self.prepare()
         work: Work = named(self.work)(self.context.config_loader, job_overrides)
         work.begin(sure=self.sure)
         items = work.items()
@@ -69,6 +70,9 @@ class _Launcher(Launcher):
                 f"{progress.blocked} wait for those; the same command tries them again"
             )
         return []
+
+    def prepare(self) -> None:
+        """Check what can be checked before anything is planned or written."""
 
     def execute(self, work: Work, progress: Progress) -> None:
         """Do all items; the progress is told of each."""
@@ -101,7 +105,10 @@ class WidthoptInProcessLauncher(_Launcher):
 class WidthoptLocalLauncher(_Launcher):
     """Several at once, each in a process of its own; what fails stops nothing else."""
 
+    def prepare(self) -> None:
+        """See `_Launcher`."""
+        self.pool = Pool(self.perform, **self.options)
+
     def execute(self, work: Work, progress: Progress) -> None:
         """See `_Launcher`."""
-        pool = Pool(self.perform, **self.options)
-        pool.run(work, progress)
+        self.pool.run(work, progress)

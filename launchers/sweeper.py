@@ -18,6 +18,27 @@ CONFIG_NAME = "config"
 EXPERIMENT = "experiment"
 
 
+def check_once(overrides: Sequence[str]) -> None:
+    """Raise where one key is given two values.
+
+    Args:
+        overrides: As typed; flags among them are passed over.
+
+    Raises:
+        InputError: Two overrides contradict each other.
+    """
+    given: dict[str, str] = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or key.startswith("-"):
+            continue
+        if given.setdefault(key, value) != value:
+            raise InputError(
+                f"{key} is {given[key]} and {value}, but it has one value in one command; leave "
+                "one of them out, or sweep over both with -m and a comma"
+            )
+
+
 def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
     """The overrides of each point of a sweep.
 

@@ -83,6 +83,19 @@ def test_the_package_itself_imports_no_module_until_a_name_is_asked_for():
     ]
 
 
+LAUNCHERS = ROOT / "launchers"
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCHERS.rglob("*.py")), ids=lambda path: path.name)
+def test_launchers_know_nothing_of_widths(path):
+    """They are given the names of what plans a sweep and of what does one run."""
+    known = {"widthopt.errors", "widthopt.identity", "widthopt.store"}
+    for name in imports(path.read_text()):
+        package = ".".join(name.split(".")[:2])
+        assert not name.startswith("widthopt") or package in known
+        assert name.split(".")[0] not in HEAVY
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [

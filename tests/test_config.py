@@ -206,8 +206,8 @@ def test_what_merely_runs_is_no_part_of_the_fields():
         (
             "algorithm=morfnet",
             (
-                "algorithm is morfnet, but there is no such choice; use one of autoslim, dmcp, "
-                "morphnet, morphnet_short, uniform"
+                "algorithm is morfnet, but there is no such choice; use one of autoslim, "
+                "autoslim_short, dmcp, dmcp_short, morphnet, morphnet_short, uniform"
             ),
         ),
         (
@@ -230,10 +230,8 @@ def test_what_merely_runs_is_no_part_of_the_fields():
             "+zzz=1",
             (
                 "zzz is not a key, but only known keys are read; choose among algorithm, "
-                "budget_macs, "
-                "dataset, extrapolation, methods, network, projection, recipe, root, runtime, "
-                "seeds, "
-                "target"
+                "budget_macs, dataset, extrapolation, figures, methods, network, projection, "
+                "recipe, root, runtime, seeds, target"
             ),
         ),
         (

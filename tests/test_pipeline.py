@@ -366,10 +366,6 @@ def test_a_training_is_another_where_its_result_may_be(override):
     assert train_key(override) != train_key()
 
 
-def test_a_training_is_named_by_its_channels():
-    assert train_key(**{"inner.0": 39}) != train_key()
-
-
 def test_looking_at_images_first_names_no_other_search(tmp_path):
     for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
         (tmp_path / split / name).mkdir(parents=True)

@@ -7,7 +7,7 @@ import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from launchers.sweeper import expanded
+from launchers.sweeper import check_once, expanded
 from widthopt.config import NEUTRAL, compose, compose_sweep, frozen, request, requests
 from widthopt.errors import InputError
 from widthopt.pipeline import Point
@@ -383,13 +383,6 @@ def test_what_is_no_manifest_is_refused(text, line):
     ("words", "line"),
     [
         (
-            ["projection.width=0.5", "projection.width=1"],
-            (
-                "projection.width is 0.5 and 1, but it has one value in one command; leave one of "
-                "them out, or sweep over both with -m and a comma"
-            ),
-        ),
-        (
             ["experiment=glob(fig9*)"],
             (
                 "experiment is glob(fig9*), but nothing matches it and the sweep has no points; "
@@ -425,6 +418,16 @@ def test_a_mistake_in_a_sweep_is_one_line(words, line):
     with pytest.raises(InputError) as error:
         Plan.of(compose_sweep(words), images=False)
     assert str(error.value) == line
+
+
+def test_two_values_of_one_key_contradict_each_other():
+    with pytest.raises(InputError) as error:
+        check_once(["-m", "projection.width=0.5", "seeds=[0]", "projection.width=1"])
+    assert str(error.value) == (
+        "projection.width is 0.5 and 1, but it has one value in one command; leave one of them "
+        "out, or sweep over both with -m and a comma"
+    )
+    check_once(["--config-dir=a", "--config-dir=b", "seeds=[0]", "seeds=[0]"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from launchers.work import Failed
 from widthopt.errors import InputError
@@ -56,7 +57,7 @@ def main() -> None:
         _end(error, WRONG_INPUT)
     except Failed as error:
         _end(error, FAILED)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         from widthopt.config import refusal  # noqa: PLC0415 (imports torch)
 
         _end(refusal(error, words), WRONG_INPUT)
@@ -107,22 +108,30 @@ def _end(message: object, code: int) -> NoReturn:
 def _hydra() -> None:
     """Compose and run, or sweep with ``-m``, as Hydra applications do."""
     import launchers  # noqa: PLC0415 (Hydra's launchers register when they are wanted)
+    from launchers.sweeper import check_once  # noqa: PLC0415
 
     launchers.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to `main`, which words them
+    check_once(sys.argv[1:])
     if YES in sys.argv:
         sys.argv[sys.argv.index(YES)] = "hydra.launcher.sure=true"
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(_run)()
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(_run)()
+    except Exception as error:
+        from widthopt.training import Interrupted  # noqa: PLC0415 (imports torch)
+
+        if isinstance(error, Interrupted):  # of a run in a sweep in this process
+            _end(error, STOPPED)
+        raise
 
 
 def _run(config: DictConfig) -> None:
     """One run of Hydra's: from a composed configuration to the table and the figures."""
-    from widthopt.config import check_once, request  # noqa: PLC0415 (imports torch)
+    from widthopt.config import request  # noqa: PLC0415 (imports torch)
     from widthopt.report import report  # noqa: PLC0415
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
     try:
-        check_once(sys.argv[1:])
         report(request(config))
     except InputError as error:
         _end(error, WRONG_INPUT)
@@ -189,11 +198,13 @@ def _plan(words: Sequence[str]) -> None:
     for name, value in (("--nodes", arguments.nodes), ("--rate", arguments.rate)):
         if value is not None and not value > 0:
             raise InputError(f"{name} is {value:g}, but it is above 0; correct it")
+    from launchers.sweeper import check_once  # noqa: PLC0415
     from widthopt.config import compose_sweep  # noqa: PLC0415 (imports torch)
     from widthopt.planning import GPU_MACS_PER_SECOND, Plan  # noqa: PLC0415
     from widthopt.report import show_plan  # noqa: PLC0415
 
     overrides = [word for word in arguments.overrides if word not in {"-m", "--multirun"}]
+    check_once(overrides)
     requests = compose_sweep(overrides, config_dir=arguments.config_dir)
     plan = Plan.of(requests, images=False)
     show_plan(

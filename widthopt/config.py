@@ -25,6 +25,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 import launchers
 from launchers.sweeper import CONFIG_NAME, EXPERIMENT, expanded
@@ -94,40 +95,18 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
 def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[str]]:
     """Have Hydra read ``conf/``; the words to compose, and its refusals as ours."""
     launchers.register()
-    check_once(overrides)
     words = list(overrides)
     if config_dir is not None:
         words.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             yield words
-    except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides) from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise refusal(error, words) from error
     except ValueError as error:
         if isinstance(error, InputError) or NO_CHOICE not in str(error):
             raise
-        raise refusal(error, overrides) from error
-
-
-def check_once(overrides: Sequence[str]) -> None:
-    """Raise where one key is given two values.
-
-    Args:
-        overrides: As typed; flags among them are passed over.
-
-    Raises:
-        InputError: Two overrides contradict each other.
-    """
-    given: dict[str, str] = {}
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals or key.startswith("-"):
-            continue
-        if given.setdefault(key, value) != value:
-            raise InputError(
-                f"{key} is {given[key]} and {value}, but it has one value in one command; leave "
-                "one of them out, or sweep over both with -m and a comma"
-            )
+        raise refusal(error, words) from error
 
 
 def requests(loader: ConfigLoader, points: Sequence[Sequence[str]]) -> list[Request]:
@@ -385,11 +364,11 @@ def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
     """Hydra's error about a configuration, in one line.
 
     Args:
-        error: What Hydra or OmegaConf raised.
+        error: What Hydra, OmegaConf or the reader of YAML raised.
         words: What was typed.
     """
     text = str(error)
-    if reason := _not_one(text, words):
+    if reason := _no_yaml(error) or _not_one(text, words):
         return InputError(reason)
     line = " ".join(text.split())
     if isinstance(error, OverrideParseException):
@@ -410,6 +389,18 @@ def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
         return InputError(_unknown(found[1], _keys(words)))
     key = getattr(error, "full_key", None) or "the configuration"
     return InputError(f"{key} cannot be read, but it must be ({line}); see widthopt --help")
+
+
+def _no_yaml(error: Exception) -> str | None:
+    """What is wrong with a file that the reader of YAML gave up on."""
+    if not isinstance(error, MarkedYAMLError) or not error.problem_mark:
+        return None
+    mark = error.problem_mark
+    problem = " ".join(str(error.problem).split())
+    return (
+        f"{mark.name} is no YAML ({problem} in line {mark.line + 1}), but configurations are; "
+        "correct it"
+    )
 
 
 def _not_one(text: str, words: Sequence[str]) -> str | None:
@@ -438,10 +429,14 @@ def _not_one(text: str, words: Sequence[str]) -> str | None:
 
 def _keys(words: Sequence[str]) -> list[str]:
     """Every key there is with the choices among ``words``, groups and values alike."""
-    groups = (*_GROUPS, "experiment")
+    groups = (*_GROUPS, EXPERIMENT, "hydra.searchpath")
     chosen = [one for one in words if one.partition("=")[0] in groups and "," not in one]
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        config = OmegaConf.to_container(hydra_compose(CONFIG_NAME, overrides=chosen))
+        try:
+            composed = hydra_compose(CONFIG_NAME, overrides=chosen)
+        except (HydraException, OmegaConfBaseException):  # there may be the mistake
+            composed = hydra_compose(CONFIG_NAME)
+    config = OmegaConf.to_container(composed)
     assert isinstance(config, dict)
     names: list[str] = []
     for group, values in config.items():

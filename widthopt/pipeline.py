@@ -536,13 +536,16 @@ def _link(path: Path, to: Path) -> None:
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Write what is logged to a file too."""
+    """Write what is logged to a file too, all of it."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
     try:
         yield
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()

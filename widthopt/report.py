@@ -40,8 +40,8 @@ def report(request: Request) -> Path:
     console, plan = _console(), Plan.of([request])
     point = plan.points[0].point
     states = plan.states()
-    point.store.check()
     writable(Path(request.root))
+    point.store.check()
     show_plan(plan, states)
     records = run(point, show=lambda line: console.print(f"[bold]{line}[/bold]"))
     folder = point.folder

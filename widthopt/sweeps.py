@@ -77,8 +77,8 @@ class Sweep:
         cost = self.plan.cost(self._states, nodes=1, macs_per_second=GPU_MACS_PER_SECOND)
         if cost.gpu_hours_left > ASK_GPU_HOURS and not sure:
             _ask(cost.gpu_hours_left)
-        self.store.check()
         writable(self.root)
+        self.store.check()
         report.show_plan(self.plan, self._states)
         folder = self.root / "sweeps"
         with writing(folder):
