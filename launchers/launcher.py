@@ -99,7 +99,7 @@ class WidthoptInProcessLauncher(_Launcher):
                     raise
                 lost.add(item.name)
                 logger.debug("%s failed", item.what, exc_info=True)
-                progress.fail(item, work.failure(item.name) or str(error))
+                progress.fail(item, " ".join(str(error).split()) or type(error).__name__)
 
 
 class WidthoptLocalLauncher(_Launcher):

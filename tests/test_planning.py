@@ -362,6 +362,13 @@ def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
     del tmp_path
 
 
+def test_points_that_two_experiments_share_are_in_the_figures_of_both(asked):
+    plan = Plan.of([*asked["fig3_depth"], *asked["fig4_extrapolation"]], images=False)
+    shown = [name for point in Manifest.of(plan, title="two").points for name in point["figures"]]
+    counts = {name: shown.count(name) for name in set(shown)}
+    assert counts == {"fig3_depth": 72, "figA2_depth": 72, "fig4": 48}
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

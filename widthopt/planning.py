@@ -83,6 +83,8 @@ class PlannedPoint(NamedTuple):
         seed: The seed.
         search: The search; None where nothing is searched.
         train: The final training.
+        figures: What a report draws of it, of `widthopt.figures`; points that share all else
+            may differ in them.
     """
 
     point: Point
@@ -90,6 +92,7 @@ class PlannedPoint(NamedTuple):
     seed: int
     search: str | None
     train: str
+    figures: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class Plan:
                         needs = () if search is None else (search,)
                         macs = point.train_macs
                         trainings[name] = Run("train", train, point, method, seed, needs, macs)
-                    points.append(PlannedPoint(point, method, seed, search, name))
+                    figures = request.figures
+                    points.append(PlannedPoint(point, method, seed, search, name, figures))
         return cls(tuple(points), {**searches, **trainings})
 
     def states(self, live: Collection[str] = ()) -> dict[str, State]:
@@ -153,7 +157,13 @@ class Plan:
 
         Args:
             live: The jobs that a queue knows as waiting or running.
+
+        Raises:
+            InputError: The root belongs to another version, or a result was changed.
         """
+        for root in {one.point.request.root for one in self.points}:
+            stored = next(one.point for one in self.points if one.point.request.root == root)
+            stored.store.check(write=False)
         states = {name: run.stage.state(live) for name, run in self.runs.items()}
         return blocked(states, {name: run.needs for name, run in self.runs.items()})
 
@@ -252,7 +262,7 @@ class Manifest:
             }
         for one in plan.points:
             request = one.point.request
-            for figure in request.figures:
+            for figure in one.figures:
                 kind = type(figure)
                 name = f"{kind.__module__}.{kind.__qualname__}"
                 figures[figure.name] = {"_target_": name, **asdict(figure)}
@@ -267,7 +277,7 @@ class Manifest:
                     "seed": one.seed,
                     "train": one.train,
                     "baseline": baseline.folder.name,
-                    "figures": [figure.name for figure in request.figures],
+                    "figures": [figure.name for figure in one.figures],
                 }
             )
         key = identity.key("sweep", sorted(plan.runs))

@@ -115,8 +115,14 @@ class Sweep:
 
     def failure(self, name: str) -> str:
         """See `launchers.work.Work`."""
-        found = self.plan.runs[name].stage.failure()
-        return "" if found is None else " ".join(str(found["message"]).split()) or found["type"]
+        stage = self.plan.runs[name].stage
+        found = stage.failure()
+        if found is not None:
+            return " ".join(str(found["message"]).split()) or str(found["type"])
+        # It ended before it began: the last line that its process left says why.
+        log = stage.folder / "log.txt"
+        lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+        return lines[-1].removeprefix("widthopt: ") if len(lines) > 1 else ""
 
     def end(self) -> None:
         """See `launchers.work.Work`: figures where an experiment has some, else tables."""
@@ -126,18 +132,15 @@ class Sweep:
             mine = [one for one in self.plan.points if one.point is point]
             if all(states[one.train] == "done" for one in mine):
                 seeds = sorted({one.seed for one in mine})
-                folders.append(_gathered(point.with_seeds(seeds)))
+                gathered = point.with_seeds(seeds)
+                records = run(gathered, show=logger.debug)
+                if not self.manifest.figures:
+                    report.draw(records, gathered.folder / "figures")
+                folders.append(gathered.folder)
         if self.manifest.figures:
             draw(self.root, [self.manifest])
         elif folders:
             report.compare(folders, into=self.root / "report")
-
-
-def _gathered(point: Point) -> Path:
-    """The folder of a request whose runs are all done, with what belongs to it."""
-    records = run(point, show=logger.debug)
-    report.draw(records, point.folder / "figures")
-    return point.folder
 
 
 def _title(points: Sequence[Sequence[str]]) -> str:
