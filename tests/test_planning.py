@@ -176,6 +176,14 @@ def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
         assert (one.root, one.runtime, one.figures) == (alone.root, alone.runtime, alone.figures)
 
 
+def test_the_values_of_one_point_do_not_reach_the_next():
+    with initialize_config_module("conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        one, other = requests(loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]])
+    assert (one.projection.width, one.seeds, one.target.depth) == (0.7, (3,), 1)
+    assert other.fields == compose(["target.depth=2"]).fields
+
+
 def test_groups_are_composed_once_for_each_choice(monkeypatch):
     calls = []
     with initialize_config_module("conf", version_base="1.3"):
@@ -193,7 +201,8 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
 
 
 def test_requests_that_are_frozen_are_the_same_again():
-    one = compose(["experiment=fig6_compound", *first("fig6_compound")])
+    words = ["root=elsewhere", "runtime.workers=3", *first("fig6_compound")]
+    one = compose(["experiment=fig6_compound", *words])
     again = request(_config(json.loads(json.dumps(frozen(one)))))
     assert again.fields == one.fields
     assert (again.root, again.runtime) == (one.root, one.runtime)
