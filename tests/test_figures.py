@@ -297,6 +297,7 @@ def test_the_table_in_a_file_keeps_all_its_words(tmp_path):
         (1_814_073_344, "1.81G"),
         (2.5e12, "2.5T"),
         (6.972e17, "697P"),
+        (1.81e20, "181E"),
     ],
 )
 def test_counts_are_short_with_their_unit(count, words):

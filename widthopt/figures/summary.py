@@ -76,7 +76,7 @@ def channels(records: Sequence[Record]) -> str:
 
 def short(count: float) -> str:
     """A count with a unit prefix: 1.81G."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{prefix}"
     return f"{count:.0f}"
