@@ -10,6 +10,18 @@ from torch import nn
 from torch.nn import functional
 
 from widthopt.data.digits import Digits
+from widthopt.setting import Runtime
+
+
+RUNTIME = Runtime(
+    device="cpu",
+    workers=0,
+    precision="float32",
+    memory_format="contiguous",
+    backend="slice",
+    progress=False,
+)
+"""On the CPU, with nothing left to a trial at the start."""
 
 
 class Small(nn.Module):

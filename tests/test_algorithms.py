@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SmallNetwork, Synthetic
+from small import RUNTIME, SmallNetwork, Synthetic
 
 from widthopt.algorithms import Conditions
 from widthopt.config import compose
@@ -24,7 +24,7 @@ from widthopt.errors import InputError
 from widthopt.pipeline import Point, run
 from widthopt.planning import Plan
 from widthopt.records import from_json
-from widthopt.setting import Runtime, Setting
+from widthopt.setting import Setting
 from widthopt.surgery import Blueprint
 
 
@@ -121,14 +121,6 @@ def test_a_third_party_adds_an_algorithm_by_one_file_and_one_conf_file(tmp_path)
 # ------------------------------------------------------------------------------- kill -9
 
 WHERE = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
-RUNTIME = Runtime(
-    device="cpu",
-    workers=0,
-    precision="float32",
-    memory_format="contiguous",
-    backend="slice",
-    progress=False,
-)
 
 
 def search(name, folder):

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from small import Chunks, Small, SmallNetwork, Synthetic
+from small import RUNTIME, Chunks, Small, SmallNetwork, Synthetic
 from torch import nn
 
 from widthopt import distributed
@@ -19,7 +19,7 @@ from widthopt.algorithms.greedy import slim
 from widthopt.config import compose
 from widthopt.data import Split
 from widthopt.evaluation import evaluate, recalibrate
-from widthopt.setting import Runtime, Setting
+from widthopt.setting import Setting
 from widthopt.supernet import Supernet
 from widthopt.surgery import Blueprint
 from widthopt.training import Interrupted, Loop, Objective, train
@@ -30,14 +30,6 @@ pytestmark = pytest.mark.skipif(
     reason="this torch has no gloo",
 )
 
-RUNTIME = Runtime(
-    device="cpu",
-    workers=0,
-    precision="float32",
-    memory_format="contiguous",
-    backend="slice",
-    progress=False,
-)
 RECIPE = dataclasses.replace(
     compose(["recipe=smoke"]).recipe,
     batch_size=16,
