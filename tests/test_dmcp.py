@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small import Instrument, SmallNetwork, Synthetic, digits
+from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
 from torch import nn
 from torch.nn import functional
 
@@ -19,20 +19,12 @@ from widthopt.algorithms.markov import AlphaSGD, regulariser_slope, schedule
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
-from widthopt.setting import Recipe, Runtime, Setting
+from widthopt.setting import Recipe, Setting
 from widthopt.supernet import Supernet
 from widthopt.surgery import Blueprint
 from widthopt.training import Interrupted, Loop
 
 
-RUNTIME = Runtime(
-    device="cpu",
-    workers=0,
-    precision="float32",
-    memory_format="contiguous",
-    backend="slice",
-    progress=False,
-)
 RECIPE = Recipe(
     batch_size=16,
     accumulation=1,

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from small import Synthetic
+from small import RUNTIME, Synthetic
 from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -23,20 +23,12 @@ from widthopt.algorithms.sandwich import (
     step_macs,
 )
 from widthopt.errors import InputError
-from widthopt.setting import Recipe, Runtime, Setting
+from widthopt.setting import Recipe, Setting
 from widthopt.supernet import Supernet
 from widthopt.surgery import Blueprint
 from widthopt.training import Interrupted, Loop, train
 
 
-RUNTIME = Runtime(
-    device="cpu",
-    workers=0,
-    precision="float32",
-    memory_format="contiguous",
-    backend="slice",
-    progress=False,
-)
 RECIPE = Recipe(
     batch_size=16,
     accumulation=1,
