@@ -38,11 +38,13 @@ from widthopt.setting import Runtime
 
 CONFIG_MODULE = "conf"
 
-_GROUPS = ("network", "dataset", "projection", "algorithm", "extrapolation", "recipe")
+_GROUPS = (
+    "network", "dataset", "projection", "algorithm", "extrapolation", "recipe", "tracking"
+)  # fmt: skip
 _VALUES = ("target", "budget_macs", "methods", "seeds", "root", "runtime", "figures")
 
-NEUTRAL = ("root", "runtime", "figures")
-"""What no result depends on: where it is kept, where and how it is computed, what is drawn."""
+NEUTRAL = ("root", "runtime", "figures", "tracking")
+"""What no result depends on: where it is kept, how it is computed, what is drawn and logged."""
 
 
 def search(*overrides: str) -> Found:
@@ -220,8 +222,16 @@ def frozen(asked: Request) -> dict[str, Any]:
 
     Figures are left out: they change no result.
     """
-    runtime = asdict(asked.runtime)
-    return {**asked.fields, "runtime": runtime, "root": asked.root, "figures": []}
+    kind = type(asked.tracking)
+    tracking = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(asked.tracking)}
+    tracking["tags"] = list(asked.tracking.tags)
+    return {
+        **asked.fields,
+        "runtime": asdict(asked.runtime),
+        "tracking": tracking,
+        "root": asked.root,
+        "figures": [],
+    }
 
 
 def figures(values: Any) -> tuple[Any, ...]:

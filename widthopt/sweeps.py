@@ -106,8 +106,20 @@ class Sweep:
         folder = run.stage.folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "spec.json", json.dumps(_specified(run), indent=2) + "\n")
+        write_atomically(
+            folder / "spec.json", json.dumps(_specified(run, self._figures(name)), indent=2) + "\n"
+        )
         return folder / "spec.json"
+
+    def _figures(self, name: str) -> list[Mapping[str, Any]]:
+        """The figures that show a run: what a person finds it by where runs are tracked."""
+        names = {
+            figure.name: None
+            for point in self.plan.points
+            if name in (point.search, point.train)
+            for figure in point.figures
+        }
+        return [self.manifest.figures[one] for one in names]
 
     def done(self, name: str) -> bool:
         """See `launchers.work.Work`."""
@@ -171,9 +183,9 @@ def _ask(gpu_hours: float) -> None:
     )
 
 
-def _specified(run: Run) -> dict[str, Any]:
+def _specified(run: Run, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All that a process needs to do a run."""
-    config = frozen(run.point.request)
+    config = {**frozen(run.point.request), "figures": list(figures)}
     config["methods"], config["seeds"] = [run.method], [run.seed]
     config["runtime"]["progress"] = False
     return {
