@@ -47,6 +47,7 @@ def main() -> None:
         "plan": _plan,
         "report": _report,
         "status": _status,
+        "sync": _sync,
     }
     try:
         if words and words[0] in commands:
@@ -182,6 +183,47 @@ def _status(words: Sequence[str]) -> None:
 
     root = arguments.root
     show_status(status(root, manifests(root, arguments.sweeps)), as_json=arguments.json)
+
+
+def _sync(words: Sequence[str]) -> None:
+    """``widthopt sync [SWEEP ...] [--root FOLDER] [--pause S] [--dry-run]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt sync",
+        description="Send to Weights & Biases what was tracked offline; again it sends only what "
+        "is new. Needs `wandb login` once.",
+    )
+    parser.add_argument("sweeps", nargs="*", help="how their names begin; all runs by default")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two runs")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    arguments = parser.parse_args(words)
+    if not arguments.pause >= 0:
+        raise InputError(f"--pause is {arguments.pause:g}, but it is from 0 up; correct it")
+    from widthopt.tracking.sync import sync, tracked  # noqa: PLC0415 (imports torch)
+
+    root, names = arguments.root, None
+    if arguments.sweeps:
+        from widthopt.sweeps import manifests  # noqa: PLC0415
+
+        names = {run for one in manifests(root, arguments.sweeps) for run in one.runs}
+    if arguments.dry_run:
+        chosen = [one for one in tracked(root) if names is None or one.folder.name in names]
+        left = [one.folder.name for one in chosen if not one.whole]
+        for name in left:
+            sys.stdout.write(f"{name}\n")
+        logger.info("%d of %d runs are to be sent", len(left), len(chosen))
+        return
+    counts = {"sent": 0, "known": 0, "running": 0}
+    for one in sync(root, names=names, pause_seconds=arguments.pause):
+        if one.why:
+            raise Failed(
+                f"{one.name} was not sent ({one.why}); {counts['sent']} were, and the same command "
+                "goes on with the rest"
+            )
+        counts[one.state] += 1
+        if one.state == "sent":
+            logger.info("%s", one.name)
+    logger.info("%d sent, %d had been sent before, %d still run", *counts.values())
 
 
 def _plan(words: Sequence[str]) -> None:

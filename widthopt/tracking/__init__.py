@@ -105,7 +105,8 @@ class Tracker:
         self._lines = Lines(self._kept.metrics)
         where = tracking.where
         self._client = None if where is None else Client(where, self._kept, about)
-        self._mode = tracking.mode
+        self._mode, self._project = tracking.mode, tracking.project
+        self._entity = tracking.entity
         self._prefix = "search" if about.kind == "search" else "train"
         self._begun, self._last, self._warned = False, -1, False
         self.end = End()
@@ -119,7 +120,7 @@ class Tracker:
         self._last = kept[-1]["step"] if kept else -1
         if self._client is not None and not self._begun:
             with self._careful():
-                self._kept.begin(self.about)
+                self._kept.begin(self.about, project=self._project, entity=self._entity)
                 self._client.begin(kept)
         self._begun = True
 
@@ -198,7 +199,7 @@ class Tracker:
         if self._client is not None:
             with self._careful():
                 self._kept.end(self.end)
-            wrong = self._client.end(self.end)
+            wrong = self._client.end(self.end, hurry=self.end.preempted)
             if wrong:
                 self._warn(
                     f"tracking={self._mode} went wrong ({wrong}); the run itself is well, and "

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
@@ -42,6 +42,9 @@ HURRY_SECONDS = 10.0
 
 SYNCED = ".synced"
 """What W&B adds to the name of a file that it has sent."""
+
+_FATAL = "fatal error: filestream"
+"""What stands in W&B's own log of a run whose rows a server has refused."""
 
 _STEP = re.compile(r'"_step":\s*(\d+)')
 
@@ -95,31 +98,39 @@ class Kept:
         self.metrics = folder / "metrics.jsonl"
         self._tracking = folder / "tracking"
 
-    def begin(self, about: About) -> None:
-        """Write down what the run is; what it ended with before is forgotten."""
+    def begin(self, about: About, *, project: str, entity: str | None) -> None:
+        """Write down what the run is; what it ended with before is forgotten.
+
+        Args:
+            about: What it is.
+            project: W&B's project that it is sent to.
+            entity: The user or team.
+        """
         self._tracking.mkdir(parents=True, exist_ok=True)
         (self._tracking / "end.json").unlink(missing_ok=True)
-        self._write("run.json", about.plain())
+        content = {"about": about.plain(), "project": project, "entity": entity}
+        self._write("run.json", content)
 
     def end(self, end: End) -> None:
         """Write down how it ended."""
         content = {name: getattr(end, name) for name in End.__slots__}
         self._write("end.json", hidden(content))
 
-    def sent(self, step: int, *, whole: bool) -> None:
-        """Write down that a server has all rows up to this step.
-
-        Args:
-            step: The step.
-            whole: Whether it has been told the end too.
-        """
-        self._write("sent.json", {"step": step, "whole": whole})
+    def sent(self, step: int) -> None:
+        """Write down that a server has all rows up to this step, and the end as it is."""
+        self._write("sent.json", {"step": step, "end": self._read("end.json")})
 
     @property
     def about(self) -> About | None:
-        """What the run is; None where nothing was tracked."""
+        """What the run is; None where W&B was to know nothing of it."""
         found = self._read("run.json")
-        return None if found is None else About.of(found)
+        return None if found is None else About.of(found["about"])
+
+    @property
+    def home(self) -> tuple[str, str | None]:
+        """W&B's project that the run is sent to, and the user or team."""
+        found = self._read("run.json") or {}
+        return str(found["project"]), found["entity"]
 
     @property
     def ended(self) -> End | None:
@@ -130,8 +141,12 @@ class Kept:
     @property
     def whole(self) -> bool:
         """Whether a server has everything there is."""
-        found = self._read("sent.json")
-        return found is not None and found["whole"] and self.ended is not None
+        found, end = self._read("sent.json"), self._read("end.json")
+        if found is None:  # by W&B's own tool, perhaps
+            mine = self.segments(synced=True)
+            return bool(mine) and end is not None and not self.segments(synced=False)
+        told = lines.rows(self.metrics)
+        return found["end"] == end and (not told or told[-1]["step"] <= found["step"])
 
     @property
     def sent_step(self) -> int:
@@ -219,6 +234,7 @@ class Client:
         self._thread: threading.Thread | None = None
         self._failure = ""
         self._last = -1
+        self._refused = False
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Start telling, beginning with these rows as far as they are not known already."""
@@ -235,22 +251,24 @@ class Client:
         if not self._failure:
             self._queue.put(row)
 
-    def end(self, end: End) -> str:
-        """Tell the end, and wait for a bounded time; what went wrong, or nothing."""
+    def end(self, end: End, *, hurry: bool) -> str:
+        """Tell the end, and wait for a bounded time; what went wrong, or nothing.
+
+        Args:
+            end: How it ended.
+            hurry: Whether the process is being taken away.
+        """
         if self._thread is None:
             return ""
         self._queue.put(end)
-        seconds = self._seconds(end)
+        seconds = self._where.finish_seconds
+        seconds = min(seconds, HURRY_SECONDS) if hurry else seconds
         self._thread.join(seconds + 5)
         if self._thread.is_alive():
             # It may wait for ever, and W&B would do so again when the process ends.
             _abandon()
             return f"no end within {seconds:g} s"
         return self._failure
-
-    def _seconds(self, end: End) -> float:
-        seconds = self._where.finish_seconds
-        return min(seconds, HURRY_SECONDS) if end.preempted else seconds
 
     def _work(self, rows: list[Row], started: threading.Event) -> None:
         """All that is told, in the thread."""
@@ -268,7 +286,7 @@ class Client:
         if offline:
             known = self._kept.sent_step
             self._kept.leave_out(remove=True)
-        run = _init(self._where, self._kept.folder, self._about)
+        run = _init(self._where, self._kept.folder, self._about, refused=self._refuse)
         if not offline:
             known = run.starting_step - 1
         self._last = known
@@ -277,10 +295,20 @@ class Client:
             self._log(run, row)
         while isinstance(said := self._queue.get(), Mapping):
             self._log(run, said)
+        log = Path(run.dir).parent / "logs" / "debug-internal.log"
         self._finish(run, said)
+        # W&B itself ends well where a server has refused what was streamed.
+        if self._refused or (log.is_file() and _FATAL in log.read_text("utf-8", "replace")):
+            raise InputError(
+                "W&B takes no more of this run: its quota is used up, or it was stopped"
+            )
         if not offline:
             self._kept.leave_out(remove=False)
-            self._kept.sent(self._last, whole=said.code == 0)
+            self._kept.sent(self._last)
+
+    def _refuse(self) -> None:
+        """Called by W&B, which would interrupt the process otherwise."""
+        self._refused = True
 
     def _log(self, run: Any, row: Row) -> None:
         """One row, unless it is known."""
@@ -297,7 +325,8 @@ class Client:
             media = {
                 name: _media(wandb, self._kept.folder / one) for name, one in end.media.items()
             }
-            run.log(media, step=max(0, self._last + 1))
+            self._last += 1
+            run.log(media, step=self._last)
         run.summary.update(end.summary)
         if end.widths is not None:
             artifact = wandb.Artifact(f"widths-{self._about.id}", type="widths")
@@ -321,7 +350,7 @@ def _media(wandb: Any, path: Path) -> Any:
     return wandb.Table(columns=header, data=data)
 
 
-def _init(where: Where, folder: Path, about: About) -> Any:
+def _init(where: Where, folder: Path, about: About, *, refused: Callable[[], None]) -> Any:
     """Begin a run with W&B.
 
     Telemetry is off, and offline is offline from the very first call on: W&B's process looks up
@@ -330,6 +359,7 @@ def _init(where: Where, folder: Path, about: About) -> Any:
     own = folder.parents[1] / ".wandb"
     os.environ["WANDB_ERROR_REPORTING"] = "false"
     os.environ["WANDB_MODE"] = where.mode
+    os.environ["WANDB_SILENT"] = "true"
     os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
     for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # else below the home folder
         os.environ.setdefault(f"WANDB_{name}_DIR", str(own / name.lower()))
@@ -353,6 +383,8 @@ def _init(where: Where, folder: Path, about: About) -> Any:
             finish_timeout=where.finish_seconds,
             finish_timeout_raises=True,
             silent=True,
+            stop_fn=refused,
+            stop_on_fatal_error=True,
             # Nothing about the machine, the code or what is printed.
             console="off",
             disable_code=True,
@@ -390,16 +422,3 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     result: str = hidden(text)
     return result
-
-
-def tell_again(where: Where, kept: Kept, *, about: About) -> str:
-    """Tell W&B all that is kept of a run, as far as it lacks it; what went wrong, or nothing.
-
-    A run whose process was killed is told as interrupted: its work may go on.
-    """
-    client = Client(where, kept, about)
-    client.begin(lines.rows(kept.metrics))
-    end = kept.ended or End(code=1, preempted=True)
-    with suppress(InputError):
-        return client.end(end)
-    return ""
