@@ -28,6 +28,12 @@ logger = logging.getLogger("widthopt")
 YES = "--yes"
 """A sweep's flag: do not ask, however much it is."""
 
+PAPER = (
+    "fig3_width", "fig3_depth", "fig4_extrapolation", "fig5_resolution", "fig5_fraction",
+    "fig6_compound", "table1",
+)  # fmt: skip
+"""Experiments that draw the paper's figures."""
+
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 """Exit codes: what was asked for cannot be done; it went wrong; Ctrl-C."""
 
@@ -43,6 +49,7 @@ def main() -> None:
     _log_to_stderr()
     words = sys.argv[1:]
     commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "dashboard": _dashboard,
         "macs": _macs,
         "plan": _plan,
         "report": _report,
@@ -183,6 +190,44 @@ def _status(words: Sequence[str]) -> None:
 
     root = arguments.root
     show_status(status(root, manifests(root, arguments.sweeps)), as_json=arguments.json)
+
+
+def _dashboard(words: Sequence[str]) -> None:
+    """``widthopt dashboard show|push [EXPERIMENT ...] [--project P] [--entity E]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt dashboard",
+        description="Weights & Biases' dashboard of the paper's figures: as JSON, or sent.",
+    )
+    parser.add_argument("what", choices=["show", "push"], help="print its JSON, or send it")
+    parser.add_argument("experiments", nargs="*", help="whose figures; the paper's by default")
+    parser.add_argument("--config-dir", help="a folder of further choices")
+    parser.add_argument("--project", help="W&B's project; tracking.project by default")
+    parser.add_argument("--entity", help="a user or team; tracking.entity by default")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    arguments = parser.parse_args(words)
+    from widthopt.config import compose  # noqa: PLC0415 (imports torch)
+    from widthopt.tracking import dashboard  # noqa: PLC0415
+
+    experiments = arguments.experiments or PAPER
+    figures: dict[str, tuple[str, str, str]] = {}
+    for name in experiments:
+        asked = compose([f"experiment={name}"], config_dir=arguments.config_dir)
+        for one in asked.figures:
+            figures.setdefault(one.name, (one.name, one.title, type(one).__name__))
+    shown = dashboard.sections(figures.values())
+    tracking = compose([]).tracking
+    project: str = arguments.project or tracking.project
+    entity: str | None = arguments.entity or tracking.entity
+    if arguments.what == "show":
+        sys.stdout.write(
+            dashboard.as_json(dashboard.workspace(shown, project=project, entity=entity)) + "\n"
+        )
+        return
+    if entity is None:
+        raise InputError("--entity is missing, but a dashboard belongs to one; add --entity=...")
+    kept = arguments.root / "dashboard.json"
+    for url in dashboard.push(shown, project=project, entity=entity, kept=kept):
+        logger.info("%s", url)
 
 
 def _sync(words: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from widthopt.pipeline import Point, logged, recorded, run, searched, trained
 from widthopt.planning import GPU_MACS_PER_SECOND, Manifest, Plan, Run
 from widthopt.records import Record
 from widthopt.store import State, Store, writable, write_atomically, writing
+from widthopt.tracking import About, tracked
 from widthopt.training import Interrupted
 
 
@@ -150,9 +151,32 @@ class Sweep:
                     report.draw(records, gathered.folder / "figures")
                 folders.append(gathered.folder)
         if self.manifest.figures:
-            draw(self.root, [self.manifest])
+            self._show(draw(self.root, [self.manifest]))
         elif folders:
             report.compare(folders, into=self.root / "report")
+
+    def _show(self, media: Mapping[str, str]) -> None:
+        """Track the figures and tables as a run of their own."""
+        request = self.plan.points[0].point.request
+        about = About(
+            id=f"figures-{self.manifest.name}",
+            kind="figures",
+            network="",
+            dataset="",
+            algorithm="",
+            method="",
+            seed=0,
+            source={},
+            target=None,
+            figures=tuple(self.manifest.figures),
+            tags=request.tracking.tags,
+            fields={"sweep": self.manifest.name},
+        )
+        if request.tracking.mode != "disabled":
+            folder = self.root / "report" / about.id
+            with tracked(request.tracking, about, folder) as tracker:
+                if tracker is not None:
+                    tracker.media({name: f"../{file}" for name, file in media.items()})
 
 
 def _title(points: Sequence[Sequence[str]]) -> str:
@@ -244,12 +268,15 @@ def manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
     return [Manifest.from_json(one.read_text("utf-8"), name=str(one)) for one in chosen]
 
 
-def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
+def draw(root: Path, sweeps: Sequence[Manifest]) -> dict[str, str]:
     """Draw the figures and tables of sweeps from the records there are, and one page of all.
 
     Args:
         root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
         sweeps: One or more; those that have the same figure share it.
+
+    Returns:
+        As `widthopt.report.show_figures`.
     """
     store = Store(root / "stages")
     store.check(write=False)
@@ -279,7 +306,7 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
         (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
         for one in figures(list(kinds.values()))
     ]
-    report.show_figures(drawn, into=root / "report")
+    return report.show_figures(drawn, into=root / "report")
 
 
 def status(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:

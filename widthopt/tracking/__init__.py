@@ -189,6 +189,14 @@ class Tracker:
             write_atomically(self._kept.folder / WIDTHS, json.dumps(content, indent=2) + "\n")
             self.end.widths = WIDTHS
 
+    def media(self, files: Mapping[str, str]) -> None:
+        """Show pictures (PNG) and tables (CSV).
+
+        Args:
+            files: Their paths, relative to the run's folder, by name.
+        """
+        self.end.media |= files
+
     def close(self) -> None:
         """Write the end; waits for W&B no longer than it may."""
         if not self._begun:

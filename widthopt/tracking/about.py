@@ -64,7 +64,7 @@ class About:
     def name(self) -> str:
         """What a person reads: ``train resnet18 imagenet dmcp w0.312>w1.732 d1 r224 f1 s0``."""
         words = (self.kind, self.network, self.dataset, self.algorithm, self.cell)
-        seed = "" if self.kind == "figures" else f"s{self.seed}"
+        seed = ", ".join(self.figures) if self.kind == "figures" else f"s{self.seed}"
         return " ".join(word for word in (*words, seed) if word)
 
     @property
