@@ -413,7 +413,7 @@ def _abandon() -> None:
                 os.kill(int(status.parent.name), signal.SIGKILL)
     wandb = sys.modules.get("wandb")
     if wandb is not None:
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):  # it would end ours with its own's exit code
             wandb.teardown()
 
 

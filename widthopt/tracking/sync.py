@@ -52,7 +52,8 @@ def sync(
 ) -> Iterator[Sent]:
     """Send what a server lacks, one run after another.
 
-    After a run that could not be sent at all no further one is tried.
+    A run that is not taken is tried again after a while, if others were taken before; when it is
+    still not taken, no further one is tried.
 
     Args:
         root: The folder that runs are kept in.
@@ -61,7 +62,7 @@ def sync(
         wait: Waits for so many seconds.
         finish_seconds: Time at most for one run.
     """
-    first = True
+    reached = False
     for kept in tracked(root):
         name = kept.folder.name
         if names is not None and name not in names:
@@ -71,11 +72,10 @@ def sync(
         if state:
             yield Sent(name, state)
             continue
-        if not first:
+        if reached:
             wait(pause_seconds)
-        first = False
         why = _tell(kept, finish_seconds)
-        for seconds in WAITS:
+        for seconds in WAITS if reached else ():
             if not why:
                 break
             wait(seconds)
@@ -83,6 +83,7 @@ def sync(
         yield Sent(name, "" if why else "sent", why)
         if why:
             return
+        reached = True
 
 
 def _tell(kept: Kept, finish_seconds: float) -> str:
