@@ -387,6 +387,7 @@ def _init(where: Where, folder: Path, about: About, *, refused: Callable[[], Non
             stop_on_fatal_error=True,
             # Nothing about the machine, the code or what is printed.
             console="off",
+            host="-",
             disable_code=True,
             disable_git=True,
             x_disable_machine_info=True,
