@@ -172,6 +172,53 @@ def test_a_sweep_runs_without_a_network_and_asks_for_none(swept):
     assert reached == []
 
 
+LISTENER = textwrap.dedent("""
+    import socket, subprocess, sys, threading
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["mount", "--bind", "resolv.conf", "/etc/resolv.conf"], check=True)
+    asked = []
+    names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    names.bind(("127.0.0.1", 53))
+
+    def listen():
+        while True:
+            question, whose = names.recvfrom(4096)
+            asked.append(question[12:].hex())
+            names.sendto(question[:2] + b"\\x81\\x83" + question[4:], whose)
+
+    threading.Thread(target=listen, daemon=True).start()
+    done = subprocess.run([sys.executable, *sys.argv[1:]], stdin=subprocess.DEVNULL)
+    print("asked", len(asked))
+    sys.exit(done.returncode)
+""")
+
+
+def names_asked(folder, *words):
+    """How often a process asks for a name, where a server for names listens and nothing else."""
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    (folder / "listener.py").write_text(LISTENER)
+    done = subprocess.run(  # noqa: S603
+        ["unshare", "-rnm", sys.executable, "listener.py", *words],  # noqa: S607
+        cwd=folder, env={**environment(None, key=""), "HOME": str(folder)}, capture_output=True,
+        text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("asked")[-1])
+
+
+@pytest.mark.skipif(
+    not ISOLATED or shutil.which("ip") is None, reason="no namespaces here, or no tools for them"
+)
+def test_offline_looks_up_no_name_from_the_first_call_to_the_last(tmp_path):
+    options = {"folder": str(tmp_path / "stages" / "train-x"), "mode": "offline", "steps": 3}
+    assert names_asked(tmp_path, "-c", CHILD, json.dumps(options)) == 0
+    # The listener hears what there is to hear.
+    ask = (
+        "import socket, contextlib\nwith contextlib.suppress(OSError): socket.getaddrinfo('a.b', 1)"
+    )
+    assert names_asked(tmp_path, "-c", ask) > 0
+
+
 def test_a_run_offline_reads_back_as_what_it_was(swept):
     folder, _, _ = swept
     done = [one for one in stages(folder) if (one / "result.json").exists()]

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from omegaconf import OmegaConf
 from launchers.sweeper import EXPERIMENT
 from launchers.work import Item
 from widthopt import report
-from widthopt.config import figures, frozen, request, requests
+from widthopt.config import figures as kinds_of
+from widthopt.config import frozen, request, requests
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, logged, recorded, run, searched, trained
 from widthopt.planning import GPU_MACS_PER_SECOND, Manifest, Plan, Run
@@ -112,15 +114,15 @@ class Sweep:
         )
         return folder / "spec.json"
 
-    def _figures(self, name: str) -> list[Mapping[str, Any]]:
-        """The figures that show a run: what a person finds it by where runs are tracked."""
+    def _figures(self, name: str) -> list[str]:
+        """Names of the figures that show a run: a person finds it by them where it is tracked."""
         names = {
             figure.name: None
             for point in self.plan.points
             if name in (point.search, point.train)
             for figure in point.figures
         }
-        return [self.manifest.figures[one] for one in names]
+        return list(names)
 
     def done(self, name: str) -> bool:
         """See `launchers.work.Work`."""
@@ -207,9 +209,16 @@ def _ask(gpu_hours: float) -> None:
     )
 
 
-def _specified(run: Run, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A figure by its name alone, which is all that a run has to know of it."""
+
+    name: str
+
+
+def _specified(run: Run, figures: Sequence[str]) -> dict[str, Any]:
     """All that a process needs to do a run."""
-    config = {**frozen(run.point.request), "figures": list(figures)}
+    config = frozen(run.point.request)
     config["methods"], config["seeds"] = [run.method], [run.seed]
     config["runtime"]["progress"] = False
     return {
@@ -218,6 +227,7 @@ def _specified(run: Run, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "method": run.method,
         "seed": run.seed,
         "needs": list(run.needs),
+        "figures": list(figures),
         "config": config,
     }
 
@@ -232,11 +242,12 @@ def perform(spec: Path) -> None:
         content = json.loads(spec.read_text("utf-8"))
         kind, method, seed = content["kind"], content["method"], content["seed"]
         config, needs = content["config"], content["needs"]
+        figures = tuple(_Shown(name) for name in content.get("figures", ()))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{spec} is no frozen run ({error}), but one is needed; give the same sweep again"
         ) from error
-    point = Point(request(OmegaConf.create(config)))
+    point = Point(replace(request(OmegaConf.create(config)), figures=figures))
     with logged(spec.parent / "log.txt"):
         if kind == "search":
             searched(point, method, seed)
@@ -304,7 +315,7 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> dict[str, str]:
                         wanted.setdefault(figure, {}).setdefault(name, what)
     drawn = [
         (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
-        for one in figures(list(kinds.values()))
+        for one in kinds_of(list(kinds.values()))
     ]
     return report.show_figures(drawn, into=root / "report")
 
