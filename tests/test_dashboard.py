@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,8 @@ def test_the_workspace_is_built_without_a_server_and_reads_back(paper):
     assert [len(one["panels"]) for one in found] == [len(one.panels) for one in paper]
     for one in paper:
         for name in one.metrics:
-            assert f'"{name}"' in text or f"summary:{name}" in text, name
+            # As it is, or behind a word for where it is looked for: summary:NAME, summary_NAME.
+            assert re.search(rf'["_:]{re.escape(name)}"', text), name
 
 
 @LIBRARY
