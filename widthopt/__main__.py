@@ -4,6 +4,7 @@ torch and everything that needs it is imported only once there is something to c
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -43,9 +44,14 @@ def main() -> None:
     _log_to_stderr()
     words = sys.argv[1:]
     commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "cancel": _cancel,
+        "logs": _logs,
         "macs": _macs,
         "plan": _plan,
         "report": _report,
+        "retry": _retry,
+        "run": _run_again,
+        "show": _show,
         "status": _status,
     }
     try:
@@ -128,11 +134,21 @@ def _hydra() -> None:
 def _run(config: DictConfig) -> None:
     """One run of Hydra's: from a composed configuration to the table and the figures."""
     from widthopt.config import request  # noqa: PLC0415 (imports torch)
+    from widthopt.devices import resolve_device  # noqa: PLC0415
+    from widthopt.distributed import rank, together  # noqa: PLC0415
+    from widthopt.pipeline import Point, run  # noqa: PLC0415
     from widthopt.report import report  # noqa: PLC0415
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
     try:
-        report(request(config))
+        asked = request(config)
+        with together(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):
+            if rank() == 0:
+                report(asked)
+            else:
+                for handler in logger.handlers:
+                    handler.setLevel(logging.WARNING)
+                run(Point(asked), show=logger.debug)
     except InputError as error:
         _end(error, WRONG_INPUT)
     except Diverged as error:
@@ -171,17 +187,83 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _status(words: Sequence[str]) -> None:
-    """``widthopt status [SWEEP ...] [--root FOLDER] [--json]``."""
+    """``widthopt status [SWEEP ...] [--root FOLDER] [--all] [--json]``."""
     parser = argparse.ArgumentParser("widthopt status", description="How far sweeps are.")
     parser.add_argument("sweeps", nargs="*", help="how their names begin; all by default")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--all", action="store_true", help="name every run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(words)
-    from widthopt.report import show_status  # noqa: PLC0415 (imports torch)
-    from widthopt.sweeps import manifests, status  # noqa: PLC0415
+    from widthopt.control import states  # noqa: PLC0415 (imports torch)
+    from widthopt.report import show_status  # noqa: PLC0415
+    from widthopt.sweeps import manifests  # noqa: PLC0415
 
     root = arguments.root
-    show_status(status(root, manifests(root, arguments.sweeps)), as_json=arguments.json)
+    tables = states(root, manifests(root, arguments.sweeps))
+    show_status(tables, as_json=arguments.json, every=arguments.all)
+
+
+def _one(name: str, text: str, *, what: str = "KEY") -> argparse.ArgumentParser:
+    """A parser of a command about one run, or about a sweep too."""
+    parser = argparse.ArgumentParser(f"widthopt {name}", description=text)
+    parser.add_argument("name", metavar=what, help="its name, or how it begins")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    return parser
+
+
+def _logs(words: Sequence[str]) -> None:
+    """``widthopt logs KEY [-f] [--rank N] [--root FOLDER]``."""
+    parser = _one("logs", "What a run has printed.")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
+    parser.add_argument("--rank", type=int, default=0, help="which of its processes")
+    arguments = parser.parse_args(words)
+    from widthopt.control import logs, write  # noqa: PLC0415 (imports torch)
+
+    rank, follow = arguments.rank, arguments.follow
+    write(logs(arguments.root, arguments.name, rank=rank, follow=follow))
+
+
+def _show(words: Sequence[str]) -> None:
+    """``widthopt show KEY [--root FOLDER]``."""
+    arguments = _one("show", "All that is known of a run, as JSON.").parse_args(words)
+    from widthopt.control import show  # noqa: PLC0415 (imports torch)
+
+    sys.stdout.write(json.dumps(show(arguments.root, arguments.name), indent=2) + "\n")
+
+
+def _cancel(words: Sequence[str]) -> None:
+    """``widthopt cancel SWEEP|KEY [--force] [--root FOLDER]``."""
+    parser = _one("cancel", "End the jobs of a sweep or of a run.", what="SWEEP|KEY")
+    parser.add_argument("--force", action="store_true", help="also what other sweeps need")
+    arguments = parser.parse_args(words)
+    from widthopt.control import cancel  # noqa: PLC0415 (imports torch)
+
+    ended = cancel(arguments.root, arguments.name, force=arguments.force)
+    sys.stdout.write("".join(f"{name}\n" for name in ended))
+    logger.info("%d jobs were ended", len(ended))
+
+
+def _retry(words: Sequence[str]) -> None:
+    """``widthopt retry SWEEP|KEY [--root FOLDER]``."""
+    text = "Do again what failed or is missing, as it was frozen, with the code of today."
+    arguments = _one("retry", text, what="SWEEP|KEY").parse_args(words)
+    from widthopt.control import retry  # noqa: PLC0415 (imports torch)
+
+    retry(arguments.root, arguments.name)
+
+
+def _run_again(words: Sequence[str]) -> None:
+    """``widthopt run KEY [--root FOLDER]``."""
+    arguments = _one("run", "Do one run of a sweep here and now.").parse_args(words)
+    from widthopt.control import do  # noqa: PLC0415 (imports torch)
+    from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
+
+    try:
+        logger.info("%s is %s", arguments.name, do(arguments.root, arguments.name))
+    except Diverged as error:
+        _end(error, FAILED)
+    except Interrupted as error:
+        _end(error, STOPPED)
 
 
 def _plan(words: Sequence[str]) -> None:

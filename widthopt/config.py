@@ -33,15 +33,17 @@ from widthopt import identity
 from widthopt.errors import InputError
 from widthopt.pipeline import Request, Target, found
 from widthopt.records import Found
-from widthopt.setting import Runtime
+from widthopt.setting import Resources, Runtime
 
 
 CONFIG_MODULE = "conf"
 
 _GROUPS = ("network", "dataset", "projection", "algorithm", "extrapolation", "recipe")
-_VALUES = ("target", "budget_macs", "methods", "seeds", "root", "runtime", "figures")
+_VALUES = (
+    "target", "budget_macs", "methods", "seeds", "root", "runtime", "resources", "figures",
+)  # fmt: skip
 
-NEUTRAL = ("root", "runtime", "figures")
+NEUTRAL = ("root", "runtime", "resources", "figures")
 """What no result depends on: where it is kept, where and how it is computed, what is drawn."""
 
 
@@ -186,7 +188,7 @@ def request(config: DictConfig, made: Made | None = None) -> Request:
     if absent:
         raise InputError(_missing(absent[0]))
     kinds = {group: _kind(group, values.get(group)) for group in _GROUPS}
-    kinds |= {"target": Target, "runtime": Runtime}
+    kinds |= {"target": Target, "runtime": Runtime, "resources": Resources}
     # Typed before they name anything, so that 1 and 1.0 name the same run.
     typed = {key: _typed(kind, key, values[key]) for key, kind in kinds.items()}
     plain_values = {
@@ -220,8 +222,8 @@ def frozen(asked: Request) -> dict[str, Any]:
 
     Figures are left out: they change no result.
     """
-    runtime = asdict(asked.runtime)
-    return {**asked.fields, "runtime": runtime, "root": asked.root, "figures": []}
+    conditions = {"runtime": asdict(asked.runtime), "resources": asdict(asked.resources)}
+    return {**asked.fields, **conditions, "root": asked.root, "figures": []}
 
 
 def figures(values: Any) -> tuple[Any, ...]:

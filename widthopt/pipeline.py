@@ -7,17 +7,17 @@ depends on, so none is done twice; a run's folder gathers what belongs to one re
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
-from widthopt import data, identity
+from widthopt import data, distributed, identity
 from widthopt.algorithms import Conditions, SearchResult, WidthSearch
 from widthopt.algorithms.uniform import Uniform
 from widthopt.data import Dataset, Sizes, Split
@@ -28,8 +28,8 @@ from widthopt.extrapolation import Extrapolation
 from widthopt.projection import nominal_saving
 from widthopt.records import METHODS, Found, Record, from_plain, to_json
 from widthopt.seeds import derived_seed
-from widthopt.setting import Network, Recipe, Runtime, Setting
-from widthopt.store import Stage, Store, writable, write_atomically, writing
+from widthopt.setting import Network, Recipe, Resources, Runtime, Setting
+from widthopt.store import Stage, Store, this_job, writable, write_atomically, writing
 from widthopt.surgery import Blueprint
 from widthopt.training import Interrupted, train
 from widthopt.widths import TOLERANCE, Match, match_macs, multipliers
@@ -83,6 +83,7 @@ class Request:
     seeds: tuple[int, ...]
     root: str
     runtime: Runtime
+    resources: Resources
     figures: tuple[Any, ...]
     fields: Mapping[str, Any]
 
@@ -331,6 +332,10 @@ def run(point: Point, show: Callable[[str], None] = logger.info) -> list[Record]
         InputError: Results cannot be written, or an algorithm cannot go on.
     """
     request = point.request
+    if distributed.rank() > 0:  # the first of several processes writes for all
+        return [
+            trained(point, method, seed) for seed in request.seeds for method in request.methods
+        ]
     point.store.check()
     for folder in (point.folder, point.folder / "channels"):
         writable(folder)
@@ -413,8 +418,7 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
         ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
         return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
     stage = point.search_stage(method, seed)
-    with _working(stage):
-        done = stage.result()
+    with _working(stage, point.device) as done:
         if done is None:
             result = algorithm.search(
                 setting,
@@ -422,7 +426,8 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
                 budget_macs=point.search_budget(method),
                 conditions=point.conditions(seed, stage.folder),
             )
-            stage.finish(asdict(result))
+            if distributed.rank() == 0:
+                stage.finish(asdict(result))
             return result
     return SearchResult(**done)
 
@@ -437,8 +442,7 @@ def trained(point: Point, method: str, seed: int) -> Record:
     """
     one = _found(point, method, seed)
     stage = point.train_stage(method, seed)
-    with _working(stage):
-        done = stage.result()
+    with _working(stage, point.device) as done:
         if done is None:
             measured = _trained(point, one.channels, seed, stage.folder)
             stages = {"train": stage.folder.name}
@@ -459,8 +463,9 @@ def trained(point: Point, method: str, seed: int) -> Record:
                 train_loss=measured["loss"],
                 stages=stages,
             )
-            stage.finish(asdict(record))
-            done = asdict(record)
+            if distributed.rank() == 0:
+                stage.finish(asdict(record))
+            return record
     return recorded(done, method=method, algorithm=point.request.algorithm.name)
 
 
@@ -475,17 +480,23 @@ def recorded(result: Mapping[str, Any], *, method: str, algorithm: str) -> Recor
 
 
 @contextmanager
-def _working(stage: Stage) -> Iterator[None]:
+def _working(stage: Stage, device: torch.device) -> Iterator[dict[str, Any] | None]:
     """Work on a stage alone, and write down what ended the work if it is not done.
 
-    An interruption is no failure: the work goes on from its checkpoint.
+    Of processes that work together the first claims it for all of them. An interruption is no
+    failure: the work goes on from its checkpoint.
+
+    Yields:
+        The result, if it is there already.
     """
-    with stage.claim(job=os.environ.get("SLURM_JOB_ID", "")):
+    first = distributed.rank() == 0
+    with stage.claim(job=this_job()) if first else nullcontext():
+        done = distributed.of_first(stage.result() if first else None, device=device)
         try:
-            yield
+            yield done
         except (Exception, SystemExit) as error:
             if not isinstance(error, Interrupted):
-                stage.fail(error)
+                stage.fail(error, rank=distributed.rank())
             raise
 
 

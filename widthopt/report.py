@@ -285,12 +285,13 @@ _METADATA: Mapping[str, dict[str, Any]] = {
 """The same records give the same files: no date, no version."""
 
 
-def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool, every: bool = False) -> None:
     """Print how far sweeps are.
 
     Args:
-        tables: As `widthopt.sweeps.status` returns them.
+        tables: As `widthopt.control.states` returns them.
         as_json: Print one JSON list.
+        every: Name every run, and not only those that run or went wrong.
     """
     if as_json:
         print(json.dumps(list(tables), indent=2))  # noqa: T201
@@ -308,9 +309,10 @@ def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
             result.add_row(word, *(str(counts[state]) for state in states))
         console.print(result)
         for row in one["runs"]:
-            if row["state"] in {"failed", "stale", "running"}:
+            if every or row["state"] in {"failed", "stale", "running"}:
                 why = f": {' '.join(row['why'].split())}" if row["why"] else ""
-                console.print(f"{row['state']}: {row['name']} ({row['what']}){why}")
+                job = f", job {row['job']} {row['queue']}" if row.get("queue") else ""
+                console.print(f"{row['state']}: {row['name']} ({row['what']}){job}{why}")
 
 
 def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None:
