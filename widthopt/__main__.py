@@ -170,7 +170,7 @@ def _report(words: Sequence[str]) -> None:
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
     from widthopt.report import compare, runs  # noqa: PLC0415 (imports torch)
-    from widthopt.sweeps import draw, manifests  # noqa: PLC0415
+    from widthopt.sweeps import draw, manifests, show  # noqa: PLC0415
 
     root = arguments.root
     folders = [Path(name) for name in arguments.names if os.sep in name or Path(name).is_dir()]
@@ -180,7 +180,10 @@ def _report(words: Sequence[str]) -> None:
         if drawn:
             draw(root, drawn)
             return
-        folders = runs(root)
+        folders = [] if arguments.names else runs(root)
+        if not folders and found:
+            show(root, found)
+            return
     if not folders:
         raise InputError(f"--root is {root}, but no run there has a record; run one first")
     compare(folders, into=root / "report")

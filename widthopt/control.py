@@ -114,13 +114,8 @@ def show(root: Path, name: str) -> dict[str, Any]:
         "code": submission.get("code"),
         "attempts": [json.loads(line) for line in lines],
         "macs": found.row["macs"],
-        "result": None if result is None else _short(result),
+        "result": result,
     }
-
-
-def _short(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The single values of a result, without its tables."""
-    return {key: one for key, one in result.items() if not isinstance(one, dict | list)}
 
 
 def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:

@@ -58,6 +58,8 @@ def together(device: torch.device, *, meeting: Path) -> Iterator[None]:
     else:
         store = _meet(meeting, mine, count, wait)
         dist.init_process_group(kind, store=store, rank=mine, world_size=count)
+        if mine == 0:  # all have come
+            meeting.unlink()
     yield
     # Not after an error: an orderly end may wait for processes that do not come any more.
     dist.destroy_process_group()

@@ -235,6 +235,8 @@ class Kept(_Staged):
         """See `launchers.work.Work`."""
         if self.manifest.figures:
             draw(self.root, [self.manifest])
+        else:
+            show(self.root, [self.manifest])
 
 
 def why(stage: Stage) -> str:
@@ -393,6 +395,37 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
         for one in figures(list(kinds.values()))
     ]
     report.show_figures(drawn, into=root / "report")
+
+
+def show(root: Path, sweeps: Sequence[Manifest]) -> None:
+    """Show the records of sweeps without figures side by side.
+
+    Args:
+        root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
+        sweeps: One or more.
+
+    Raises:
+        InputError: None of their points is done.
+    """
+    store = Store(root / "stages")
+    store.check(write=False)
+    found: dict[str, list[Record]] = {}
+    for sweep in sweeps:
+        stages = sweep.stages(store)
+        for point in sweep.points:
+            result = stages[point["train"]].result()
+            if result is not None:
+                one = recorded(result, method=point["method"], algorithm=point["algorithm"])
+                # Seeds belong together; what else differs tells points apart.
+                proxy = "-".join(f"{value:g}" for value in one.proxy.values())
+                found.setdefault(f"{one.algorithm} {proxy}", []).append(one)
+    if not found:
+        raise InputError(
+            f"--root is {root}, but no point of {', '.join(one.name for one in sweeps)} is done; "
+            "see widthopt status"
+        )
+    by_proxy = [(key.partition(" ")[2], records) for key, records in found.items()]
+    report.side_by_side(by_proxy, into=root / "report")
 
 
 def status(
