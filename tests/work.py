@@ -23,7 +23,7 @@ class FileWork:
         self.root = self.folder
         self.together = together  # items end when so many have begun
 
-    def begin(self, *, sure, live=()):
+    def begin(self, *, sure, live=()):  # noqa: ARG002 (there is no queue)
         (self.folder / "began").write_text(str(sure))
 
     def items(self):

@@ -1,470 +1,625 @@
-"""A real SLURM of several nodes on this one machine, for tests.
+"""A real SLURM of emulated nodes on this machine's loopback, started and stopped by tests.
 
-Its daemons belong to the tests: they have a folder of their own, listen on loopback alone, and
-are told from all others by their environment, which names that folder. Nodes have eight GPUs
-that are links to ``/dev/null``, and names of their own.
+What makes a cluster is a folder that holds all its files, the environment variable
+``SLURM_CONF``, by which its processes and its clients know it, and a line in ``/etc/hosts``. That
+line makes the nodes' names known, as those who take a job's first node for the address to meet at
+need it; and it reserves the cluster's ports.
 """
 
-import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import IO, NamedTuple, Self
 
 
-CONTROLLER, ADDRESS = "localhost", "127.0.0.1"
-"""The controller's name and where everything listens."""
-
-MARK = "# loopback cluster of tests in"
-HOSTS = Path("/etc/hosts")
-PORTS = range(15000, 20000, 500)
-"""First ports of blocks: above them are those that the system gives away."""
-
-START_SECONDS = 60
-DAEMONS = ("slurmd", "slurmctld", "slurmdbd", "mariadbd", "munged")
-
-CONFIGURATION = """
-ClusterName=loopback
-SlurmctldHost={controller}({address})
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-CredType=cred/munge
-# cred_expire is also how long a job waits that was put back; SLURM's own are two minutes.
-AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
-# Listen where the daemon's own host name points to, and nowhere else.
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
-SlurmctldPort={port}
-SlurmdPort={slurmd_port}
-SrunPortRange={srun_first}-{srun_last}
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd-%n.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd-%n.log
-# Jobs are ordinary processes: nothing is bound, limited or put into groups.
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-PropagateResourceLimits=NONE
-SwitchType=switch/none
-MpiDefault=none
-MailProg=/bin/true
-# What nodes have is what is written here, whatever this machine has.
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-SlurmdParameters=config_overrides
-DefMemPerCPU=1000
-GresTypes=gpu
-# Job numbers go on from one cluster to the next, as on a real one.
-FirstJobId={first_job}
-MaxArraySize=1001
-MaxJobCount=20000
-SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-PriorityType=priority/basic
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
-JobRequeue=1
-KillWait=5
-ReturnToService=2
-SlurmctldTimeout=30
-SlurmdTimeout=30
-InactiveLimit=0
-MinJobAge=3600
-MessageTimeout=10
-"""
-
-ACCOUNTING = """
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost={address}
-AccountingStoragePort={dbd_port}
-# Connections to slurmdbd take the socket of munge from here, and not from AuthInfo.
-AccountingStoragePass={folder}/run/munge.sock
-AccountingStorageTRES=gres/gpu
-# Unknown accounts are refused.
-AccountingStorageEnforce=associations
-"""
-
-DATABASE_DAEMON = """
-AuthType=auth/munge
-AuthInfo=socket={folder}/run/munge.sock
-CommunicationParameters=NoInAddrAny
-DbdHost={controller}
-DbdAddr={address}
-DbdPort={dbd_port}
-SlurmUser=root
-LogFile={folder}/log/slurmdbd.log
-PidFile={folder}/run/slurmdbd.pid
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc=slurm_acct
-"""
-
-DATABASE = """
-[mariadbd]
-user=root
-datadir={folder}/db
-socket={folder}/run/mysqld.sock
-pid-file={folder}/run/mariadbd.pid
-log-error={folder}/log/mariadbd.log
-skip-networking
-skip-name-resolve
-skip-log-bin
-performance-schema=OFF
-innodb_buffer_pool_size=32M
-innodb_log_file_size=8M
-innodb_flush_log_at_trx_commit=0
-innodb_flush_method=nosync
-innodb_lock_wait_timeout=900
-"""
+_ADDRESS = "127.0.0.1"
+_DAEMONS = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd"}
+_GPUS = 8
+_HOSTS = Path("/etc/hosts")
+_MARK = "# loopback-slurm"
+_PATIENCE_SECONDS = 60.0
+_SAVING_SECONDS = 6.0
+"""The controller saves its state within five seconds of a change."""
+_PORTS = range(10_000, 20_000, 500)
+"""Beginnings of blocks. What is above is for the jobs' own meetings and for the kernel's choice."""
+_FOLDER_LENGTH = 70
+"""At most; below it are unix sockets, whose paths have 107 characters at most."""
 
 
-def why_not():
-    """Why there can be no cluster here; empty if there can."""
-    if os.geteuid():
-        return "only root can start a SLURM of its own"
-    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not _found(name)]
-    return f"no {', '.join(missing)} on this machine" if missing else ""
+class ClusterError(RuntimeError):
+    """A cluster, or a command on it, did not do what it was to do; says why."""
 
 
-def _found(name):
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+class _Process(NamedTuple):
+    pid: int
+    name: str
+    node: str | None
 
 
 class Cluster:
-    """Use it in a ``with`` statement.
+    """A SLURM cluster of ``node1``, ``node2``, ...; as a context, started and stopped.
 
-    Attributes:
-        environment: What a client needs in its environment.
-        nodes: The names of its nodes.
-        folder: Where all of it is.
+    Each node claims to have 80 CPUs, 512 GB, and 8 GPUs of the type ``v100``. The partitions are
+    ``main``, which is the default, ``high``, whose jobs take the place of others, and ``short``,
+    which allows 5 minutes. Jobs are ordinary processes of this machine and belong to root.
+
+    A cluster whose owner was killed is stopped when the next one starts.
+
+    Args:
+        nodes: How many, up to 80.
+        accounting: Whether there is a database of jobs; without it, `sacct` fails.
+        max_array: The end of an array's indices, exclusive.
+        settings: Further lines of ``slurm.conf``, or other values for those that it has.
     """
 
-    def __init__(self, *, nodes=3, accounting=True, prefix="node", gpus=8):
-        self.accounting, self.gpus = accounting, gpus
-        self._mariadbd = None
-        self.nodes = [f"{prefix}{number}" for number in range(1, nodes + 1)]
-        # Sockets have short names: not a folder deep in others.
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self.environment = {"SLURM_CONF": str(self.folder / "etc" / "slurm.conf")}
+    def __init__(
+        self,
+        nodes: int = 3,
+        *,
+        accounting: bool = True,
+        max_array: int = 1001,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        assert 1 <= nodes <= 80, nodes
+        self.nodes = [f"node{number + 1}" for number in range(nodes)]
+        self.accounting, self.max_array, self.settings = accounting, max_array, settings or {}
+        self._folder: Path | None = None
+        self._owner: IO[str] | None = None
 
-    def __enter__(self):
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(subprocess.SubprocessError, OSError):
-            self.cancel_all()
-        for name in DAEMONS:
-            if name == "mariadbd":
-                _end(self._jobs())  # left by nodes that were killed
-            _end(self._daemons(name))
-        _with_hosts(lambda lines: [one for one in lines if not one.endswith(self._mark)])
-        if self._mariadbd:
-            self._mariadbd.wait()
-        left = [pid for name in DAEMONS for pid in self._daemons(name)]
-        assert not left, f"still running: {left}"
-        shutil.rmtree(self.folder)
-
-    def run(self, *words):
-        """What a command of SLURM's says.
-
-        Raises:
-            RuntimeError: It failed; with what it said.
-        """
-        done = subprocess.run(  # noqa: S603
-            words, env={**os.environ, **self.environment}, capture_output=True, text=True,
-            check=False, timeout=60,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
-        return done.stdout
-
-    def cancel_all(self):
-        """End every job, and wait until the queue is empty."""
-        # Also those that wait for a moment between two attempts.
-        until = time.monotonic() + 60
-        while jobs := self.run("squeue", "-h", "-o", "%A").split():
-            assert time.monotonic() < until, jobs
-            self.run("scancel", *sorted(set(jobs)))
-            time.sleep(0.2)
-
-    def kill_node(self, node, *, told=True):
-        """End a node as if its power went; SLURM is told, or finds out by itself."""
-        _kill([*self._slurmd(node), *self._jobs(node)])
-        (self.folder / "run" / f"slurmd-{node}.pid").unlink(missing_ok=True)
-        if told:
-            self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
-
-    def kill_daemon_of(self, node):
-        """End a node's daemon alone; its jobs run on."""
-        _kill(self._slurmd(node))
-        (self.folder / "run" / f"slurmd-{node}.pid").unlink(missing_ok=True)
-
-    def start_node(self, node):
-        """Start a node's daemon again, and wait until SLURM has the node back."""
-        self._daemon(node, "slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
-        usable = ("idle", "mixed", "allocated", "completing")
-        _until(
-            lambda: self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip() in usable
-        )
-
-    def restart_controller(self):
-        """End the controller and start it again; it reads its queue from the disk.
-
-        That is written every five seconds: what happened since is forgotten by a real one too,
-        so it is given that time first.
-        """
-        time.sleep(6)
-        _kill(self._daemons("slurmctld"))
-        (self.folder / "run" / "slurmctld.pid").unlink(missing_ok=True)
-        self._daemon(CONTROLLER, "slurmctld", "-f", self.environment["SLURM_CONF"])
-        _until(lambda: "is UP" in self.run("scontrol", "ping"))
-
-    # -------------------------------------------------------------------------------- starting
-
-    def _start(self):
-        for name in ("etc", "run", "log", "state", "spool", "dev", "db", "munge"):
-            (self.folder / name).mkdir()
-        self.folder.chmod(0o755)
-        for name in ("db", "munge", "state"):
-            (self.folder / name).chmod(0o700)
-        with open(__file__) as file:  # noqa: PTH123 (two clusters must not choose one port)
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._configure(_free_ports())
-            names = " ".join([ADDRESS, *self.nodes])
-            _with_hosts(lambda lines: [*lines, f"{names} {self._mark}"])
-            self._munge()
-            if self.accounting:
-                self._database()
-            self._daemon(CONTROLLER, "slurmctld", "-f", self.environment["SLURM_CONF"], "-c")
-            for node in self.nodes:
-                (self.folder / "spool" / node).mkdir()
-                self._daemon(node, "slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
-        _until(lambda: self.states() == ["idle"] * len(self.nodes), self._words)
-
-    def states(self):
-        """What SLURM says of each node."""
-        return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split()
+    @staticmethod
+    def obstacle() -> str:
+        """Why no cluster can be started here, or an empty string."""
+        if os.geteuid() != 0:
+            return "a cluster is started by root, for slurmd starts jobs as whom they belong to"
+        for command in ("munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd"):
+            if shutil.which(command) is None:
+                return f"{command} is not installed, but a cluster needs it; run `make test-slurm`"
+        named = ["unshare", "--uts", "true"]
+        if subprocess.run(named, capture_output=True, check=False).returncode:  # noqa: S603 (ours)
+            return "a process may not have a host name of its own here, but each node needs one"
+        return ""
 
     @property
-    def _mark(self):
-        return f"{MARK} {self.folder}"
+    def folder(self) -> Path:
+        """Where everything of it is, its ``log`` among it; only while it is started."""
+        assert self._folder is not None, "this cluster is not started"
+        return self._folder
 
-    def _configure(self, port):
-        self.port = port
-        values = {
-            "folder": self.folder, "controller": CONTROLLER, "address": ADDRESS, "port": port,
-            "dbd_port": port + 1, "slurmd_port": port + 10, "srun_first": port + 100,
-            "srun_last": port + 499, "first_job": 100_000 + int(time.time()) % 60_000_000,
-        }  # fmt: skip
-        text = CONFIGURATION
-        text += ACCOUNTING if self.accounting else "AccountingStorageType=accounting_storage/none\n"
-        text = text.format(**values)
-        gpus = f"Gres=gpu:v100:{self.gpus} " if self.gpus else ""
-        for number, node in enumerate(self.nodes, start=1):
-            text += (
-                f"NodeName={node} NodeHostname={node} NodeAddr={ADDRESS} Port={port + 10 + number} "
-                "CPUs=80 Boards=1 SocketsPerBoard=2 CoresPerSocket=20 ThreadsPerCore=2 "
-                f"RealMemory=512000 Feature=v100,volta32gb {gpus}State=UNKNOWN\n"
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client of this cluster has in its environment."""
+        return {"SLURM_CONF": str(self.folder / "etc" / "slurm.conf")}
+
+    # ------------------------------------------------------------------------- start and stop
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it, and wait until all its nodes are idle.
+
+        Raises:
+            ClusterError: It cannot be started here, or did not start; what its logs say.
+        """
+        assert self._folder is None, "this cluster is started already"
+        if obstacle := self.obstacle():
+            raise ClusterError(obstacle)
+        _stop_abandoned()
+        self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        try:
+            self._start()
+        except BaseException as error:
+            ends = self._log_ends()
+            self.stop()
+            if isinstance(error, ClusterError):
+                raise ClusterError(f"{error}\n{ends}") from error
+            raise
+
+    def stop(self) -> None:
+        """End all its processes, those of its jobs among them, and remove all that it made."""
+        if self._folder is None:
+            return
+        # All at once: nothing that they would still put in order is kept.
+        self._kill(lambda _: True)
+        _unreserve(self.folder)
+        shutil.rmtree(self.folder)
+        if self._owner is not None:
+            self._owner.close()
+        self._folder = self._owner = None
+
+    def _start(self) -> None:
+        self.folder.chmod(0o755)  # munged's clients must get to its socket
+        if len(str(self.folder)) > _FOLDER_LENGTH:
+            raise ClusterError(
+                f"TMPDIR is {self.folder.parent}, but unix sockets need a short path; set another"
             )
-        partitions = [("main", 10, "INFINITE", "YES"), ("high", 100, "INFINITE", "NO")]
-        for name, tier, most, default in [*partitions, ("short", 10, 5, "NO")]:
-            text += (
-                f"PartitionName={name} Nodes=ALL Default={default} PriorityTier={tier} "
-                f"PreemptMode=REQUEUE GraceTime=10 DefaultTime=5 MaxTime={most} State=UP\n"
-            )
-        self._write("slurm.conf", text)
-        # The number at the end of a device's name is the one that CUDA_VISIBLE_DEVICES gives.
-        for number in range(self.gpus):
-            (self.folder / "dev" / f"nvidia{number}").symlink_to("/dev/null")
-        self._write(
-            "gres.conf",
-            f"AutoDetect=off\nNodeName={','.join(self.nodes)} Name=gpu Type=v100 "
-            f"File={self.folder}/dev/nvidia[0-{self.gpus - 1}]\n"
-            if self.gpus
-            else "",
+        for name in ("etc", "run", "log", "dev", *(f"spool/{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True, mode=0o755)
+        for name in ("munge", "database", "state"):
+            (self.folder / name).mkdir(mode=0o700)
+        self._owner = _owned(self.folder)
+        assert self._owner is not None
+        port = _reserve(self.folder, self.nodes)
+        for node in self.nodes:
+            if (found := socket.gethostbyname(node)) != _ADDRESS:
+                raise ClusterError(f"{node} is {found}, but it must be {_ADDRESS}; see {_HOSTS}")
+        self._configure(port)
+        self._start_munge()
+        if self.accounting:
+            self._start_accounting(port + 1)
+        self._start_controller()
+        for node in self.nodes:
+            self._start_daemon_of(node)
+        self._wait_until(lambda: set(self.states()) == {"idle"})
+
+    def _log_ends(self) -> str:
+        """The last lines of each log."""
+        ends = []
+        for path in sorted(self.folder.glob("log/*")):
+            lines = path.read_text(errors="replace").splitlines()[-10:]
+            ends += [f"--- {path.name}", *lines] if lines else []
+        return "\n".join(ends)
+
+    # --------------------------------------------------------------------------------- in use
+
+    def run(self, *command: str | Path) -> str:
+        """What a client of this cluster, such as ``squeue``, prints.
+
+        Raises:
+            ClusterError: It failed; what it printed as errors.
+        """
+        done = subprocess.run(  # noqa: S603 (the tests' own words)
+            command,
+            env=self._whole_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PATIENCE_SECONDS,
         )
-        # slurmd asks for it although nothing uses it; version 1 does nothing until it is used.
-        self._write("cgroup.conf", "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
-        self._write("slurmdbd.conf", DATABASE_DAEMON.format(**values))
-        (self.folder / "etc" / "slurmdbd.conf").chmod(0o600)  # or it is refused
-        self._write("my.cnf", DATABASE.format(**values))
+        if done.returncode != 0:
+            raise ClusterError(
+                f"{shlex.join(map(str, command))} ended with {done.returncode}:\n{done.stderr}"
+            )
+        return done.stdout
 
-    def _write(self, name, text):
-        (self.folder / "etc" / name).write_text(text)
+    def cancel_all(self) -> None:
+        """Cancel all jobs, and wait until there are none."""
+        # More than once: a job may put itself back into the queue meanwhile.
+        self._wait_until(self._is_empty_or_cancelled)
 
-    def _munge(self):
+    def _is_empty_or_cancelled(self) -> bool:
+        if not self.run("squeue", "--noheader"):
+            return True
+        with suppress(ClusterError):  # they were over already
+            self.run("scancel", "--user=root")
+            self.run("scancel", "--user=root", "--signal=KILL", "--full")  # some ignore SIGTERM
+        return False
+
+    def kill_node(self, name: str, *, told: bool = True) -> None:
+        """End a node as if its power went: its slurmd, and all processes of jobs on it.
+
+        Args:
+            name: Of the node.
+            told: Whether the controller is told; otherwise it finds out after 30 seconds or more.
+        """
+        assert name in self.nodes, name
+        self._kill(lambda process: process.node == name)
+        if told:
+            self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
+
+    def kill_daemon_of(self, name: str) -> None:
+        """End the slurmd of a node; the jobs on it run on."""
+        assert name in self.nodes, name
+        self._kill(lambda process: process.name == "slurmd" and process.node == name)
+
+    def start_node(self, name: str) -> None:
+        """Start a node again, unless it runs, and wait until it takes jobs."""
+        assert name in self.nodes, name
+        if not any(one.name == "slurmd" and one.node == name for one in self._processes()):
+            self._start_daemon_of(name)
+        working = {"idle", "mixed", "allocated", "completing"}
+        self._wait_until(lambda: self.states()[self.nodes.index(name)] in working)
+
+    def restart_controller(self) -> None:
+        """Kill the controller, and start it again with the state that it had saved.
+
+        It is given the time to save all, for otherwise it forgets the last jobs.
+        """
+        time.sleep(_SAVING_SECONDS)
+        self._kill(lambda process: process.name in {"slurmctld", "slurmscriptd"})
+        self._start_controller()
+        self._wait_until(lambda: not any(state.startswith("unk") for state in self.states()))
+
+    def repair(self) -> None:
+        """Start again what was killed and not started again."""
+        if not any(process.name == "slurmctld" for process in self._processes()):
+            self._start_controller()
+        for node in self.nodes:
+            self.start_node(node)
+
+    def states(self) -> list[str]:
+        """Each node's, such as ``idle``; it ends with ``*`` if the node does not answer."""
+        lines = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
+        found = dict(line.split() for line in lines)
+        return [found[node] for node in self.nodes]
+
+    def _wait_until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds.
+
+        Raises:
+            ClusterError: It does not hold within a minute; what is queued, and the nodes' states.
+        """
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not holds():
+            if time.monotonic() > deadline:
+                seen = ""
+                with suppress(ClusterError):
+                    seen = self.run("squeue") + self.run("sinfo", "-N", "-l")
+                raise ClusterError(f"not within {_PATIENCE_SECONDS:.0f} seconds\n{seen}")
+            time.sleep(0.1)
+
+    # -------------------------------------------------------------------------- its processes
+
+    def _processes(self) -> Iterator[_Process]:
+        """Its daemons and the processes of its jobs, but none of its clients."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                content = os.fsdecode((folder / "environ").read_bytes())
+                name = (folder / "comm").read_text().strip()
+            except OSError:  # it has ended meanwhile
+                continue
+            pairs = (pair.partition("=") for pair in content.split("\0"))
+            environment = {key: value for key, _, value in pairs}
+            ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+            if ours and (name in _DAEMONS or "SLURM_JOB_ID" in environment):
+                yield _Process(int(folder.name), name, environment.get("SLURMD_NODENAME"))
+
+    def _kill(self, chosen: Callable[[_Process], bool]) -> None:
+        """End those of its processes that are chosen, and wait until there are none."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        looks = 0  # that found none; one that is just starting can be missed once
+        while looks < 2:
+            found = [process for process in self._processes() if chosen(process)]
+            if time.monotonic() > deadline:
+                raise ClusterError(f"SIGKILL did not end {found}")
+            looks = 0 if found else looks + 1
+            for process in found:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def _whole_environment(self, **more: str) -> dict[str, str]:
+        """The environment of its processes and clients, without what another SLURM's job has."""
+        foreign = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_")
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+        return {**kept, **self.environment, **more}
+
+    def _launch(self, *command: str, host: str | None = None, **environment: str) -> None:
+        """Start what goes into the background by itself.
+
+        Args:
+            command: The program and its words.
+            host: What the host is called for it. SLURM's daemons listen on the address of their
+                own host's name, and `hostname` in a job says that of its slurmd.
+            environment: What it has in addition.
+        """
+        if host is not None:
+            named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host)
+            command = (*named, *command)
+        with (self.folder / "log" / "launch.log").open("a") as log:
+            done = subprocess.run(  # noqa: S603 (our own words)
+                command,
+                cwd=self.folder,
+                env=self._whole_environment(**environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                check=False,
+                start_new_session=True,
+                timeout=_PATIENCE_SECONDS,
+            )
+        if done.returncode != 0:
+            raise ClusterError(f"{shlex.join(command)} ended with {done.returncode}")
+
+    def _start_munge(self) -> None:
         key = self.folder / "munge" / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        run = self.folder / "run"
-        self._command(
-            "munged", f"--socket={run}/munge.sock", f"--key-file={key}",
-            f"--pid-file={run}/munged.pid", f"--log-file={self.folder}/log/munged.log",
-            f"--seed-file={self.folder}/munge/seed", f"--origin={ADDRESS}",
-        )  # fmt: skip
-
-    def _database(self):
-        defaults, sock = (
-            f"--defaults-file={self.folder}/etc/my.cnf",
-            self.folder / "run/mysqld.sock",
+        self._launch(
+            "munged",
+            f"--socket={self.folder}/run/munge.sock",
+            f"--key-file={key}",
+            f"--pid-file={self.folder}/run/munged.pid",
+            f"--log-file={self.folder}/log/munged.log",
+            f"--seed-file={self.folder}/munge/munged.seed",
+            f"--origin={_ADDRESS}",
         )
-        self._command(
-            "mariadb-install-db", defaults, "--auth-root-authentication-method=socket",
+
+    def _start_accounting(self, port: int) -> None:
+        """Start slurmdbd and, for it alone, a MariaDB that listens on a unix socket only."""
+        listens = self.folder / "run" / "mysqld.sock"
+        options = self._write(
+            "my.cnf",
+            "[mariadbd]",
+            "user=root",
+            f"datadir={self.folder}/database",
+            f"socket={listens}",
+            f"pid-file={self.folder}/run/mariadbd.pid",
+            f"log-error={self.folder}/log/mariadbd.log",
+            "skip-networking",
+            "skip-name-resolve",
+            "skip-log-bin",
+            "performance-schema=OFF",
+            # Small, and with no care for what a loss of power would do.
+            "innodb_buffer_pool_size=32M",
+            "innodb_log_file_size=8M",
+            "innodb_flush_log_at_trx_commit=0",
+            "innodb_flush_method=nosync",
+            "innodb_lock_wait_timeout=900",
+        )
+        self._launch(
+            "mariadb-install-db",
+            f"--defaults-file={options}",
+            "--auth-root-authentication-method=socket",
             "--skip-test-db",
-        )  # fmt: skip
-        with (self.folder / "log" / "mariadbd.out").open("ab") as log:
-            self._mariadbd = subprocess.Popen(  # noqa: S603
-                [_found("mariadbd"), defaults], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env={**os.environ, **self.environment}, start_new_session=True,
-            )  # fmt: skip
-        sql = ["mariadb", "--no-defaults", f"--socket={sock}", "-u", "root", "-e"]
-        _until(lambda: self.run(*sql, "SELECT 1"))
-        self.run(*sql, "CREATE DATABASE slurm_acct")
-        # The client's library reads where the socket is from here; slurmdbd has no option for it.
-        self._daemon(CONTROLLER, "slurmdbd", MYSQL_UNIX_PORT=str(sock))
-        _until(lambda: self.run("sacctmgr", "-n", "list", "cluster") is not None)
-        self.run("sacctmgr", "-i", "add", "cluster", "loopback")
-        self.run("sacctmgr", "-i", "add", "account", "tests")
-        self.run("sacctmgr", "-i", "add", "user", "root", "account=tests")
-        self.run("sacctmgr", "-i", "modify", "user", "root", "set", "defaultaccount=tests")
-
-    def _daemon(self, host, name, *words, **more):
-        """Start a daemon on a host of this name, which decides where it listens."""
-        script = 'hostname "$0" && exec "$@"'
-        self._command("unshare", "--uts", "sh", "-c", script, host, _found(name), *words, **more)
-
-    def _command(self, name, *words, **more):
-        with (self.folder / "log" / "started.out").open("ab") as log:
-            done = subprocess.run(  # noqa: S603
-                [_found(name), *words], env={**os.environ, **self.environment, **more},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False, timeout=120,
-            )  # fmt: skip
-        assert done.returncode == 0, (name, words, self._words())
-
-    def _words(self):
-        """The last that the daemons said."""
-        texts = sorted((self.folder / "log").glob("*"))
-        return "\n".join(
-            f"{one.name}: {one.read_text('utf-8', 'replace')[-1500:]}" for one in texts
         )
+        self._launch("setsid", "--fork", "mariadbd", f"--defaults-file={options}")
+        self._wait_until(lambda: _answers(listens))
+        self._write(
+            "slurmdbd.conf",
+            "AuthType=auth/munge",
+            f"AuthInfo=socket={self.folder}/run/munge.sock",
+            "CommunicationParameters=NoInAddrAny",
+            "DbdHost=localhost",
+            f"DbdAddr={_ADDRESS}",
+            f"DbdPort={port}",
+            "SlurmUser=root",
+            f"LogFile={self.folder}/log/slurmdbd.log",
+            f"PidFile={self.folder}/run/slurmdbd.pid",
+            "StorageType=accounting_storage/mysql",
+            "StorageHost=localhost",
+            "StorageUser=root",
+            "StorageLoc=accounting",
+        )
+        # It has no option for MariaDB's socket, but the library that it uses reads this.
+        self._launch("slurmdbd", host="localhost", MYSQL_UNIX_PORT=str(listens))
+        self._wait_until(self._has_accounting)
+        # With the cluster come the account and the user root.
+        self.run("sacctmgr", "--immediate", "add", "cluster", "loopback")
 
-    # -------------------------------------------------------------------------- its own processes
-
-    def _ours(self):
-        """The numbers and environments of processes that know this cluster."""
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (path / "environ").read_bytes().split(b"\0")
-                if f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in words:
-                    yield int(path.name), words
-
-    def _daemons(self, name):
-        found = []
-        for pid, _ in self._ours():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/comm").read_text().strip() == name:
-                    found.append(pid)
-        return found
-
-    def _slurmd(self, node):
-        return [
-            pid
-            for pid in self._daemons("slurmd")
-            if f"\0-N\0{node}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-
-    def _jobs(self, node=None):
-        """Processes of jobs and those that look after them; of one node, or of all."""
-        found = []
-        for pid, words in self._ours():
-            with contextlib.suppress(OSError):
-                keeper = Path(f"/proc/{pid}/comm").read_text().strip() == "slurmstepd"
-                inside = any(word.startswith(b"SLURM_JOB_ID=") for word in words)
-                if keeper and node is not None:  # it keeps its node's log open
-                    logs = [str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()]
-                    keeper = any(one.endswith(f"/slurmd-{node}.log") for one in logs)
-                elif inside and node is not None:
-                    inside = f"SLURMD_NODENAME={node}".encode() in words
-                if pid != os.getpid() and (keeper or inside):
-                    found.append(pid)
-        return found
-
-
-def _until(fits, words=lambda: ""):
-    """Wait until a question is answered yes."""
-    until = time.monotonic() + START_SECONDS
-    while True:
-        with contextlib.suppress(RuntimeError):
-            if fits():
-                return
-        assert time.monotonic() < until, words()
-        time.sleep(0.1)
-
-
-def _kill(pids):
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _end(pids):
-    """End processes, kindly at first."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + 10
-    while (left := [pid for pid in pids if _lives(pid)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    _kill(left)
-
-
-def _lives(pid):
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
+    def _has_accounting(self) -> bool:
+        with suppress(ClusterError):
+            self.run("sacctmgr", "--noheader", "list", "cluster")
+            return True
         return False
 
+    def _start_controller(self) -> None:
+        self._launch("slurmctld", host="localhost")
+        self._wait_until(self._has_controller)
 
-def _free_ports():
-    """The first of five hundred ports that nobody listens on."""
-    busy = set()
-    for name in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            busy.add(int(line.split()[1].rpartition(":")[2], 16))
-    return next(first for first in PORTS if not busy & set(range(first, first + 500)))
+    def _has_controller(self) -> bool:
+        if not any(process.name == "slurmctld" for process in self._processes()):
+            raise ClusterError("slurmctld ended as soon as it was started")
+        with suppress(ClusterError):
+            return "is UP" in self.run("scontrol", "ping")
+        return False
+
+    def _start_daemon_of(self, node: str) -> None:
+        # What jobs have in their environment anyway, and thereby slurmd and slurmstepd too.
+        self._launch("slurmd", "-N", node, host=node, SLURMD_NODENAME=node)
+
+    # -------------------------------------------------------------------------- configuration
+
+    def _write(self, name: str, *lines: str) -> Path:
+        path = self.folder / "etc" / name
+        path.write_text("".join(f"{line}\n" for line in lines))
+        path.chmod(0o600)  # slurmdbd refuses any other
+        return path
+
+    def _configure(self, port: int) -> None:
+        settings = {**self._settings(port), **self.settings}
+        nodes = (
+            f"NodeName={node} NodeHostname={node} NodeAddr={_ADDRESS} Port={port + 11 + number} "
+            "CPUs=80 Boards=1 SocketsPerBoard=2 CoresPerSocket=20 ThreadsPerCore=2 "
+            f"RealMemory=512000 Feature=v100,volta32gb Gres=gpu:v100:{_GPUS} State=UNKNOWN"
+            for number, node in enumerate(self.nodes)
+        )
+        partitions = (
+            f"PartitionName={name} Nodes=ALL Default={default} PriorityTier={tier} "
+            f"PreemptMode=REQUEUE GraceTime=10 DefaultTime={minutes} MaxTime={limit} State=UP"
+            for name, default, tier, minutes, limit in (
+                ("main", "YES", 10, 60, "INFINITE"),
+                ("high", "NO", 100, 60, "INFINITE"),
+                ("short", "NO", 10, 5, 5),
+            )
+        )
+        lines = (f"{key}={value}" for key, value in settings.items())
+        self._write("slurm.conf", *lines, *nodes, *partitions)
+
+        # The index that a job sees is the number at the end of a device's name; a link to some
+        # device is a device.
+        for index in range(_GPUS):
+            (self.folder / "dev" / f"nvidia{index}").symlink_to("/dev/null")
+        devices = f"{self.folder}/dev/nvidia[0-{_GPUS - 1}]"
+        self._write(
+            "gres.conf",
+            "AutoDetect=off",
+            f"NodeName={','.join(self.nodes)} Name=gpu Type=v100 File={devices}",
+        )
+        # Nothing here uses cgroups, but slurmd does not start where those that it finds do not
+        # work, as in a container; version 1 does nothing until it is used.
+        self._write("cgroup.conf", "CgroupPlugin=cgroup/v1", "CgroupAutomount=no")
+
+    def _settings(self, port: int) -> dict[str, str]:
+        accounting = {
+            "AccountingStorageType": "accounting_storage/slurmdbd",
+            "AccountingStorageHost": _ADDRESS,
+            "AccountingStoragePort": str(port + 1),
+            # The munge socket again; AuthInfo does not hold for what goes to slurmdbd.
+            "AccountingStoragePass": f"{self.folder}/run/munge.sock",
+            "AccountingStorageTRES": "gres/gpu",
+            "AccountingStorageEnforce": "associations,qos",
+        }
+        none = {"AccountingStorageType": "accounting_storage/none"}
+        return {
+            "ClusterName": "loopback",
+            "SlurmctldHost": f"localhost({_ADDRESS})",
+            "SlurmUser": "root",
+            "SlurmdUser": "root",
+            "AuthType": "auth/munge",
+            "CredType": "cred/munge",
+            # The second is also how long a job that was put back waits; 2 minutes if not set.
+            "AuthInfo": f"socket={self.folder}/run/munge.sock,cred_expire=5",
+            # Listen on the address of the host's name instead of all.
+            "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",
+            "SlurmctldPort": str(port),
+            "SlurmdPort": str(port + 10),
+            "SrunPortRange": f"{port + 100}-{port + 499}",
+            "StateSaveLocation": f"{self.folder}/state",
+            "SlurmdSpoolDir": f"{self.folder}/spool/%n",
+            "SlurmctldPidFile": f"{self.folder}/run/slurmctld.pid",
+            "SlurmdPidFile": f"{self.folder}/run/slurmd-%n.pid",
+            "SlurmctldLogFile": f"{self.folder}/log/slurmctld.log",
+            "SlurmdLogFile": f"{self.folder}/log/slurmd-%n.log",
+            "SlurmctldDebug": "verbose",
+            "SlurmdDebug": "verbose",
+            # Jobs are ordinary processes: not bound, not limited, not measured.
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "JobAcctGatherType": "jobacct_gather/none",
+            "PropagateResourceLimits": "NONE",
+            "SwitchType": "switch/none",
+            "MpiDefault": "none",
+            "MailProg": "/bin/true",
+            # What a node claims to have counts, whatever this machine has.
+            "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_Core_Memory",
+            "SlurmdParameters": "config_overrides",
+            "DefMemPerCPU": "1000",  # without it, a job that does not ask takes all of a node's
+            "GresTypes": "gpu",
+            # Clients keep results by the job's id, so those of an earlier cluster must not recur.
+            "FirstJobId": str(100_000 + int(time.time()) % 60_000_000),
+            "MaxJobCount": "100000",
+            "MaxArraySize": str(self.max_array),
+            "SchedulerType": "sched/backfill",
+            "SchedulerParameters": (
+                "sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0"
+            ),
+            "PriorityType": "priority/basic",
+            # A job that has to make room is sent the signal that it asked for, then put back.
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
+            "SlurmctldParameters": "preempt_send_user_signal",
+            "JobRequeue": "1",
+            "KillWait": "5",
+            "ReturnToService": "2",  # a node that was down is up as soon as it is there
+            "SlurmctldTimeout": "30",
+            "SlurmdTimeout": "30",  # of silence; then a node is down
+            "InactiveLimit": "0",
+            "MinJobAge": "3600",
+            "MessageTimeout": "10",
+            **(accounting if self.accounting else none),
+        }
 
 
-def _with_hosts(change):
-    """Change the lines of ``/etc/hosts``, in place: in a container it is mounted."""
-    with HOSTS.open("r+") as file:
+# ----------------------------------------------------------------------- what clusters share
+
+
+@contextmanager
+def _hosts() -> Iterator[list[str]]:
+    """The lines of ``/etc/hosts``, to be changed, while no other cluster reads or changes them."""
+    with _HOSTS.open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        lines = change(file.read().splitlines())
-        file.seek(0)
-        file.truncate()
-        file.write("\n".join(lines) + "\n")
+        lines = file.read().splitlines()
+        before = list(lines)
+        yield lines
+        if lines != before:
+            # In place: in a container the file is a mount, and nothing can be put there instead.
+            file.seek(0)
+            file.write("".join(f"{line}\n" for line in lines))
+            file.truncate()
 
 
-def listeners():
-    """Where the processes of this machine listen: address and port, of IPv4."""
-    found = []
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        words = line.split()
-        if words[3] == "0A":
-            host, _, port = words[1].partition(":")
-            found.append((socket.inet_ntoa(bytes.fromhex(host)[::-1]), int(port, 16)))
-    return found
+def _reserve(folder: Path, nodes: list[str]) -> int:
+    """Enter a cluster into ``/etc/hosts``; the first port of its block."""
+    with _hosts() as lines:
+        taken = {port for _, port in _reserved(lines)}
+        taken |= {port - port % _PORTS.step for port in _listening()}
+        free = [port for port in _PORTS if port not in taken]
+        if not free:
+            raise ClusterError(f"all ports from {_PORTS.start} to {_PORTS.stop} are taken")
+        lines.append(f"{_ADDRESS} {' '.join(nodes)} {_MARK} {folder} {free[0]}")
+    return free[0]
+
+
+def _reserved(lines: list[str]) -> list[tuple[Path, int]]:
+    """Folder and first port of each cluster."""
+    marked = (line.partition(f" {_MARK} ")[2].split() for line in lines)
+    return [(Path(words[0]), int(words[1])) for words in marked if words]
+
+
+def _unreserve(folder: Path) -> None:
+    with _hosts() as lines:
+        lines[:] = [line for line in lines if folder not in dict(_reserved([line]))]
+
+
+def _listening() -> set[int]:
+    """The TCP ports on which someone listens, on whatever address."""
+    ports = set()
+    for name in ("tcp", "tcp6"):
+        with suppress(FileNotFoundError):
+            for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+                _, local, _, state, *_ = line.split()
+                if state == "0A":
+                    ports.add(int(local.rpartition(":")[2], 16))
+    return ports
+
+
+def _owned(folder: Path) -> IO[str] | None:
+    """A lock that its owner holds as long as it lives; None if another has it."""
+    file = (folder / "owner").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _stop_abandoned() -> None:
+    """Stop the clusters whose owners have ended without."""
+    with _hosts() as lines:
+        reserved = _reserved(lines)
+    for folder, _ in reserved:
+        if not (folder / "owner").exists():
+            _unreserve(folder)
+        elif owner := _owned(folder):
+            cluster = Cluster()
+            cluster._folder, cluster._owner = folder, owner  # noqa: SLF001
+            cluster.stop()
+
+
+def _answers(path: Path) -> bool:
+    """Whether someone listens on a unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0

@@ -1,43 +1,45 @@
-"""Clusters that tests share, or a reason why there are none."""
+"""The clusters that the tests here share; without SLURM, or without the rights, they skip."""
+
+from pathlib import Path
 
 import pytest
-from cluster import Cluster, why_not
+from cluster import Cluster
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "slurm" in item.path.parts:
+        if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
 
 
 def _started(**options):
-    if reason := why_not():
-        pytest.skip(reason)
+    if obstacle := Cluster.obstacle():
+        pytest.skip(obstacle)
     with Cluster(**options) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def shared():
-    yield from _started(accounting=True)
+def cluster():
+    """Three nodes, with accounting."""
+    yield from _started()
 
 
 @pytest.fixture(scope="session")
-def shared_bare():
-    yield from _started(accounting=False, nodes=1, prefix="bare")
+def bare():
+    """A node, without accounting."""
+    yield from _started(nodes=1, accounting=False)
 
 
-@pytest.fixture
-def cluster(shared):
-    """A cluster with accounting, and no jobs."""
-    shared.cancel_all()
-    yield shared
-    shared.cancel_all()
-
-
-@pytest.fixture
-def bare(shared_bare):
-    """A cluster without accounting, and no jobs."""
-    shared_bare.cancel_all()
-    yield shared_bare
-    shared_bare.cancel_all()
+@pytest.fixture(autouse=True)
+def _clean(request, monkeypatch):
+    """The environment of a client; and after each test no jobs, and all daemons alive."""
+    names = [name for name in ("bare", "cluster") if name in request.fixturenames]
+    used = [request.getfixturevalue(name) for name in names]
+    for one in used:
+        monkeypatch.setenv("SLURM_CONF", one.environment["SLURM_CONF"])
+    yield
+    for one in used:
+        one.repair()
+        one.cancel_all()

@@ -388,12 +388,10 @@ def test_jobs_whose_submitter_was_killed_before_it_noted_them_are_adopted(folder
     killed = _patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(folder.queue()) == 2
-    assert sorted((row["kind"], row["state"]) for row in folder.rows())[2:] == [
-        ("train", "missing"), ("train", "missing"),
-    ]  # fmt: skip
-    assert {row["state"] for row in folder.rows() if row["kind"] == "search"} <= {
-        "queued", "running",
-    }  # fmt: skip
+    rows = folder.rows()
+    assert [row["state"] for row in rows if row["kind"] == "train"] == ["missing", "missing"]
+    # Nobody wrote their jobs down but those who asked for the state, which adopts them.
+    assert all(row["job"] for row in rows if row["kind"] == "search")
     folder.send(*words, submitted=2)
     folder.until_over()
     for row in folder.rows():
