@@ -45,6 +45,7 @@ def main() -> None:
     words = sys.argv[1:]
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "cancel": _cancel,
+        "doctor": _doctor,
         "logs": _logs,
         "macs": _macs,
         "plan": _plan,
@@ -244,6 +245,38 @@ def _cancel(words: Sequence[str]) -> None:
     ended = cancel(arguments.root, arguments.name, force=arguments.force)
     sys.stdout.write("".join(f"{name}\n" for name in ended))
     logger.info("%d jobs were ended", len(ended))
+
+
+def _doctor(words: Sequence[str]) -> None:
+    """``widthopt doctor [hydra/launcher=...] [OVERRIDE ...] [--root FOLDER] [--job]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt doctor", description="Check this site: its folder, its SLURM, its nodes."
+    )
+    parser.add_argument("overrides", nargs="*", help="hydra/launcher=... and its values")
+    parser.add_argument("--config-dir", help="a folder of further choices")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--job", action="store_true", help="send a job that looks at a node")
+    arguments = parser.parse_intermixed_args(words)
+    from launchers.doctor import checks  # noqa: PLC0415
+    from widthopt.config import launcher  # noqa: PLC0415 (imports torch)
+
+    overrides = ["hydra/launcher=slurm", *arguments.overrides]
+    if any(word.startswith("hydra/launcher=") for word in arguments.overrides):
+        overrides = arguments.overrides
+    values = launcher(overrides, config_dir=arguments.config_dir)
+    if "setup" not in values:
+        raise InputError(
+            "hydra/launcher is none of SLURM's, but those are what is checked; use "
+            "hydra/launcher=slurm or one of your own"
+        )
+    options = {key: one for key, one in values.items() if key not in {"_target_", "work", "sure"}}
+    bad = 0
+    for one in checks(arguments.root, options, job=arguments.job):
+        sys.stdout.write(f"{'ok ' if one.well else 'BAD'} {one.what:<15} {one.said}\n")
+        sys.stdout.flush()
+        bad += not one.well
+    if bad:
+        raise Failed(f"{bad} of the checks went badly; correct what they name")
 
 
 def _retry(words: Sequence[str]) -> None:

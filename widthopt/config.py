@@ -93,6 +93,23 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
         return requests(loader, expanded(loader, words))
 
 
+def launcher(overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
+    """The values of the launcher that these overrides choose, as plain data.
+
+    Args:
+        overrides: As typed behind ``widthopt``.
+        config_dir: A folder of further choices, as ``--config-dir`` names it.
+
+    Raises:
+        InputError: They do not fit ``conf/``.
+    """
+    with _loading(overrides, config_dir) as words:
+        composed = hydra_compose(CONFIG_NAME, overrides=words, return_hydra_config=True)
+        values = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 @contextmanager
 def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[str]]:
     """Have Hydra read ``conf/``; the words to compose, and its refusals as ours."""

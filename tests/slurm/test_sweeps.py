@@ -209,9 +209,11 @@ def test_a_sweep_waits_for_its_end_if_it_is_to(folder):
     assert failing.stderr.splitlines()[-1].startswith("widthopt: 0 of 2 runs are done and 2 are")
 
 
-def test_resources_are_those_of_each_kind_of_run(folder):
+@pytest.mark.parametrize("way", ["gpus-per-node", "gres"])
+def test_resources_are_those_of_each_kind_of_run(folder, way):
     folder.send(
-        *ONE, "+resources.search.minutes=7", "+resources.train.gpus_per_node=3",
+        *ONE, f"hydra.launcher.gpus_as={way}", "+resources.search.minutes=7",
+        "+resources.train.gpus_per_node=3",
         "+hydra.launcher.options.begin=now+600",
     )  # fmt: skip
     found = {
@@ -547,3 +549,26 @@ def test_nothing_needs_accounting(tmp_path, bare):
     folder.send(*ONE, LONG, submitted=2)
     folder.until_over()
     assert whole(folder, *ONE, LONG)
+
+
+# ---------------------------------------------------------------------------------------- doctor
+
+
+def test_the_doctor_looks_at_the_folder_the_queue_and_a_node(folder):
+    done = folder.widthopt("doctor", "hydra/launcher=slurm_8xv100", "--job")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+    assert "8 processes" in done.stdout
+    assert "a node sees the locks of this machine" in done.stdout
+    assert list((folder.path / "runs").iterdir()) == []
+
+
+def test_the_doctor_names_what_is_wrong(folder):
+    done = folder.widthopt(
+        "doctor", "hydra.launcher.options.partition=nowhere", "--root", "/proc/no"
+    )
+    assert done.returncode == 1
+    bad = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("BAD")}
+    assert bad == {"root", "options"}
+    line = one_line(folder.widthopt("doctor", "hydra/launcher=local"), 2)
+    assert line.startswith("hydra/launcher is none of SLURM's, but")
