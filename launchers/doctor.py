@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ def checks(root: Path, options: Mapping[str, Any], *, job: bool) -> Iterator[Che
         yield _badly("SLURM", f"there is no {', '.join(missing)}; start on a login node")
         return
     try:
-        version = queue.ask("sbatch", "--version").strip()
+        release = queue.ask("sbatch", "--version").strip()
         live = len(queue.live())
     except InputError as error:
         yield _badly("SLURM", str(error))
         return
-    yield _well("SLURM", f"{version}; {live} jobs of yours")
+    yield _well("SLURM", f"{release}; {live} jobs of yours")
     yield _well("arrays", f"up to {queue.array_size()} runs in one")
     try:
         queue.ask("sacct", "-X", "-n", "-P", "-o", "JobID", "-S", "now-1minutes")
@@ -184,13 +185,11 @@ def probe(spec: Path) -> None:
     """Look at the node that this job got, and write down what is there."""
     if os.environ.get("RANK", "0") != "0":
         return
-    import torch  # noqa: PLC0415 (only nodes need it)
-
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "gpus": torch.cuda.device_count(),
+        "torch": version("torch"),
+        "gpus": len([one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "time": time.time(),
     }

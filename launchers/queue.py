@@ -8,7 +8,7 @@ import getpass
 import re
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from widthopt.errors import InputError
 
@@ -88,17 +88,15 @@ def array_size() -> int:
     return max(1, int(found[1]) if found else _ARRAY_SIZE)
 
 
-def check(options: Mapping[str, str], setup: Sequence[str] = ()) -> None:
+def check(options: Mapping[str, str]) -> None:
     """Ask SLURM whether it would take a job with these options; none is submitted.
 
     Args:
         options: Of ``sbatch``, by name; an empty value is a flag.
-        setup: Lines that are to run before.
 
     Raises:
-        InputError: It would not, in its own words.
+        InputError: It would not, in its own words; or it would, and never start it.
     """
-    del setup
     flags = [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
     done = subprocess.run(  # noqa: S603
         ["sbatch", "--test-only", *flags, "--wrap", "true"],  # noqa: S607
@@ -110,6 +108,28 @@ def check(options: Mapping[str, str], setup: Sequence[str] = ()) -> None:
             f"sbatch is given {shown}, but SLURM refuses it ({words_of(done.stderr)}); correct "
             "hydra.launcher, nothing was submitted"
         )
+    # A limit above the partition's is taken, and then the job waits for ever.
+    name = options.get("partition")
+    for line in ask("scontrol", "-o", "show", "partition").splitlines():
+        said = dict(word.partition("=")[::2] for word in line.split())
+        chosen = said.get("PartitionName") == name if name else said.get("Default") == "YES"
+        most = _minutes(said.get("MaxTime", ""))
+        if chosen and most is not None and float(options["time"]) > most:
+            raise InputError(
+                f"hydra.launcher.resources.minutes is {options['time']}, but the time limit of "
+                f"partition {said['PartitionName']} is {most:g}; use less: a run that needs longer "
+                "is put back and goes on"
+            )
+
+
+def _minutes(text: str) -> float | None:
+    """SLURM's ``days-hours:minutes:seconds`` in minutes; None where there is no limit."""
+    days, _, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in parts) or len(parts) != 3:  # noqa: PLR2004
+        return None
+    hours, minutes, seconds = (int(part) for part in parts)
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def cancel(jobs: Collection[str]) -> None:

@@ -15,6 +15,7 @@ TINY = (
     "target.resolution=12",
     "projection.width=0.5",
     "runtime.device=cpu",
+    "tracking=disabled",
 )
 """A run of a few seconds."""
 

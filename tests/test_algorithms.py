@@ -40,6 +40,7 @@ SMALL = (
     "projection.width=0.1",
     "projection.fraction=0.3",
     "runtime.device=cpu",
+    "tracking=disabled",
     "runtime.backend=slice",
     "runtime.memory_format=contiguous",
     "runtime.progress=false",

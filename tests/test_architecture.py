@@ -16,7 +16,7 @@ ROWS = [
     ["widths", "projection", "store", "operators"],
     ["extrapolation"],  # solves alpha with widths
     ["tracing", "networks", "data", "devices", "checkpoints", "distributed"],
-    ["surgery"],
+    ["surgery", "tracking"],
     ["supernet"],
     ["evaluation"],
     ["training"],

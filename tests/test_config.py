@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from widthopt.config import compose
+from widthopt.config import compose, frozen
 from widthopt.errors import InputError
 from widthopt.pipeline import Point
 from widthopt.setting import Recipe
@@ -18,7 +18,16 @@ from widthopt.store import writable
 
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = ("network", "dataset", "projection", "algorithm", "extrapolation", "recipe", "experiment")
+GROUPS = (
+    "network",
+    "dataset",
+    "projection",
+    "algorithm",
+    "extrapolation",
+    "recipe",
+    "tracking",
+    "experiment",
+)
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 NEEDED = {
     ("network", "torchvision"): ["network.name=resnet50"],
@@ -123,7 +132,8 @@ def test_every_choice_becomes_typed_values(group, choice):
             continue
         value = getattr(typed, key)
         assert (list(value) if isinstance(value, tuple) else value) == written[key], key
-    assert {field.name for field in fields(typed)} == request.fields[group].keys() - {"_target_"}
+    frozen_values = frozen(request)[group]
+    assert {field.name for field in fields(typed)} == frozen_values.keys() - {"_target_"}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -186,7 +196,7 @@ def test_the_environment_says_where_data_lies(monkeypatch):
 
 
 def test_what_merely_runs_is_no_part_of_the_fields():
-    assert compose([]).fields.keys() & {"root", "runtime"} == set()
+    assert compose([]).fields.keys() & {"root", "runtime", "tracking"} == set()
 
 
 # Names that are not there.
@@ -231,7 +241,7 @@ def test_what_merely_runs_is_no_part_of_the_fields():
             (
                 "zzz is not a key, but only known keys are read; choose among algorithm, "
                 "budget_macs, dataset, extrapolation, figures, methods, network, projection, "
-                "recipe, root, runtime, seeds, target"
+                "recipe, resources, root, runtime, seeds, target, tracking"
             ),
         ),
         (

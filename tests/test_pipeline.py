@@ -63,6 +63,7 @@ BASE = (
     "projection.width=0.5",
     "projection.fraction=0.5",
     "runtime.device=cpu",
+    "tracking=disabled",
     "methods=[uniform,direct,transfer]",
 )
 

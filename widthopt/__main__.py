@@ -29,6 +29,12 @@ logger = logging.getLogger("widthopt")
 YES = "--yes"
 """A sweep's flag: do not ask, however much it is."""
 
+PAPER = (
+    "fig3_width", "fig3_depth", "fig4_extrapolation", "fig5_resolution", "fig5_fraction",
+    "fig6_compound", "table1",
+)  # fmt: skip
+"""Experiments that draw the paper's figures."""
+
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 """Exit codes: what was asked for cannot be done; it went wrong; Ctrl-C."""
 
@@ -45,6 +51,7 @@ def main() -> None:
     words = sys.argv[1:]
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "cancel": _cancel,
+        "dashboard": _dashboard,
         "doctor": _doctor,
         "logs": _logs,
         "macs": _macs,
@@ -54,6 +61,7 @@ def main() -> None:
         "run": _run_again,
         "show": _show,
         "status": _status,
+        "sync": _sync,
     }
     try:
         if words and words[0] in commands:
@@ -300,6 +308,85 @@ def _run_again(words: Sequence[str]) -> None:
         _end(error, FAILED)
     except Interrupted as error:
         _end(error, STOPPED)
+
+
+def _dashboard(words: Sequence[str]) -> None:
+    """``widthopt dashboard show|push [EXPERIMENT ...] [--project P] [--entity E]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt dashboard",
+        description="Weights & Biases' dashboard of the paper's figures: as JSON, or sent.",
+    )
+    parser.add_argument("what", choices=["show", "push"], help="print its JSON, or send it")
+    parser.add_argument("experiments", nargs="*", help="whose figures; the paper's by default")
+    parser.add_argument("--config-dir", help="a folder of further choices")
+    parser.add_argument("--project", help="W&B's project; tracking.project by default")
+    parser.add_argument("--entity", help="a user or team; tracking.entity by default")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    arguments = parser.parse_args(words)
+    from widthopt.config import compose  # noqa: PLC0415 (imports torch)
+    from widthopt.tracking import dashboard  # noqa: PLC0415
+
+    experiments = arguments.experiments or PAPER
+    figures: dict[str, tuple[str, str, str]] = {}
+    for name in experiments:
+        asked = compose([f"experiment={name}"], config_dir=arguments.config_dir)
+        for one in asked.figures:
+            figures.setdefault(one.name, (one.name, one.title, type(one).__name__))
+    shown = dashboard.sections(figures.values())
+    tracking = compose([]).tracking
+    project: str = arguments.project or tracking.project
+    entity: str | None = arguments.entity or tracking.entity
+    if arguments.what == "show":
+        sys.stdout.write(
+            dashboard.as_json(dashboard.workspace(shown, project=project, entity=entity)) + "\n"
+        )
+        return
+    if entity is None:
+        raise InputError("--entity is missing, but a dashboard belongs to one; add --entity=...")
+    kept = arguments.root / "dashboard.json"
+    for url in dashboard.push(shown, project=project, entity=entity, kept=kept):
+        logger.info("%s", url)
+
+
+def _sync(words: Sequence[str]) -> None:
+    """``widthopt sync [SWEEP ...] [--root FOLDER] [--pause S] [--dry-run]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt sync",
+        description="Send to Weights & Biases what was tracked offline; again it sends only what "
+        "is new. Needs `wandb login` once.",
+    )
+    parser.add_argument("sweeps", nargs="*", help="how their names begin; all runs by default")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two runs")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    arguments = parser.parse_args(words)
+    if not arguments.pause >= 0:
+        raise InputError(f"--pause is {arguments.pause:g}, but it is from 0 up; correct it")
+    from widthopt.tracking.sync import sync, tracked  # noqa: PLC0415 (imports torch)
+
+    root, names = arguments.root, None
+    if arguments.sweeps:
+        from widthopt.sweeps import manifests  # noqa: PLC0415
+
+        names = {run for one in manifests(root, arguments.sweeps) for run in one.runs}
+    if arguments.dry_run:
+        chosen = [one for one in tracked(root) if names is None or one.folder.name in names]
+        left = [one.folder.name for one in chosen if not one.whole]
+        for name in left:
+            sys.stdout.write(f"{name}\n")
+        logger.info("%d of %d runs are to be sent", len(left), len(chosen))
+        return
+    counts = {"sent": 0, "known": 0, "running": 0}
+    for one in sync(root, names=names, pause_seconds=arguments.pause):
+        if one.why:
+            raise Failed(
+                f"{one.name} was not sent ({one.why}); {counts['sent']} were, and the same command "
+                "goes on with the rest"
+            )
+        counts[one.state] += 1
+        if one.state == "sent":
+            logger.info("%s", one.name)
+    logger.info("%d sent, %d had been sent before, %d still run", *counts.values())
 
 
 def _plan(words: Sequence[str]) -> None:

@@ -38,13 +38,15 @@ from widthopt.setting import Resources, Runtime
 
 CONFIG_MODULE = "conf"
 
-_GROUPS = ("network", "dataset", "projection", "algorithm", "extrapolation", "recipe")
+_GROUPS = (
+    "network", "dataset", "projection", "algorithm", "extrapolation", "recipe", "tracking"
+)  # fmt: skip
 _VALUES = (
     "target", "budget_macs", "methods", "seeds", "root", "runtime", "resources", "figures",
 )  # fmt: skip
 
-NEUTRAL = ("root", "runtime", "resources", "figures")
-"""What no result depends on: where it is kept, where and how it is computed, what is drawn."""
+NEUTRAL = ("root", "runtime", "resources", "figures", "tracking")
+"""What no result depends on: where it is kept, how it is computed, what is drawn and logged."""
 
 
 def search(*overrides: str) -> Found:
@@ -239,8 +241,17 @@ def frozen(asked: Request) -> dict[str, Any]:
 
     Figures are left out: they change no result.
     """
-    conditions = {"runtime": asdict(asked.runtime), "resources": asdict(asked.resources)}
-    return {**asked.fields, **conditions, "root": asked.root, "figures": []}
+    kind = type(asked.tracking)
+    tracking = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(asked.tracking)}
+    tracking["tags"] = list(asked.tracking.tags)
+    return {
+        **asked.fields,
+        "runtime": asdict(asked.runtime),
+        "resources": asdict(asked.resources),
+        "tracking": tracking,
+        "root": asked.root,
+        "figures": [],
+    }
 
 
 def figures(values: Any) -> tuple[Any, ...]:

@@ -31,7 +31,8 @@ from widthopt.seeds import derived_seed
 from widthopt.setting import Network, Recipe, Resources, Runtime, Setting
 from widthopt.store import Stage, Store, this_job, writable, write_atomically, writing
 from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted, train
+from widthopt.tracking import About, Tracker, Tracking, tracked
+from widthopt.training import Interrupted, Log, train
 from widthopt.widths import TOLERANCE, Match, match_macs, multipliers
 
 
@@ -84,6 +85,7 @@ class Request:
     root: str
     runtime: Runtime
     resources: Resources
+    tracking: Tracking
     figures: tuple[Any, ...]
     fields: Mapping[str, Any]
 
@@ -183,9 +185,36 @@ class Point:
         """What a method searches with."""
         return Uniform("uniform") if method == "uniform" else self.request.algorithm
 
-    def conditions(self, seed: int, folder: Path) -> Conditions:
+    def conditions(self, seed: int, folder: Path, log: Log | None = None) -> Conditions:
         """What a search runs under."""
-        return Conditions(self.request.recipe, self.request.runtime, seed, folder)
+        return Conditions(self.request.recipe, self.request.runtime, seed, folder, log)
+
+    def about(self, kind: str, method: str, seed: int, stage: Stage) -> About:
+        """What a person finds a stage's tracked run by."""
+        request, salt = self.request, self.request.tracking.salt
+        train = kind == "train"
+        return About(
+            id=stage.folder.name + (f"-{identity.key('salt', salt)}" if salt else ""),
+            kind="baseline" if train and method == "uniform" else kind,
+            network=request.network.name,
+            dataset=request.dataset.name,
+            algorithm=self.algorithm(method).name,
+            method=method,
+            seed=seed,
+            source=_axes(self.setting(method)),
+            target=_axes(self.target) if train else None,
+            figures=tuple(figure.name for figure in request.figures),
+            tags=request.tracking.tags,
+            fields={
+                "stage": stage.fields,
+                "budget_macs": self.budget_macs if train else self.search_budget(method),
+                "extrapolation": self.strategy(method),
+                "search": None
+                if not train or method == "uniform"
+                else self.search_stage(method, seed).folder.name,
+                "job": this_job(),
+            },
+        )
 
     def search_data(self, setting: Setting, seed: int) -> Split:
         """The images that a search sees: some of the training images, and none of the test's."""
@@ -420,12 +449,15 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
     stage = point.search_stage(method, seed)
     with _working(stage, point.device) as done:
         if done is None:
-            result = algorithm.search(
-                setting,
-                point.search_data(setting, seed),
-                budget_macs=point.search_budget(method),
-                conditions=point.conditions(seed, stage.folder),
-            )
+            with _tracked(point, "search", method, seed, stage) as tracker:
+                result = algorithm.search(
+                    setting,
+                    point.search_data(setting, seed),
+                    budget_macs=point.search_budget(method),
+                    conditions=point.conditions(seed, stage.folder, tracker),
+                )
+                if tracker is not None:
+                    _show_search(tracker, point, method, result)
             if distributed.rank() == 0:
                 stage.finish(asdict(result))
             return result
@@ -442,31 +474,41 @@ def trained(point: Point, method: str, seed: int) -> Record:
     """
     one = _found(point, method, seed)
     stage = point.train_stage(method, seed)
-    with _working(stage, point.device) as done:
-        if done is None:
-            measured = _trained(point, one.channels, seed, stage.folder)
-            stages = {"train": stage.folder.name}
-            if method != "uniform":
-                stages["search"] = point.search_stage(method, seed).folder.name
-            record = Record(
-                network=point.request.network.name,
-                dataset=point.request.dataset.name,
-                algorithm=point.request.algorithm.name,
-                target=_axes(point.target),
-                proxy=_axes(point.setting(method)),
-                extrapolation=point.strategy(method),
-                found=one,
-                top1=measured["top1"],
-                top5=measured["top5"],
-                train_macs=int(measured["macs"]),
-                train_seconds=measured["seconds"],
-                train_loss=measured["loss"],
-                stages=stages,
-            )
-            if distributed.rank() == 0:
-                stage.finish(asdict(record))
-            return record
+    with _working(stage, point.device) as before:
+        if before is None:
+            with _tracked(point, "train", method, seed, stage) as tracker:
+                done = _record_of(point, one, stage, tracker)
+        else:
+            done = before
     return recorded(done, method=method, algorithm=point.request.algorithm.name)
+
+
+def _record_of(point: Point, found: Found, stage: Stage, tracker: Tracker | None) -> dict[str, Any]:
+    """Train and evaluate the target at what was found, and keep the record."""
+    measured = _trained(point, found.channels, found.seed, stage.folder, tracker)
+    stages = {"train": stage.folder.name}
+    if found.method != "uniform":
+        stages["search"] = point.search_stage(found.method, found.seed).folder.name
+    record = Record(
+        network=point.request.network.name,
+        dataset=point.request.dataset.name,
+        algorithm=point.request.algorithm.name,
+        target=_axes(point.target),
+        proxy=_axes(point.setting(found.method)),
+        extrapolation=point.strategy(found.method),
+        found=found,
+        top1=measured["top1"],
+        top5=measured["top5"],
+        train_macs=int(measured["macs"]),
+        train_seconds=measured["seconds"],
+        train_loss=measured["loss"],
+        stages=stages,
+    )
+    if tracker is not None:
+        _show_training(tracker, record)
+    if distributed.rank() == 0:
+        stage.finish(asdict(record))
+    return asdict(record)
 
 
 def recorded(result: Mapping[str, Any], *, method: str, algorithm: str) -> Record:
@@ -500,8 +542,71 @@ def _working(stage: Stage, device: torch.device) -> Iterator[dict[str, Any] | No
             raise
 
 
+@contextmanager
+def _tracked(
+    point: Point, kind: str, method: str, seed: int, stage: Stage
+) -> Iterator[Tracker | None]:
+    """Track the work on a stage."""
+    about = point.about(kind, method, seed, stage)
+    with tracked(
+        point.request.tracking, about, stage.folder, interruptions=(Interrupted,)
+    ) as tracker:
+        yield tracker
+
+
+def _show_search(tracker: Tracker, point: Point, method: str, result: SearchResult) -> None:
+    """What a search came to, for its tracked run."""
+    graph = point.blueprint(method).graph
+    moves = result.details.get("moves", ())
+    tracker.rows(
+        [
+            {"slimming/move": place, "slimming/macs": one["macs"], "slimming/errors": one["errors"]}
+            for place, one in enumerate(moves)
+        ]
+    )
+    channels = {name: one * graph.channels[name] for name, one in result.multipliers.items()}
+    tracker.widths(channels, result.multipliers)
+    tracker.summary(
+        {
+            "overhead_macs": result.overhead_macs,
+            "budget_macs": point.search_budget(method),
+            "seconds": result.seconds,
+            **{f"flags/{name}": one for name, one in result.flags.items()},
+            **{
+                f"details/{name}": one
+                for name, one in result.details.items()
+                if not isinstance(one, list | tuple)
+            },
+        }
+    )
+
+
+def _show_training(tracker: Tracker, record: Record) -> None:
+    """What a training came to, for its tracked run."""
+    found = record.found
+    tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
+    tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
+    saved = 100 * found.saved
+    tracker.summary(
+        {
+            "test/top1": record.top1,
+            "test/top5": record.top5,
+            "alpha": found.alpha,
+            "macs": found.macs,
+            "budget_macs": found.budget_macs,
+            "parameters": found.parameters,
+            "overhead_macs": found.overhead_macs,
+            "overhead_saved_pct": saved,
+            "seconds": record.train_seconds,
+            **{f"flags/{name}": one for name, one in found.flags.items()},
+            **{f"figures/{name}/saved_pct": saved for name in tracker.about.figures},
+            **{f"figures/{name}/top1": record.top1 for name in tracker.about.figures},
+        }
+    )
+
+
 def _trained(
-    point: Point, channels: Mapping[str, int], seed: int, folder: Path
+    point: Point, channels: Mapping[str, int], seed: int, folder: Path, log: Log | None
 ) -> dict[str, float]:
     """Train the target at these channels on all of its data, and evaluate it."""
     request = point.request
@@ -523,6 +628,7 @@ def _trained(
         runtime=request.runtime,
         folder=folder,
         label="training",
+        log=log,
     )
     accuracy = evaluate(model, split.evaluation, runtime=request.runtime)
     return {

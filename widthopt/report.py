@@ -256,17 +256,21 @@ _NOTEWORTHY = ("running", "queued", "failed", "blocked", "stale")
 
 def show_figures(
     drawn: Sequence[tuple[Kind, Sequence[Record], Sequence[str]]], *, into: Path
-) -> None:
+) -> dict[str, str]:
     """Draw figures and tables, and one page with all of them; print where they are.
 
     Args:
         drawn: Each with its records, and the names of the points that are missing.
         into: The folder they go to: PNG and PDF, CSV and Markdown, ``index.html``.
 
+    Returns:
+        The names of the pictures' and tables' files, by ``figures/...`` and ``tables/...``.
+
     Raises:
         InputError: The folder cannot be written.
     """
     console, sections = _console(), []
+    media: dict[str, str] = {}
     with writing(into):
         into.mkdir(parents=True, exist_ok=True)
     for kind, records, missing in drawn:
@@ -276,14 +280,17 @@ def show_figures(
             for suffix, content in files.items():
                 write_atomically(into / f"{stem}.{suffix}", content)
             images.append(files["png"])
+            media[f"figures/{stem}"] = f"{stem}.png"
         grid = kind.table(records)
         write_atomically(into / f"{kind.name}.csv", grid.csv())
         write_atomically(into / f"{kind.name}.md", grid.markdown())
+        media[f"tables/{kind.name}"] = f"{kind.name}.csv"
         sections.append(Section(kind.name, kind.title, kind.claim, images, [grid], list(missing)))
         seen = f"{len(records)} records" + (f", {len(missing)} points missing" if missing else "")
         console.print(f"{kind.name}: {kind.title} ({seen})")
     write_atomically(into / "index.html", page("Width transfer", sections))
     console.print(str(into / "index.html"), soft_wrap=True)
+    return media
 
 
 def _saved(figure: Figure, suffix: str) -> bytes:

@@ -246,6 +246,14 @@ class Stage:
             },
         )
 
+    def forget_failure(self) -> None:
+        """Forget what an earlier attempt ended with, since another one is about to begin.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        self._remove("failed.json")
+
     def failure(self) -> dict[str, Any] | None:
         """What the last attempt ended with: what `fail` wrote, or None.
 

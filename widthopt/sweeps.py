@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from widthopt.pipeline import Point, logged, recorded, run, searched, trained
 from widthopt.planning import GPU_MACS_PER_SECOND, Manifest, Plan, Run
 from widthopt.records import Record
 from widthopt.store import Stage, State, Store, this_job, writable, write_atomically, writing
+from widthopt.tracking import About, tracked
 from widthopt.training import Interrupted
 
 
@@ -146,8 +148,21 @@ class Sweep(_Staged):
         folder = run.stage.folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "spec.json", json.dumps(_specified(run), indent=2) + "\n")
+        run.stage.forget_failure()
+        write_atomically(
+            folder / "spec.json", json.dumps(_specified(run, self._figures(name)), indent=2) + "\n"
+        )
         return folder / "spec.json"
+
+    def _figures(self, name: str) -> list[str]:
+        """The figures that show a run: what a person finds it by where runs are tracked."""
+        names = {
+            figure.name: None
+            for point in self.plan.points
+            if name in (point.search, point.train)
+            for figure in point.figures
+        }
+        return list(names)
 
     def end(self) -> None:
         """See `launchers.work.Work`: figures where an experiment has some, else tables."""
@@ -163,9 +178,32 @@ class Sweep(_Staged):
                     report.draw(records, gathered.folder / "figures")
                 folders.append(gathered.folder)
         if self.manifest.figures:
-            draw(self.root, [self.manifest])
+            self._show(draw(self.root, [self.manifest]))
         elif folders:
             report.compare(folders, into=self.root / "report")
+
+    def _show(self, media: Mapping[str, str]) -> None:
+        """Track the figures and tables as a run of their own."""
+        request = self.plan.points[0].point.request
+        about = About(
+            id=f"figures-{self.manifest.name}",
+            kind="figures",
+            network="",
+            dataset="",
+            algorithm="",
+            method="",
+            seed=0,
+            source={},
+            target=None,
+            figures=tuple(self.manifest.figures),
+            tags=request.tracking.tags,
+            fields={"sweep": self.manifest.name},
+        )
+        if request.tracking.mode != "disabled":
+            folder = self.root / "report" / about.id
+            with tracked(request.tracking, about, folder) as tracker:
+                if tracker is not None:
+                    tracker.media({name: f"../{file}" for name, file in media.items()})
 
 
 class Kept(_Staged):
@@ -226,6 +264,7 @@ class Kept(_Staged):
     def freeze(self, name: str) -> Path:
         """See `launchers.work.Work`: it was frozen when the sweep was started."""
         self._spec(name)
+        self.stage(name).forget_failure()
         return self.stage(name).folder / "spec.json"
 
     def _spec(self, name: str) -> dict[str, Any]:
@@ -279,7 +318,14 @@ def _ask(gpu_hours: float) -> None:
     )
 
 
-def _specified(run: Run) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A figure that shows a run, where only its name matters: what draws it need not be there."""
+
+    name: str
+
+
+def _specified(run: Run, figures: Sequence[str]) -> dict[str, Any]:
     """All that a process needs to do a run."""
     config = frozen(run.point.request)
     config["methods"], config["seeds"] = [run.method], [run.seed]
@@ -290,6 +336,7 @@ def _specified(run: Run) -> dict[str, Any]:
         "method": run.method,
         "seed": run.seed,
         "needs": list(run.needs),
+        "figures": list(figures),
         "config": config,
     }
 
@@ -303,7 +350,7 @@ def _read_spec(spec: Path) -> dict[str, Any]:
     content: dict[str, Any] = {}
     try:
         content = json.loads(spec.read_text("utf-8"))
-        known = content.keys() >= {"kind", "method", "seed", "needs", "config"}
+        known = content.keys() >= {"kind", "method", "seed", "needs", "figures", "config"}
         fault = "" if known and content["format"] == FORMAT else "of another version"
     except (OSError, KeyError, AttributeError, ValueError) as error:
         fault = str(error)
@@ -321,19 +368,35 @@ def perform(spec: Path) -> None:
         InputError: What it needs is not there, or it cannot be done.
     """
     content = _read_spec(spec)
-    kind, method, seed = content["kind"], content["method"], content["seed"]
-    needs = content["needs"]
-    point = Point(request(OmegaConf.create(content["config"])))
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        _perform(spec, content, rank)
+    except Exception as error:
+        if not isinstance(error, Interrupted | _Unready):
+            # Said already if it went wrong inside the stage; here it may not have come so far.
+            for stage in Store(spec.parent.parent).stages(content["kind"]):
+                if stage.folder.name == spec.parent.name:
+                    stage.fail(error, rank=rank)
+        raise
+
+
+class _Unready(InputError):  # noqa: N818 (the name is what it is)
+    """What a run needs is not done: no failure of its own."""
+
+
+def _perform(spec: Path, content: Mapping[str, Any], rank: int) -> None:
+    method, seed, needs = content["method"], content["seed"], content["needs"]
+    asked = request(OmegaConf.create(content["config"]))
+    point = Point(replace(asked, figures=tuple(_Named(name) for name in content["figures"])))
     start = f"{this_job() or 'here'}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     meeting = spec.parent / f".meeting-{start}.json"
-    rank = int(os.environ.get("RANK", "0"))
     log = f"log-{rank}.txt" if rank else "log.txt"
     with distributed.together(point.device, meeting=meeting), logged(spec.parent / log):
-        if kind == "search":
+        if content["kind"] == "search":
             searched(point, method, seed)
             return
         if needs and point.search_stage(method, seed).result() is None:
-            raise InputError(
+            raise _Unready(
                 f"{spec.parent.name} is a training that needs {needs[0]}, but that is not done; do "
                 "it first"
             )
@@ -359,12 +422,15 @@ def manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
     return [Manifest.from_json(one.read_text("utf-8"), name=str(one)) for one in chosen]
 
 
-def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
+def draw(root: Path, sweeps: Sequence[Manifest]) -> dict[str, str]:
     """Draw the figures and tables of sweeps from the records there are, and one page of all.
 
     Args:
         root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
         sweeps: One or more; those that have the same figure share it.
+
+    Returns:
+        As `widthopt.report.show_figures`.
     """
     store = Store(root / "stages")
     store.check(write=False)
@@ -394,7 +460,7 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
         (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
         for one in figures(list(kinds.values()))
     ]
-    report.show_figures(drawn, into=root / "report")
+    return report.show_figures(drawn, into=root / "report")
 
 
 def show(root: Path, sweeps: Sequence[Manifest]) -> None:

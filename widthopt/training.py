@@ -37,6 +37,7 @@ __all__ = [
     "Batches",
     "Diverged",
     "Interrupted",
+    "Log",
     "Loop",
     "Objective",
     "Trained",
@@ -92,6 +93,27 @@ class Batches(Protocol):
         Each is float32 images, ``batch channels height width``, and their int64 labels; of
         each batch the part that process ``rank`` of ``ranks`` trains on.
         """
+        ...
+
+
+class Log(Protocol):
+    """Where a training writes what it sees as it goes; see `widthopt.tracking.Tracker`."""
+
+    @property
+    def every(self) -> int:
+        """Steps between two rows; every epoch ends with one."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """The training goes on after so many steps, from 0: rows behind them are void."""
+        ...
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """What was seen when so many steps had been taken."""
+        ...
+
+    def keep(self) -> None:
+        """See that all rows last: a checkpoint is about to say that their steps are done."""
         ...
 
 
@@ -165,6 +187,14 @@ class Objective:
 
     def after_epoch(self, epoch: int) -> None:
         """Called when an epoch (from 0) has ended, before its checkpoint is written."""
+
+    def measures(self) -> dict[str, float]:
+        """What is worth a row beside the loss, as it is now; one process asks, and reads."""
+        return {}
+
+    def epoch_measures(self) -> dict[str, float]:
+        """The same at the end of an epoch, after `after_epoch`."""
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must keep of this objective."""
@@ -261,6 +291,8 @@ class Loop:
         objective: What a step minimises.
         device: Where it computes.
         read_every: Steps between two looks at the device.
+        row_every: Steps between two rows of a log; 0 without one.
+        seen: What the last look saw of its last step.
     """
 
     def __init__(
@@ -306,10 +338,19 @@ class Loop:
         )
         self._unread: list[tuple[int, int, Tensor, Tensor]] = []  # step, images, loss, right
         self.read_every = 1 if self.device.type == "cpu" else _STEPS_UNREAD
+        self.row_every = 0
+        self.seen: dict[str, float] = {}
+        self._gradient_norm: Tensor | None = None
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
         return learning_rate(self._recipe, step=step, **self._schedule)
+
+    def row_due(self, steps: int) -> bool:
+        """Whether a row is to be written when so many steps have been taken."""
+        return self.row_every > 0 and (
+            steps % self.row_every == 0 or steps % self._schedule["steps_per_epoch"] == 0
+        )
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """Update the parameters once.
@@ -344,6 +385,10 @@ class Loop:
             gradient = parameter.grad
             if gradient is not None and gradient.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        if self.row_due(step + 1):
+            self._gradient_norm = nn.utils.get_total_norm(
+                [p.grad for p in self._parameters if p.grad is not None]
+            )
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self._optimizer.step()
@@ -352,7 +397,7 @@ class Loop:
             self.objective.after_step(step, micro_batches)
         self.tally.step = step + 1
         self._unread.append((step, count, loss, right))
-        if len(self._unread) >= self.read_every:
+        if self.tally.step % self.read_every == 0:  # by its number, so that a resumption is alike
             self.read()
 
     def read(self) -> None:
@@ -373,6 +418,10 @@ class Loop:
             self.tally.epoch_images += images
             self.tally.epoch_loss += loss * images
             self.tally.epoch_right += int(right)
+            self.seen = {"loss": loss, "learning_rate": self.learning_rate(step)}
+        if self._gradient_norm is not None:
+            self.seen["gradient_norm"] = float(self._gradient_norm)
+            self._gradient_norm = None
 
     def check(self) -> None:
         """See that what a checkpoint would keep is finite.
@@ -457,6 +506,7 @@ def train(
     objective: Objective | None = None,
     folder: Path | None = None,
     label: str = "",
+    log: Log | None = None,
 ) -> Trained:
     """Train ``model`` in place, or go on where the checkpoints in ``folder`` end.
 
@@ -474,6 +524,7 @@ def train(
         objective: What a step minimises; the recipe's cross-entropy if None.
         folder: Where ``checkpoints/`` goes; nothing is written if None.
         label: What the progress bar or the log calls this training.
+        log: Where rows are written; only the first of several processes writes any.
 
     Returns:
         What was done in all, over every resumption.
@@ -501,6 +552,7 @@ def train(
     saved = _Saved(loop, folder, _identity(loop, recipe, batches, epochs, seed))
     saved.resume()
     tally = loop.tally
+    rows = _Rows(loop, batches, log if distributed.rank() == 0 else None)
     with ExitStack() as stack:
         stack.enter_context(_generators_kept(loop.device))
         stop = stack.enter_context(_Stop(loop, active=folder is not None))
@@ -515,8 +567,9 @@ def train(
         )
         try:
             while tally.step < epochs * batches.steps_per_epoch:
-                _run_epoch(loop, batches, stop, shown)
+                _run_epoch(loop, batches, stop, shown, rows)
                 loop.check()
+                rows.keep()
                 saved.write()
                 if stop.asked():
                     raise Interrupted(
@@ -555,7 +608,7 @@ def _possible(recipe: Recipe, batches: Batches) -> None:
         )
 
 
-def _run_epoch(loop: Loop, batches: Batches, stop: "_Stop", shown: "_Shown") -> None:
+def _run_epoch(loop: Loop, batches: Batches, stop: "_Stop", shown: "_Shown", rows: "_Rows") -> None:
     """The rest of the epoch that the loop is in, or less if asked to stop."""
     tally = loop.tally
     epoch, first = divmod(tally.step, batches.steps_per_epoch)
@@ -570,6 +623,7 @@ def _run_epoch(loop: Loop, batches: Batches, stop: "_Stop", shown: "_Shown") -> 
         stop.agree()
         tally.seconds = before + time.perf_counter() - started
         shown.step()
+        rows.step()
         if stop.asked():
             break
     loop.read()
@@ -579,6 +633,7 @@ def _run_epoch(loop: Loop, batches: Batches, stop: "_Stop", shown: "_Shown") -> 
         loop.objective.after_epoch(epoch)
         tally.seconds = before + time.perf_counter() - started
         shown.epoch(epoch)
+        rows.epoch()
 
 
 def _fetched(
@@ -782,6 +837,48 @@ class _Shown:
             f"{(tally.images - images) / max(spent, 1e-9):.0f} images/s, "
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
+
+
+class _Rows:
+    """What a training logs: at steps that follow from their number, where the device is read."""
+
+    def __init__(self, loop: Loop, batches: Batches, log: Log | None) -> None:
+        self._loop, self._log = loop, log
+        self._per_epoch = batches.steps_per_epoch
+        self._since = (loop.tally.images, loop.tally.seconds)
+        if log is not None:
+            # A look at an accelerator waits for it: rows come when there is one anyway.
+            loop.row_every = math.ceil(log.every / loop.read_every) * loop.read_every
+            log.resume(loop.tally.step)
+
+    def step(self) -> None:
+        """Write a row if one is due; the last of an epoch is `epoch`'s."""
+        taken = self._loop.tally.step
+        if self._log is not None and taken % self._per_epoch and self._loop.row_due(taken):
+            self._row(self._log, {})
+
+    def epoch(self) -> None:
+        """Write the row that an epoch ends with."""
+        if self._log is not None:
+            tally = self._loop.tally
+            more = {"epoch_loss": tally.loss, "top1": tally.top1}
+            self._row(self._log, more | self._loop.objective.epoch_measures())
+
+    def keep(self) -> None:
+        """See `Log.keep`."""
+        if self._log is not None:
+            self._log.keep()
+
+    def _row(self, log: Log, more: Mapping[str, float]) -> None:
+        loop, tally = self._loop, self._loop.tally
+        (images, seconds), self._since = self._since, (tally.images, tally.seconds)
+        values = {"epoch": tally.step / self._per_epoch, **loop.seen, **loop.objective.measures()}
+        if tally.seconds > seconds:
+            rate = (tally.images - images) / (tally.seconds - seconds)
+            values["perf/images_per_second"] = rate
+        if loop.device.type == "cuda":
+            values["perf/gpu_memory_gib"] = torch.cuda.max_memory_allocated(loop.device) / 2**30
+        log.row(tally.step, {**values, **more})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, NETWORK, command, one_line
@@ -16,6 +17,7 @@ BASE = (
     "network=custom", "network.factory=my_network.MyNetwork", "recipe=smoke",
     "algorithm=morphnet", "algorithm.strength=5", "target.resolution=12", "runtime.device=cpu",
     "methods=[transfer]", "runtime.backend=slice", "runtime.memory_format=contiguous",
+    "tracking=disabled",
 )  # fmt: skip
 SWEEP = ("-m", *BASE, "hydra/launcher=slurm", "hydra.launcher.resources.cpus_per_task=1")
 ONE = (*SWEEP, "projection.width=0.5", "seeds=[0]")
@@ -485,9 +487,9 @@ def test_processes_that_are_preempted_agree_where_to_stop(folder):
     ("word", "said"),
     [
         ("hydra.launcher.options.partition=nowhere", "partition"),
-        ("hydra.launcher.options.constraint=quantum", "node configuration"),
+        ("hydra.launcher.options.constraint=quantum", "Invalid feature"),
         ("hydra.launcher.resources.gpus_per_node=9", "node configuration"),
-        ("hydra.launcher.options.partition=short", "time limit"),
+        ("hydra.launcher.options.account=strangers", "account"),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word, said):
@@ -504,6 +506,10 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
 @pytest.mark.parametrize(
     ("word", "said"),
     [
+        (
+            "hydra.launcher.options.partition=short",
+            "hydra.launcher.resources.minutes is 60, but the time limit of partition short is 5;",
+        ),
         ("hydra.launcher.gpus_as=shares", "hydra.launcher.gpus_as is shares, but it must be"),
         ("hydra.launcher.parallelism=0", "hydra.launcher.parallelism is 0, but it is a whole"),
         ("hydra.launcher.resources.nodes=0", "hydra.launcher.resources.nodes is 0, but it is a"),
@@ -527,7 +533,7 @@ def test_without_sbatch_the_remedy_is_named(folder):
 
 def test_a_dead_controller_is_named_and_nothing_is_written(folder):
     conf = folder.path / "slurm.conf"
-    text = open(folder.environment["SLURM_CONF"]).read()  # noqa: PTH123, SIM115
+    text = Path(folder.environment["SLURM_CONF"]).read_text()
     port = next(line for line in text.splitlines() if line.startswith("SlurmctldPort="))
     conf.write_text(text.replace(port, "SlurmctldPort=1") + "\nMessageTimeout=2\n")
     done = folder.widthopt(*ONE, SLURM_CONF=str(conf))

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from widthopt.data import Counts, Split
 from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime, Setting
+from widthopt.training import Log
 from widthopt.widthgraph import WidthGraph, listed
 
 
@@ -24,12 +25,14 @@ class Conditions:
         runtime: Where and how to compute.
         seed: The run's seed.
         folder: Where checkpoints and what else is worth keeping go.
+        log: Where its training writes what it sees.
     """
 
     recipe: Recipe
     runtime: Runtime
     seed: int
     folder: Path
+    log: Log | None = None
 
 
 @dataclass(frozen=True, slots=True)

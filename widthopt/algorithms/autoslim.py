@@ -126,6 +126,7 @@ class AutoSlim:
             objective=objective,
             folder=conditions.folder,
             label=f"{self.name} search",
+            log=conditions.log,
         )
         # Slimming chooses its own memory format: it reuses values, so that others are faster.
         supernet.mixed = False

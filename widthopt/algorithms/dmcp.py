@@ -152,6 +152,7 @@ class DMCP:
             objective=objective,
             folder=conditions.folder,
             label=f"{self.name} search",
+            log=conditions.log,
         )
         chains = objective.chains
         expected = chains.expected_channels()
@@ -292,6 +293,8 @@ class _Architecture(Sandwich):
         self._sgd = AlphaSGD(self.chains, mu=algorithm.momentum)
         self._sides = torch.zeros(3, dtype=torch.int64)
         self._history = torch.zeros(0, dtype=torch.float64)
+        self._architecture: Tensor | None = None
+        self._learning = 0
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -318,10 +321,13 @@ class _Architecture(Sandwich):
             return
         marginals = self.chains.marginals().requires_grad_()
         images = sum(len(labels) for _, labels in micro_batches)
+        self._architecture = torch.zeros((), device=marginals.device)
         for pixels, labels in micro_batches:
             factors = self.chains.factors(marginals).to(torch.float32)
             loss = self.loss(self.supernet.mixture(pixels, factors), labels)
             self.backpropagate(loss, share=len(labels) / images)
+            self._architecture += loss.detach() * (len(labels) / images)
+        self._learning = step - self._first
         assert marginals.grad is not None
         # The mean over the images of all processes, in one exchange.
         seen = torch.tensor([float(images)], dtype=torch.float64, device=marginals.device)
@@ -364,6 +370,21 @@ class _Architecture(Sandwich):
         part = self.chains.expected_macs() / self.budget_macs
         self._history = torch.cat([self._history, torch.tensor([part], dtype=torch.float64)])
         logger.debug("epoch %d: expected MACs at %.4f of the budget", epoch, part)
+
+    def measures(self) -> dict[str, float]:
+        """See `Objective.measures`: the budget, and once the chains are learnt, how."""
+        found = super().measures()
+        found["budget_share"] = self.chains.expected_macs() / self.budget_macs
+        if self._architecture is not None:
+            found["architecture_loss"] = float(self._architecture)
+            found["chains_learning_rate"] = self.rate(self._learning)
+            for name, steps in zip(("below", "within", "above"), self._sides, strict=True):
+                found[f"steps_{name}"] = int(steps)
+        return found
+
+    def epoch_measures(self) -> dict[str, float]:
+        """The channels that are expected of each width variable."""
+        return {f"channels/{name}": one for name, one in self.chains.expected_channels().items()}
 
     def details(self) -> dict[str, Any]:
         """How it went: by epoch, and how many steps were below, within and above the band."""

@@ -113,6 +113,7 @@ class MorphNet:
             objective=objective,
             folder=conditions.folder,
             label=f"{self.name} search",
+            log=conditions.log,
         )
         begin = time.perf_counter()
         # Reading: accuracy is compared with fresh statistics on both sides, so that the gap is
@@ -243,6 +244,30 @@ class _Pruning(Objective):
         )  # fmt: skip
         if self._algorithm.truncate and epoch < self._last_epoch:
             self._penalty.truncate()
+
+    def measures(self) -> dict[str, float]:
+        """The penalty, and what is alive."""
+        macs: int = self._penalty.graph.macs(self._alive())
+        return {
+            "penalty": float(self._penalty.value_and_gradient()[0]),
+            "macs_share": macs / self._penalty.macs,
+            "dead_classes": int((~self._penalty.scales().alive).sum()),
+            "mixed_classes": self._penalty.mixed,
+        }
+
+    def epoch_measures(self) -> dict[str, float]:
+        """Channels alive and the largest scale of each width variable, and what revived."""
+        alive, largest = self._alive(), self._penalty.largest()
+        return {
+            "revived_classes": float(self._history[-1, 3]),
+            **{f"channels/{name}": count for name, count in alive.items()},
+            **{f"scales/{name}": scale for name, scale in largest.items()},
+        }
+
+    def _alive(self) -> dict[str, int]:
+        """Channels alive of each width variable."""
+        free, counts = self._penalty.graph.free, self._penalty.counts()
+        return {name: counts[name] * one.unit for name, one in free.items()}
 
     def history(self) -> list[dict[str, float]]:
         """By epoch: R/F0 at its end, classes dead, and classes that came back to life."""

@@ -41,6 +41,7 @@ class Penalty:
     """The penalty of one network, whose scales it reads and whose gradients it adds to.
 
     Attributes:
+        graph: The network's graph.
         macs: MACs of the whole network, F0; the penalty is relative to it.
         variables: Names of the free width variables, in the order of all vectors here.
         searchable: Those that have scales.
@@ -68,6 +69,7 @@ class Penalty:
             InputError: The network has no BatchNorm with scales on a free width variable.
         """
         check_searchable(graph, algorithm="morphnet")
+        self.graph = graph
         self._threshold, self._tie = threshold, tie
         self.macs: int = graph.macs()
         self.variables = list(graph.free)

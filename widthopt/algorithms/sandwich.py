@@ -91,6 +91,8 @@ class Sandwich(Objective):
         self._share = 1.0 if reduction == "sum" else 1 / (2 + random_subnets)
         self._narrowest = {name: grid[0] for name, grid in grids.items()}
         self._students: list[dict[str, int]] = []
+        self._losses: list[Tensor] = []  # of the step's students, over the images so far
+        self._images = 0
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -106,6 +108,7 @@ class Sandwich(Objective):
         """Draw the step's random subnets; they follow from the seed and the step alone."""
         random = [self.draw(step, number) for number in range(self._random_subnets)]
         self._students = [self._narrowest, *random]
+        self._losses, self._images = [], 0
         graph = self.supernet.graph
         self.macs += 3 * images * (graph.macs() + sum(map(graph.macs, self._students)))
 
@@ -130,11 +133,23 @@ class Sandwich(Objective):
         loss = self.loss(logits, labels)
         self.backpropagate(loss, share=share)
         teacher = logits.detach().float().softmax(1)
+        losses = []
         for channels in self._students:
             subnet = self.supernet.subnet(channels)
-            self.backpropagate(distillation(subnet(images), teacher), share=share)
+            student = distillation(subnet(images), teacher)
+            self.backpropagate(student, share=share)
             subnet.collect()
+            losses.append(student.detach() * len(labels))
+        before = self._losses or [torch.zeros_like(one) for one in losses]
+        self._losses = [one + other for one, other in zip(before, losses, strict=True)]
+        self._images += len(labels)
         return loss.detach(), logits.detach()
+
+    def measures(self) -> dict[str, float]:
+        """The losses of the step's other subnets, over this process's images."""
+        names = ["narrowest", *(f"random_{one}" for one in range(1, len(self._losses)))]
+        losses = torch.stack(self._losses) / self._images if self._losses else torch.zeros(0)
+        return {f"loss_{name}": loss for name, loss in zip(names, losses.tolist(), strict=False)}
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Objective.tensors`."""

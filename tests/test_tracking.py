@@ -1,0 +1,468 @@
+"""What a run writes down as it goes, without W&B; `test_wandb.py` has W&B's real client."""
+
+import json
+import resource
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from commands import one_line, widthopt
+from small import RUNTIME, Small, SmallNetwork, Synthetic
+
+from widthopt.algorithms import Conditions
+from widthopt.algorithms.sandwich import Sandwich
+from widthopt.config import compose, frozen, request
+from widthopt.data import Split
+from widthopt.errors import InputError
+from widthopt.pipeline import Point
+from widthopt.setting import Setting
+from widthopt.surgery import Blueprint
+from widthopt.tracking import About, Tracker, tracked
+from widthopt.tracking.lines import Lines, rows
+from widthopt.tracking.metrics import known
+from widthopt.tracking.secrets import HIDDEN, hidden
+from widthopt.training import Diverged, Interrupted, train
+
+
+TRACKING = replace(compose(["tracking=disabled"]).tracking, every=3)
+RECIPE = replace(compose(["recipe=smoke"]).recipe, batch_size=16, search_epochs=4, epochs=4)
+AXES = {"width": 0.312, "depth": 1, "resolution": 8, "fraction": 1.0}
+ABOUT = About(
+    id="train-0",
+    kind="train",
+    network="small",
+    dataset="noise",
+    algorithm="dmcp",
+    method="transfer",
+    seed=2,
+    source=AXES,
+    target={**AXES, "width": 1.732},
+    figures=("fig3_width",),
+    tags=("mine",),
+    fields={},
+)
+NOT_REPEATED = ("time", "perf/images_per_second")
+
+
+def repeated(folder):
+    """The rows of a run, without what depends on the clock."""
+    return [
+        {name: value for name, value in row.items() if name not in NOT_REPEATED}
+        for row in rows(folder / "metrics.jsonl")
+    ]
+
+
+def trained(folder, data, log):
+    torch.manual_seed(0)
+    model = Small(4)
+    train(
+        model, data, recipe=RECIPE, epochs=4, seed=0, runtime=RUNTIME, folder=folder, log=log
+    )  # fmt: skip
+    return model
+
+
+def found_by(name, folder, log, interrupt=None):
+    """What a search of a small network finds."""
+    algorithm = compose([f"algorithm={name}"]).algorithm
+    if name == "dmcp":
+        algorithm = replace(algorithm, grid="even")
+    where = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+    return algorithm.search(
+        where,
+        Split(Synthetic(interrupt=interrupt), Synthetic(), 4),
+        budget_macs=Blueprint(where).graph.macs(),
+        conditions=Conditions(RECIPE, RUNTIME, 0, folder, log),
+    )
+
+
+def searched(name, folder, interrupt=None, tracking=TRACKING):
+    """The same, tracked: its rows are in the folder."""
+    about = replace(ABOUT, kind="search")
+    with tracked(tracking, about, folder, interruptions=(Interrupted,)) as log:
+        return found_by(name, folder, log, interrupt)
+
+
+# What is written.
+
+
+def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
+    log = Tracker(TRACKING, ABOUT, tmp_path)
+    trained(tmp_path, Synthetic(), log)
+    found = rows(tmp_path / "metrics.jsonl")
+    # Four epochs of four steps, and every third step.
+    assert [row["step"] for row in found] == [3, 4, 6, 8, 9, 12, 15, 16]
+    assert ["train/top1" in row for row in found] == [row["step"] % 4 == 0 for row in found]
+    assert [row["epoch"] for row in found] == [row["step"] / 4 for row in found]
+    assert all(row["perf/images_per_second"] > 0 for row in found)
+
+
+def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
+    """The first step is taken at a rate of zero, so its gradient is that of the fresh network."""
+    log = Tracker(replace(TRACKING, every=1), ABOUT, tmp_path)
+    trained(tmp_path, Synthetic(), log)
+    first = rows(tmp_path / "metrics.jsonl")[0]
+    torch.manual_seed(0)
+    model = Small(4).train()
+    images, labels = next(iter(Synthetic().epoch(0)))
+    loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+    loss.backward()
+    length = sum(float(one.grad.double().square().sum()) for one in model.parameters()) ** 0.5
+    assert first["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["train/gradient_norm"] == pytest.approx(length, rel=1e-4)
+    assert first["train/learning_rate"] == 0
+
+
+def test_a_training_is_the_same_to_the_bit_whether_it_is_tracked_or_not(tmp_path):
+    plain = trained(tmp_path / "plain", Synthetic(), None)
+    logged = trained(tmp_path / "logged", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, logged.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
+def test_a_search_logs_only_what_is_declared_and_finds_what_it_would_untracked(name, tmp_path):
+    found = searched(name, tmp_path / "tracked")
+    names = {key for row in repeated(tmp_path / "tracked") for key in row} - {"step"}
+    assert [one for one in sorted(names) if not known(one)] == []
+    plain = found_by(name, tmp_path / "plain", None)
+    assert plain.multipliers == found.multipliers
+    assert plain.overhead_macs == found.overhead_macs
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("morphnet", {"search/penalty", "search/dead_classes", "channels/wide", "scales/wide"}),
+        ("autoslim", {"search/loss_narrowest", "search/loss_random_1", "search/loss_random_2"}),
+        (
+            "dmcp",
+            {
+                "search/budget_share", "search/architecture_loss", "search/steps_within",
+                "search/loss_random_2", "channels/wide",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_search_logs_the_diagnostics_that_its_specification_asks_for(name, wanted, tmp_path):
+    searched(name, tmp_path)
+    names = {key for row in repeated(tmp_path) for key in row}
+    assert wanted <= names
+
+
+def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, monkeypatch):
+    """Two micro-batches: what is logged is the mean of what each of them lost."""
+    seen = []
+
+    class Watching(Sandwich):
+        def backpropagate(self, loss, *, share):
+            seen.append(loss.item())
+            super().backpropagate(loss, share=share)
+
+    monkeypatch.setattr("widthopt.algorithms.autoslim.Sandwich", Watching)
+    monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, accumulation=2))
+    searched("autoslim", tmp_path, tracking=replace(TRACKING, every=1))
+    # In each micro-batch the widest, the narrowest and two random ones.
+    narrowest = [(one + other) / 2 for one, other in zip(seen[1::8], seen[5::8], strict=True)]
+    logged = [row["search/loss_narrowest"] for row in repeated(tmp_path) if row["step"] <= 16]
+    assert logged == pytest.approx(narrowest, rel=1e-6)
+
+
+# Interruptions.
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 15])
+def test_a_training_that_was_interrupted_leaves_the_rows_of_one_that_was_not(step, tmp_path):
+    trained(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
+    folder = tmp_path / "parts"
+    with pytest.raises(Interrupted):
+        trained(folder, Synthetic(interrupt=step), Tracker(TRACKING, ABOUT, folder))
+    trained(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
+    assert repeated(folder) == repeated(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
+def test_a_search_that_was_interrupted_leaves_the_rows_of_one_that_was_not(name, tmp_path):
+    searched(name, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        searched(name, tmp_path / "parts", interrupt=10)
+    searched(name, tmp_path / "parts")
+    assert repeated(tmp_path / "parts") == repeated(tmp_path / "whole")
+
+
+def test_rows_behind_the_checkpoint_of_a_process_that_was_killed_are_written_once(tmp_path):
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    class Deadly(Tracker):
+        def row(self, step, values):
+            super().row(step, values)
+            if step == 15:  # the checkpoint is of step 12
+                raise Killed
+
+    trained(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
+    folder = tmp_path / "parts"
+    with pytest.raises(Killed):
+        trained(folder, Synthetic(), Deadly(TRACKING, ABOUT, folder))
+    assert repeated(folder)[-1]["step"] == 15
+    trained(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
+    assert repeated(folder) == repeated(tmp_path / "whole")
+
+
+def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
+    """When a checkpoint is written, the file ends with the row of its step."""
+    seen = []
+
+    class Watching(Tracker):
+        def keep(self):
+            super().keep()
+            last = rows(tmp_path / "metrics.jsonl")[-1]["step"]
+            seen.append((last, (tmp_path / "checkpoints" / f"step-{last:08d}").exists()))
+
+    trained(tmp_path, Synthetic(), Watching(TRACKING, ABOUT, tmp_path))
+    assert seen == [(4, False), (8, False), (12, False), (16, False)]
+
+
+# The file.
+
+
+def test_a_line_that_was_cut_short_is_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
+    assert rows(path) == [{"step": 1, "a": 1}]
+    lines = Lines(path)
+    assert lines.cut(7) == [{"step": 1, "a": 1}]
+    lines.add({"step": 2, "a": 3})
+    assert rows(path) == [{"step": 1, "a": 1}, {"step": 2, "a": 3}]
+
+
+@contextmanager
+def files_no_longer_than(size):
+    """A disk that takes no more than so many bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_a_full_disk_would_not_take_is_one_warning_and_is_written_later(tmp_path, caplog):
+    log = Tracker(TRACKING, ABOUT, tmp_path)
+    log.resume(0)
+    with files_no_longer_than(100):
+        for step in range(1, 6):
+            log.row(step, {"loss": 1.0})
+    whole = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in whole] == [1]
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    log.row(6, {"loss": 1.0})
+    log.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    warnings = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (")
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    log = Tracker(TRACKING, ABOUT, tmp_path)
+    log.row(1, {"loss": float("nan"), "top1": 3.0})
+    log.close()
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert row.keys() == {"step", "time", "train/top1"}
+
+
+def test_widths_are_a_file_rows_by_layer_and_lists(tmp_path):
+    log = Tracker(TRACKING, ABOUT, tmp_path)
+    log.row(7, {"loss": 1.0})
+    log.widths({"conv1": 30, "conv2": 8}, {"conv1": 0.5, "conv2": 2.0}, alpha=1.5)
+    log.close()
+    assert json.loads((tmp_path / "widths.json").read_text()) == {
+        "channels": {"conv1": 30, "conv2": 8},
+        "multipliers": {"conv1": 0.5, "conv2": 2.0},
+        "alpha": 1.5,
+    }
+    assert [
+        (row["step"], row["layer/index"], row["layer/channels"], row["layer/multiplier"])
+        for row in rows(tmp_path / "metrics.jsonl")[1:]
+    ] == [(8, 0, 30, 0.5), (9, 1, 8, 2.0)]
+    assert log.end.summary["widths/channels"] == [30, 8]
+
+
+# How runs end.
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "preempted", "why"),
+    [
+        (None, 0, False, ""),
+        (Interrupted("later"), 1, True, ""),
+        (KeyboardInterrupt(), 1, True, ""),
+        (SystemExit(-1), 1, True, ""),
+        (Diverged("the loss is nan"), 1, False, "Diverged: the loss is nan"),
+    ],
+)
+def test_a_run_ends_as_its_work_did(error, code, preempted, why, tmp_path):
+    kept = []
+
+    def work():
+        with tracked(TRACKING, ABOUT, tmp_path, interruptions=(Interrupted,)) as log:
+            kept.append(log)
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(type(error)):
+            work()
+    end = kept[0].end
+    assert (end.code, end.preempted, end.why) == (code, preempted, why)
+
+
+# Names.
+
+
+def test_a_run_is_found_by_figure_network_algorithm_and_seed():
+    assert ABOUT.name == "train small noise dmcp w0.312>w1.732 d1 r8 f1 s2"
+    assert ABOUT.group == "train/small/noise/dmcp/w0.312>w1.732-d1-r8-f1"
+    assert ABOUT.labels == ["fig3_width", "small", "noise", "dmcp", "transfer", "seed2", "mine"]
+    assert (ABOUT.config["source_width"], ABOUT.config["target_width"]) == (0.312, 1.732)
+
+
+def test_seeds_share_a_group_and_nothing_else_does():
+    assert replace(ABOUT, seed=0).group == ABOUT.group
+    assert replace(ABOUT, seed=0).name != ABOUT.name
+    for other in (
+        replace(ABOUT, algorithm="morphnet"),
+        replace(ABOUT, network="large"),
+        replace(ABOUT, source={**AXES, "width": 0.5}),
+        replace(ABOUT, kind="search", target=None),
+    ):
+        assert other.group != ABOUT.group
+
+
+def test_tags_are_no_longer_than_w_and_b_takes():
+    assert max(map(len, replace(ABOUT, network="n" * 99).labels)) == 64
+
+
+def test_the_id_of_a_run_is_its_stages_and_a_salt_makes_another():
+    one = Point(compose(["target.resolution=32"]), images=False)
+    stage = one.search_stage("transfer", 3)
+    assert one.about("search", "transfer", 3, stage).id == stage.folder.name
+    salted = Point(compose(["target.resolution=32", "tracking.salt=again"]), images=False)
+    assert salted.search_stage("transfer", 3).folder.name == stage.folder.name
+    other = salted.about("search", "transfer", 3, stage).id
+    assert other.startswith(stage.folder.name)
+    assert other != stage.folder.name
+
+
+def test_tracking_names_no_run_and_is_frozen_with_it():
+    one = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.every=7"])
+    other = compose(["tracking=disabled"])
+    assert one.fields == other.fields
+    again = request(_config(frozen(one)))
+    assert again.tracking == one.tracking
+    assert again.tracking.every == 7
+
+
+def _config(values):
+    from omegaconf import OmegaConf  # noqa: PLC0415
+
+    return OmegaConf.create(values)
+
+
+def test_offline_is_the_default():
+    assert compose([]).tracking.mode == "offline"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "tracking=onlin",
+            (
+                "tracking is onlin, but there is no such choice; use one of disabled, offline, "
+                "online"
+            ),
+        ),
+        (
+            "tracking.mode=on",
+            "tracking.mode is on, but it must be one of offline, online, disabled; correct it",
+        ),
+        (
+            "tracking.every=0",
+            (
+                "tracking.every is 0, but it is a number of steps; use a whole number from 1 up; "
+                "correct it"
+            ),
+        ),
+        (
+            "tracking.project=''",
+            "tracking.project is , but it has 1 to 128 characters; correct it",
+        ),
+        (
+            f"tracking.tags=[{'x' * 65}]",
+            f"tracking.tags is [{'x' * 65}], but a tag has 1 to 64 characters; correct it",
+        ),
+        (
+            "tracking.finish_seconds=0",
+            "tracking.finish_seconds is 0.0, but it is a number above 0; correct it",
+        ),
+    ],
+)
+def test_a_mistake_in_tracking_is_one_line(override, line):
+    with pytest.raises(InputError) as caught:
+        compose([override])
+    assert str(caught.value) == line
+
+
+# Secrets.
+
+
+def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypatch):
+    key = "a1" * 20
+    monkeypatch.setenv("MY_TOKEN", "correct-horse-battery")
+    assert hidden(
+        {
+            "api_key": "x",
+            "nested": {"Password": "y", "path": f"/home/me/{key}/data", "list": [key, 3, None]},
+            "said": "it was correct-horse-battery",
+            "sentence": "a path/of/many_short_parts is no key: " + "/".join(["word"] * 20),
+            "key": "0123456789ab",
+        }
+    ) == {
+        "nested": {"path": f"/home/me/{HIDDEN}/data", "list": [HIDDEN, 3, None]},
+        "said": f"it was {HIDDEN}",
+        "sentence": "a path/of/many_short_parts is no key: " + "/".join(["word"] * 20),
+        "key": "0123456789ab",
+    }
+
+
+# What is not loaded.
+
+
+def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
+    code = (
+        "import sys, widthopt; widthopt.trace; import widthopt.sweeps;"
+        "import widthopt.tracking.sync; sys.exit('wandb' in sys.modules)"
+    )
+    import subprocess  # noqa: PLC0415
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)  # noqa: S603
+    assert done.returncode == 0
+
+
+def test_sync_of_nothing_says_so(tmp_path):
+    done = widthopt("sync", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "0 sent, 0 had been sent before, 0 still run\n")
+
+
+def test_sync_names_what_is_no_sweep(tmp_path):
+    assert one_line(widthopt("sync", "fig3", folder=tmp_path), 2) == (
+        "fig3 is no sweep in runs, but the sweeps there are: none"
+    )
+    assert one_line(widthopt("sync", "--pause", "-1", folder=tmp_path), 2) == (
+        "--pause is -1, but it is from 0 up; correct it"
+    )

@@ -1,0 +1,623 @@
+"""W&B's real client: its files read back with its own tool, and against a stand-in server."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT, NETWORK, TINY, command
+from wandb_server import KEY, Server
+
+from widthopt.tracking.lines import rows
+
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="W&B is not installed"
+)
+
+ISOLATED = shutil.which("unshare") is not None and (
+    subprocess.run(["unshare", "-rn", "true"], check=False, capture_output=True).returncode == 0  # noqa: S607
+)
+BARE = {name: one for name, one in ENVIRONMENT.items() if not name.startswith("WANDB")}
+WORDS = (*(one for one in TINY if not one.startswith("tracking")), "tracking.every=5")
+SWEEP = (
+    "-m", "--config-dir", "conf", *WORDS, "experiment=mine", "seeds=[0],[1]",
+    "recipe.learning_rate=0.4,1e12", "methods=[transfer]",
+)  # fmt: skip
+"""Four points; at one of the learning rates the search diverges."""
+
+FIGURE = """# @package _global_
+# A figure of this test.
+figures:
+  - _target_: widthopt.figures.transfer.Transfer
+    name: mine
+    title: Mine
+    axis: width
+    series: algorithm
+    panels: {my_network.MyNetwork: Mine}
+    claim: Widths carry over.
+    paper_saved: {}
+hydra:
+  mode: MULTIRUN
+"""
+
+CHILD = textwrap.dedent("""
+    import json, logging, sys, time
+    from pathlib import Path
+    from widthopt.config import compose
+    from widthopt.tracking import About, tracked
+
+    options = json.loads(sys.argv[1])
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    tracking = compose([f"tracking={options['mode']}", "tracking.start_seconds=8",
+                        "tracking.finish_seconds=4"]).tracking
+    axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
+    about = About(id="train-x", kind="train", network="n", dataset="d", algorithm="dmcp",
+                  method="direct", seed=0, source=axes, target=axes, figures=("fig3",), tags=(),
+                  fields=options.get("fields", {}))
+    folder = Path(options["folder"])
+    with tracked(tracking, about, folder) as log:
+        log.resume(options.get("from", -1))
+        for step in range(options.get("from", 0) + 1, options["steps"] + 1):
+            log.row(step, {"loss": 1 / step, "epoch": step / 10})
+            if step == options.get("wait_at"):
+                print("waiting", flush=True)
+                sys.stdin.readline()
+            time.sleep(options.get("nap", 0))
+        log.widths({"conv": 3}, {"conv": 1.0})
+        log.summary({"alpha": 1.5})
+        print(f"closing {time.time()}", flush=True)
+    print(f"closed {time.time()}", flush=True)
+""")
+
+
+def environment(server=None, key=KEY, **others):
+    """What a process finds: no configuration of W&B's but this."""
+    found = {**BARE, **others, "PYTHONPATH": str(Path(__file__).parents[1])}
+    if server is not None:
+        found["WANDB_BASE_URL"] = server if isinstance(server, str) else server.url
+    if key:
+        found["WANDB_API_KEY"] = key
+    return found
+
+
+def child(folder, env, **options):
+    """A process that tracks a run of some rows."""
+    given = {"folder": str(folder / "stages" / "train-x"), "mode": "online", "steps": 20, **options}
+    return subprocess.Popen(  # noqa: S603 (our own words)
+        [sys.executable, "-c", CHILD, json.dumps(given)],
+        cwd=folder, env={**env, "HOME": str(folder)}, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ended(process):
+    """What it said, and for how many seconds it waited for W&B at the end."""
+    said, wrong = process.communicate(timeout=120)
+    assert process.returncode == 0, wrong
+    times = dict(line.split() for line in said.splitlines() if line.startswith("clos"))
+    return wrong, float(times["closed"]) - float(times["closing"])
+
+
+def start(folder, *words, env, prefix=()):
+    return subprocess.run(  # noqa: S603 (our own words)
+        [*prefix, *command(*words)],
+        cwd=folder, env={**env, "HOME": str(folder)}, capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+
+
+def synced(folder, server, **others):
+    return start(folder, "sync", "--pause", "0", env=environment(server, **others))
+
+
+def inspected(segment):
+    """The records of one of W&B's files, as its own tool reads them."""
+    done = subprocess.run(  # noqa: S603 (our own words)
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def logged(folder):
+    """The rows of a run by their steps, as they are kept."""
+    return {row["step"]: row for row in rows(folder / "metrics.jsonl")}
+
+
+def assert_same_rows(run, folder):
+    """Nothing was lost and nothing doubled on the way to a server."""
+    kept = logged(folder)
+    assert run.steps == sorted(kept)
+    for row in run.history:
+        told = {name: one for name, one in row.items() if not name.startswith("_")}
+        mine = {k: v for k, v in kept[row["_step"]].items() if k not in ("step", "time")}
+        assert told == pytest.approx(mine)
+
+
+# A sweep on a machine without any network, and what becomes of it.
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep with a job that fails; offline, in a namespace without a network if there may be."""
+    folder = tmp_path_factory.mktemp("swept")
+    (folder / "my_network.py").write_text(NETWORK)
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    (folder / "conf" / "experiment" / "mine.yaml").write_text(FIGURE)
+    prefix = ("unshare", "-rn") if ISOLATED else ()
+    with Server() as server:
+        done = start(folder, *SWEEP, env=environment(server), prefix=prefix)
+        reached = list(server.requests)
+    return folder, done, reached
+
+
+def stages(folder):
+    return sorted((folder / "runs" / "stages").glob("*-*"))
+
+
+def test_a_sweep_runs_without_a_network_and_asks_for_none(swept):
+    _, done, reached = swept
+    assert done.returncode == 1, done.stderr
+    assert "4 of 8 runs are done, 2 failed and 2 wait" in done.stderr
+    assert "tracking" not in done.stderr
+    assert reached == []
+
+
+def test_a_run_offline_reads_back_as_what_it_was(swept):
+    folder, _, _ = swept
+    done = [one for one in stages(folder) if (one / "result.json").exists()]
+    assert sorted(one.name.partition("-")[0] for one in done) == ["search"] * 2 + ["train"] * 2
+    for stage in done:
+        (segment,) = stage.glob("wandb/offline-run-*/run-*.wandb")
+        records = inspected(segment)
+        (run,) = [one["run"] for one in records if one["type"] == "run"]
+        kind = stage.name.partition("-")[0]
+        assert run["run_id"] == stage.name
+        assert run["job_type"] == kind
+        assert run["project"] == "width-transfer"
+        axes = "w0.5>w1-d1-r12-f1" if kind == "train" else "w0.5-d1-r12-f1"
+        assert run["run_group"] == f"{kind}/my_network.MyNetwork/digits/morphnet/{axes}"
+        assert {"mine", "my_network.MyNetwork", "morphnet", "transfer"} < set(run["tags"])
+        assert run["host"] == "-"
+        config = run["config"]["update"]
+        assert f"seed{config['seed']}" in run["tags"]
+        history = [one["history"]["item"] for one in records if one["type"] == "history"]
+        kept = logged(stage)
+        assert [one["_step"] for one in history] == sorted(kept)
+        assert [one.get(f"{kind}/loss") for one in history] == [
+            kept[step].get(f"{kind}/loss") for step in sorted(kept)
+        ]
+        widths = json.loads((stage / "widths.json").read_text())["channels"]
+        summaries = [one["summary"]["update"] for one in records if one["type"] == "summary"]
+        lists = [one["widths/channels"] for one in summaries if "widths/channels" in one]
+        assert lists[-1] == pytest.approx(list(widths.values()))
+        assert [one["exit"] for one in records if one["type"] == "exit"][-1].get(
+            "exit_code", 0
+        ) == 0
+
+
+def test_the_widths_shown_are_those_of_the_result(swept):
+    folder, _, _ = swept
+    for stage in stages(folder):
+        if stage.name.startswith("train") and (stage / "result.json").exists():
+            result = json.loads((stage / "result.json").read_text())["result"]
+            shown = json.loads((stage / "widths.json").read_text())
+            assert shown["channels"] == result["found"]["channels"]
+            assert shown["alpha"] == result["found"]["alpha"]
+
+
+def check_server(server, folder):
+    """Every run, row and artifact of the sweep is there, once."""
+    figures = sorted(
+        one.parent.parent.name for one in folder.glob("runs/report/*/tracking/run.json")
+    )
+    assert sorted(server.runs) == sorted(
+        [*(one.name for one in stages(folder) if (one / "tracking").exists()), *figures]
+    )
+    codes = {}
+    for stage in stages(folder):
+        if stage.name in server.runs:
+            run = server.runs[stage.name]
+            assert_same_rows(run, stage)
+            assert run.complete
+            codes[stage.name] = run.exit_code
+            failed = not (stage / "result.json").exists()
+            assert run.exit_code == int(failed)
+            names = {one["_step"] for one in run.history}
+            assert len(names) == len(run.history)
+    assert sorted(codes.values()) == [0, 0, 0, 0, 1, 1]
+    widths = {
+        one["runName"] for one in server.artifacts.values() if one["artifactTypeName"] == "widths"
+    }
+    assert widths == {name for name, code in codes.items() if code == 0}
+    assert {one["state"] for one in server.artifacts.values()} == {"COMMITTED"}
+    for name in widths:
+        mine = (folder / "runs" / "stages" / name / "widths.json").read_bytes()
+        assert mine in server.blobs.values()
+    assert server.unknown == []
+
+
+def test_a_sweep_is_sent_whole_and_again_nothing_is(swept, tmp_path):
+    folder, _, _ = swept
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    with Server() as server:
+        done = synced(tmp_path, server)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == "7 sent, 0 had been sent before, 0 still run"
+        check_server(server, tmp_path)
+        (figures,) = [one for one in server.runs.values() if one.fields["jobType"] == "figures"]
+        (row,) = figures.history
+        assert row["figures/mine"]["_type"] == "image-file"
+        assert row["tables/mine"]["_type"] == "table-file"
+        alerts = [one["title"] for one in server.alerts]
+        assert alerts == ["search failed", "search failed"]
+        before = list(server.operations)
+        done = synced(tmp_path, server)
+        assert done.stderr.splitlines()[-1] == "0 sent, 7 had been sent before, 0 still run"
+        assert server.operations == before
+        # Nor does W&B's own tool send it again.
+        own = start_wandb_sync(tmp_path, server)
+        assert "No runs to sync" in own.stdout + own.stderr
+        check_server(server, tmp_path)
+
+
+def start_wandb_sync(folder, server):
+    """The line that W&B documents, for all runs at once."""
+    segments = sorted(str(one) for one in folder.glob("runs/*/*/wandb/offline-run-*"))
+    return subprocess.run(  # noqa: S603 (our own words)
+        [sys.executable, "-m", "wandb", "sync", "--yes", *segments],
+        cwd=folder, env={**environment(server), "HOME": str(folder)},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def test_w_and_bs_own_tool_sends_a_sweep_too(swept, tmp_path):
+    folder, _, _ = swept
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    with Server() as server:
+        own = start_wandb_sync(tmp_path, server)
+        assert own.returncode == 0, own.stderr
+        check_server(server, tmp_path)
+        done = synced(tmp_path, server)  # knows what the other has sent
+        assert done.stderr.splitlines()[-1] == "0 sent, 7 had been sent before, 0 still run"
+
+
+def test_what_would_be_sent_is_named_without_sending_it(swept):
+    folder, _, _ = swept
+    done = start(folder, "sync", "--dry-run", env=environment(None, key=""))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 7
+    named = start(folder, "sync", "--dry-run", "mine", env=environment(None, key=""))
+    assert len(named.stdout.splitlines()) == 6  # the runs of the sweep of this name
+
+
+@pytest.mark.slow
+def test_a_sync_that_was_killed_and_given_again_doubles_nothing(tmp_path):
+    ended(child(tmp_path, environment(None, key=""), mode="offline", steps=20_000))
+    stage = tmp_path / "stages" / "train-x"
+    with Server() as server:
+        stream = server.stream
+
+        def slowly(name, content):
+            time.sleep(0.3)
+            stream(name, content)
+
+        server.stream = slowly
+        words = command("sync", "--root", str(tmp_path))
+        env = {**environment(server), "HOME": str(tmp_path)}
+        process = subprocess.Popen(words, env=env, start_new_session=True)  # noqa: S603
+        assert server.wait_for(
+            lambda: server.runs.get("train-x") and server.runs["train-x"].history
+        )
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1)
+        server.stream = stream
+        done = start(tmp_path, "sync", "--root", ".", env=environment(server))
+        assert done.returncode == 0, done.stderr
+        assert_same_rows(server.runs["train-x"], stage)
+
+
+def test_a_server_that_cannot_be_reached_is_one_line_and_nothing_is_lost(swept, tmp_path):
+    folder, _, _ = swept
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    done = start(tmp_path, "sync", env=environment(None, key=""))
+    assert done.returncode == 1
+    assert "was not sent (No API key configured" in done.stderr.splitlines()[-1]
+
+
+# Interrupted, killed and requeued.
+
+
+def one_run(folder, server, *words, key=KEY):
+    return start(folder, *WORDS, "methods=[uniform]", *words, env=environment(server, key=key))
+
+
+@pytest.fixture
+def network(tmp_path):
+    (tmp_path / "my_network.py").write_text(NETWORK)
+    return tmp_path
+
+
+LONG = ("recipe.epochs=20", "recipe.batch_size=16")
+
+
+def interrupted(folder, server, mode, number):
+    """A training that is ended by a signal in the midst of it."""
+    words = (*WORDS, "methods=[uniform]", f"tracking={mode}", *LONG)
+    env = {**environment(server), "HOME": str(folder)}
+    process = subprocess.Popen(  # noqa: S603 (our own words)
+        command(*words), cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    until = time.monotonic() + 60
+    path = folder / "runs" / "stages"
+    while time.monotonic() < until:
+        (stage,) = list(path.glob("train-*")) or [path / "none"]
+        begun = list(stage.glob("wandb/*run-*"))
+        if begun and len(logged(stage)) > 60:
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, wrong = process.communicate(timeout=60)
+    return stage, process.returncode, wrong.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_offline_a_requeued_run_is_one_run_with_every_row_once(number, network):
+    stage, code, _ = interrupted(network, None, "offline", number)
+    assert code == (-number if number == signal.SIGKILL else 130)
+    done = one_run(network, None, "tracking=offline", *LONG, key="")
+    assert done.returncode == 0, done.stderr
+    assert len(list(stage.glob("wandb/offline-run-*"))) == 1
+    with Server() as server:
+        own = start_wandb_sync(network, server)
+        assert own.returncode == 0, own.stderr
+        (run,) = server.runs.values()
+        assert_same_rows(run, stage)
+        assert (run.complete, run.exit_code) == (True, 0)
+        trained = [row for row in run.history if "train/loss" in row]
+        assert trained[-1]["epoch"] == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_online_a_requeued_run_is_one_run_with_every_row_once(number, network):
+    with Server() as server:
+        stage, _, wrong = interrupted(network, server, "online", number)
+        (run,) = server.runs.values()
+        if number == signal.SIGINT:
+            assert "tracking" not in wrong
+            assert (run.preempting > 0, run.complete, run.exit_code) == (True, True, 1)
+        done = one_run(network, server, "tracking=online", *LONG)
+        assert done.returncode == 0, done.stderr
+        assert "tracking" not in done.stderr
+        assert list(server.runs) == [stage.name]
+        assert run.steps == sorted(logged(stage))
+        assert (run.complete, run.exit_code) == (True, 0)
+        assert run.summary["test/top1"] == max(
+            row.get("test/top1", 0) for row in logged(stage).values()
+        )
+
+
+@pytest.mark.slow
+def test_a_run_that_was_sent_before_it_was_done_goes_on_behind_what_was_sent(network):
+    stage, _, _ = interrupted(network, None, "offline", signal.SIGKILL)
+    with Server() as server:
+        assert synced(network, server).returncode == 0
+        (run,) = server.runs.values()
+        assert run.exit_code == 1
+        assert len(run.history) > 0
+        done = one_run(network, None, "tracking=offline", *LONG, key="")
+        assert done.returncode == 0, done.stderr
+        assert synced(network, server).returncode == 0
+        assert run.steps == sorted(logged(stage))
+        assert (run.complete, run.exit_code) == (True, 0)
+
+
+# A server that fails.
+
+
+def warned(wrong):
+    return [line for line in wrong.splitlines() if line.startswith("WARNING")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("away", "connection refused"),
+        ("no key", "No API key configured"),
+        ("silent", ""),
+        ("refuses", "Error initializing run"),
+    ],
+)
+def test_a_server_that_is_not_there_is_one_warning_and_the_run_is_well(fault, why, tmp_path):
+    with Server() as server:
+        env = environment("http://127.0.0.1:9" if fault == "away" else server)
+        if fault == "no key":
+            del env["WANDB_API_KEY"]
+        server.silent = fault == "silent"
+        server.refuse = {"UpsertBucket"} if fault == "refuses" else set()
+        wrong, seconds = ended(child(tmp_path, env))
+    (warning,) = warned(wrong)
+    assert "tracking=online went wrong" in warning
+    assert why in warning or "no end within 4 s" in warning  # on a busy machine
+    assert "`widthopt sync` sends them later" in warning
+    assert seconds < 15
+    stage = tmp_path / "stages" / "train-x"
+    assert sorted(logged(stage)) == list(range(1, 22))
+    with Server() as server:  # and so it is
+        done = start(tmp_path, "sync", "--root", ".", env=environment(server))
+        assert done.returncode == 0, done.stderr
+        assert_same_rows(server.runs["train-x"], stage)
+        assert [one["state"] for one in server.artifacts.values()] == ["COMMITTED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["dead", "silent", "quota"])
+def test_a_server_that_fails_in_the_middle_is_one_warning_and_a_bounded_end(fault, tmp_path):
+    with Server() as server:
+        process = child(tmp_path, environment(server), wait_at=10, steps=30)
+        assert process.stdout.readline() == "waiting\n"
+        assert server.wait_for(
+            lambda: server.runs.get("train-x") and server.runs["train-x"].history
+        )
+        setattr(server, fault, True)
+        before = time.monotonic()
+        wrong, seconds = ended(process)
+        assert time.monotonic() - before < 25
+        assert seconds < 15
+        (warning,) = warned(wrong)
+        assert "tracking=online went wrong" in warning
+        setattr(server, fault, False)
+        server.silent = False
+        done = start(tmp_path, "sync", "--root", ".", env=environment(server))
+        assert done.returncode == 0, done.stderr
+        assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
+
+
+@pytest.mark.slow
+def test_processes_of_w_and_bs_do_not_outlive_a_run_that_had_to_leave_them(tmp_path):
+    with Server() as server:
+        process = child(tmp_path, environment(server), wait_at=3, steps=5)
+        assert process.stdout.readline() == "waiting\n"
+        assert server.wait_for(lambda: "train-x" in server.runs)
+        core = [one for one in children(process.pid) if "wandb-core" in one[1]]
+        assert core
+        server.silent = True
+        ended(process)
+        for pid, _ in core:
+            status = Path(f"/proc/{pid}/status")
+            assert not status.exists() or "zombie" in status.read_text()
+
+
+def children(parent):
+    """Processes that another has started, with their words."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text = status.read_text()
+            words = (status.parent / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if re.search(rf"^PPid:\s*{parent}$", text, re.MULTILINE):
+            found.append((int(status.parent.name), words))
+    return found
+
+
+@pytest.mark.skipif(not ISOLATED, reason="no namespaces here")
+def test_a_full_disk_is_one_warning_and_the_run_is_well(tmp_path):
+    """A disk of 300 kB that no checkpoint is written to, so that only tracking meets its end."""
+    options = {
+        "folder": str(tmp_path / "disk" / "stages" / "train-x"), "mode": "offline", "steps": 8000,
+    }  # fmt: skip
+    (tmp_path / "disk").mkdir()
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    run = f"{sys.executable} child.py '{json.dumps(options)}'"
+    words = f"mount -t tmpfs -o size=300k none disk && {run}"
+    env = {**environment(None, key=""), "HOME": str(tmp_path)}
+    process = subprocess.Popen(  # noqa: S603
+        ["unshare", "-rm", "sh", "-c", words], cwd=tmp_path, env=env, text=True,  # noqa: S607
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wrong, seconds = ended(process)
+    (warning,) = warned(wrong)
+    assert "metrics.jsonl cannot be written (" in warning
+    assert seconds < 15
+
+
+# Secrets.
+
+
+@pytest.mark.slow
+def test_a_key_reaches_no_file_no_log_and_no_process_list(network):
+    """Neither in a run online, nor in one that is sent afterwards."""
+    seen = set()
+    with Server() as server:
+        words = (*WORDS, "methods=[uniform]", "tracking=online", *LONG)
+        env = {**environment(server, key=KEY), "HOME": str(network)}
+        with subprocess.Popen(  # noqa: S603 (our own words)
+            command(*words), cwd=network, env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        ) as process:  # fmt: skip
+            while process.poll() is None:
+                for pid, line in children(process.pid):
+                    seen.add(line)
+                    seen.update(one for _, one in children(pid))
+                time.sleep(0.2)
+            said = process.stdout.read()
+        assert process.returncode == 0, said
+        done = synced(network, server)
+        assert "wandb-core" in " ".join(seen)
+    texts = [said, done.stdout, done.stderr, *seen]
+    texts += [one.read_bytes().decode("latin-1") for one in network.rglob("*") if one.is_file()]
+    assert len(texts) > 20
+    assert [one[:200] for one in texts if KEY in one] == []
+
+
+def test_what_looks_like_a_key_in_the_configuration_is_hidden_from_w_and_b(tmp_path):
+    secret = "f00dfeed" * 5
+    fields = {"root": f"/data/{secret}", "api_key": "short", "kept": "value"}
+    ended(child(tmp_path, environment(None, key=""), mode="offline", fields=fields))
+    texts = [one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()]
+    assert not any(secret.encode() in one or b"short" in one for one in texts)
+    assert any(b"kept" in one for one in texts)
+
+
+# Several processes, and none.
+
+
+def test_only_the_first_of_several_processes_tracks(tmp_path):
+    script = tmp_path / "member.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        import torch
+        from widthopt.config import compose
+        from widthopt.tracking import About, tracked
+        rank = int(sys.argv[1])
+        torch.distributed.init_process_group(
+            "gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
+        axes = {{"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}}
+        about = About(id="train-x", kind="train", network="n", dataset="d", algorithm="dmcp",
+                      method="direct", seed=0, source=axes, target=axes, figures=(), tags=(),
+                      fields={{}})
+        with tracked(compose([]).tracking, about, Path("{tmp_path}/stages") / str(rank)) as log:
+            if log is not None:
+                log.row(1, {{"loss": 1.0}})
+        print(rank, log is None, "wandb" in sys.modules)
+        torch.distributed.destroy_process_group()
+        """)
+    )
+    env = {**environment(None, key=""), "HOME": str(tmp_path), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(  # noqa: S603 (our own words)
+            [sys.executable, str(script), str(rank)], env=env, text=True, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert said == ["0 False True\n", "1 True False\n"]
+    assert [one.name for one in (tmp_path / "stages").iterdir()] == ["0"]
+
+
+def test_without_w_and_b_a_run_is_well_and_says_so_once(tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')")
+    env = environment(None, key="")
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    wrong, _ = ended(child(tmp_path, env, mode="offline"))
+    (warning,) = warned(wrong)
+    assert "tracking=offline went wrong (No module named wandb)" in warning
+    assert len(logged(tmp_path / "stages" / "train-x")) == 21

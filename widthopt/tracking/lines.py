@@ -1,0 +1,99 @@
+"""The rows of one run in a file of its own: one JSON object a line, in the order of the steps."""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from widthopt.store import write_atomically
+
+
+Row = Mapping[str, Any]
+"""What was seen at one step: ``step``, ``time`` in seconds, and numbers by name."""
+
+
+class Lines:
+    """The file, which always ends with a whole line."""
+
+    def __init__(self, path: Path) -> None:
+        """Args: path: Where it is, or will be."""
+        self._path = path
+        self._file: int | None = None
+        self._size = 0
+        self._left = b""  # what the disk would not take
+
+    def cut(self, step: int) -> list[Row]:
+        """The rows up to this step; what lies behind them is removed from the file.
+
+        Raises:
+            OSError: The disk would not.
+            InputError: The same.
+        """
+        kept = [row for row in rows(self._path) if row["step"] <= step]
+        content = "".join(map(_line, kept)).encode()
+        if not self._path.exists() or self._path.read_bytes() != content:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, content)
+        self.close()
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._size = len(content)
+        return kept
+
+    def add(self, row: Row) -> None:
+        """Write a row; with it those that the disk would not take before.
+
+        Raises:
+            OSError: The disk would not; the file is as it was.
+        """
+        self._left += _line(row).encode()
+        if self._file is None:
+            return
+        try:
+            written = 0
+            while written < len(self._left):
+                written += os.write(self._file, self._left[written:])
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(self._left)
+        self._left = b""
+
+    def keep(self) -> None:
+        """Wait until the disk has all rows.
+
+        Raises:
+            OSError: It would not.
+        """
+        if self._file is not None:
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def rows(path: Path) -> list[Row]:
+    """The rows of a file; what was cut short, and all behind it, is left out."""
+    found: list[Row] = []
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(row, dict) or "step" not in row:
+            break
+        found.append(row)
+    return found
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
