@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; \
 	then echo $$p; break; fi; done)
 
-.PHONY: help install demo test test-slow check format bench wheel clean
+.PHONY: help install demo test test-slow test-slurm check format bench wheel clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -26,10 +26,14 @@ demo: install  ## width transfer, whole, on real digits: 5 minutes or less on 2 
 	$(BIN)/widthopt experiment=demo
 
 test: install  ## the default tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
 
 test-slow: install  ## the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"
+
+test-slurm: install  ## the tests on a real SLURM, which is installed if need be (Debian, as root)
+	bash tests/slurm/packages.sh
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -21,13 +21,18 @@ def register() -> None:
     Done again it changes nothing. Hydra finds plugins by scanning the package ``hydra_plugins``,
     which an editable installation does not fill; so the classes are put there by hand.
     """
-    from launchers.launcher import WidthoptInProcessLauncher, WidthoptLocalLauncher  # noqa: PLC0415
+    from launchers.launcher import (  # noqa: PLC0415
+        WidthoptInProcessLauncher,
+        WidthoptLocalLauncher,
+        WidthoptSlurmLauncher,
+    )
     from launchers.sweeper import WidthoptSweeper  # noqa: PLC0415
 
     parent = _module("hydra_plugins")
     ours = _module(PLUGINS)
     parent.widthopt = ours  # type: ignore[attr-defined]
-    for kind in (WidthoptSweeper, WidthoptInProcessLauncher, WidthoptLocalLauncher):
+    launchers = (WidthoptInProcessLauncher, WidthoptLocalLauncher, WidthoptSlurmLauncher)
+    for kind in (WidthoptSweeper, *launchers):
         setattr(ours, kind.__name__, kind)
         kind.__module__ = PLUGINS
         Plugins.instance().register(kind)

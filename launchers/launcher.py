@@ -1,18 +1,22 @@
-"""Hydra launchers that do a sweep's work on this machine: in this process, or in several."""
+"""Hydra launchers that do a sweep's work: in this process, in several, or on a cluster."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import Container, DictConfig, OmegaConf
 
+from launchers import queue
 from launchers.local import Pool
 from launchers.progress import Progress
 from launchers.work import Failed, Work
+from widthopt.errors import InputError
+from widthopt.store import write_atomically, writing
 
 
 logger = logging.getLogger("widthopt")
@@ -22,6 +26,39 @@ def named(path: str) -> Any:
     """What a dotted name names, the last part inside a module."""
     module, _, attribute = path.rpartition(".")
     return getattr(import_module(module), attribute)
+
+
+def keep(work: Work, launcher: "_Launcher") -> None:
+    """Write down beside a sweep how it was started, for `again`."""
+    values = {"launcher": type(launcher).__name__, "work": launcher.work}
+    values |= {"perform": launcher.perform, **launcher.options}
+    path = work.root / "launchers" / f"{work.name}.json"
+    with writing(path.parent):
+        path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def again(work: Work) -> None:
+    """Do what is left of some work as it was started before.
+
+    Raises:
+        InputError: How that was is not known, or it cannot be done.
+        Failed: Some of it was not done.
+    """
+    path = work.root / "launchers" / f"{work.name}.json"
+    kinds = (WidthoptInProcessLauncher, WidthoptLocalLauncher, WidthoptSlurmLauncher)
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        kind = {one.__name__: one for one in kinds}[values.pop("launcher")]
+        launcher = kind(sure=True, **values)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} does not say how the sweep was started ({error}), but that is needed; give "
+            "the sweep's own command again"
+        ) from error
+    launcher.prepare()
+    work.begin(sure=True, live=launcher.live)
+    launcher.carry_out(work)
 
 
 class _Launcher(Launcher):
@@ -37,7 +74,12 @@ class _Launcher(Launcher):
             options: Those of one launcher.
         """
         self.work, self.perform, self.sure = work, perform, sure
-        self.options = options
+        # Plain data: Hydra hands over its own kinds of tables and lists.
+        self.options: dict[str, Any] = {
+            key: OmegaConf.to_container(value) if isinstance(value, Container) else value
+            for key, value in options.items()
+        }
+        self.live: Mapping[str, str] = {}
         self.context: HydraContext | None = None
 
     def setup(
@@ -60,6 +102,16 @@ class _Launcher(Launcher):
         self.prepare()
         work: Work = named(self.work)(self.context.config_loader, job_overrides)
         work.begin(sure=self.sure)
+        keep(work, self)
+        self.carry_out(work)
+        return []
+
+    def carry_out(self, work: Work) -> None:
+        """Do what is left of some work that was begun.
+
+        Raises:
+            Failed: Some of it was not done.
+        """
         items = work.items()
         with Progress(items) as progress:
             self.execute(work, progress)
@@ -69,7 +121,6 @@ class _Launcher(Launcher):
                 f"{progress.done} of {len(items)} runs are done, {progress.failed} failed and "
                 f"{progress.blocked} wait for those; the same command tries them again"
             )
-        return []
 
     def prepare(self) -> None:
         """Check what can be checked before anything is planned or written."""
@@ -112,3 +163,51 @@ class WidthoptLocalLauncher(_Launcher):
     def execute(self, work: Work, progress: Progress) -> None:
         """See `_Launcher`."""
         self.pool.run(work, progress)
+
+
+class WidthoptSlurmLauncher(_Launcher):
+    """Each run a job of a SLURM cluster; the command ends when all are submitted."""
+
+    def prepare(self) -> None:
+        """See `_Launcher`."""
+        from launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
+
+        wanted = dict(self.options)
+        self.stay = wanted.pop("wait")
+        self.slurm = Slurm(perform=self.perform, **wanted)
+        self.live = queue.live()
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Submit what is missing of these points.
+
+        Raises:
+            Failed: The command was to wait, and some of it was not done.
+        """
+        del initial_job_idx
+        assert self.context is not None
+        self.prepare()
+        work: Work = named(self.work)(self.context.config_loader, job_overrides)
+        work.begin(sure=self.sure, live=self.live)
+        keep(work, self)
+        self.carry_out(work)
+        return []
+
+    def carry_out(self, work: Work) -> None:
+        """Submit what is missing of some work that was begun, and say how to watch it.
+
+        Raises:
+            Failed: The command was to wait, and some of it was not done.
+        """
+        from launchers.slurm import watch  # noqa: PLC0415 (imports submitit)
+
+        left = len(work.items())
+        submitted = self.slurm.submit(work) if left else 0
+        there = f", {left - submitted} are in the queue already" if left > submitted else ""
+        command, where = ("status" if left else "report"), f"{work.name} --root {work.root}"
+        said = f"{submitted} runs submitted{there}" if left else "all runs are done"
+        logger.info("%s; see: widthopt %s %s", said, command, where)
+        if self.stay:
+            watch(work)
+            work.end()

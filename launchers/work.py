@@ -1,9 +1,9 @@
 """What launchers start: units of work with names, of which some need others."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +15,14 @@ class Item:
         what: What it is, in words.
         needs: Names of what must be done before.
         weight: How much work it is, in any unit that is the same for all.
+        resources: What it asks a cluster for, where that differs from the launcher's.
     """
 
     name: str
     what: str
     needs: tuple[str, ...]
     weight: float
+    resources: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Work(Protocol):
@@ -31,11 +33,22 @@ class Work(Protocol):
         """What an item raises when it was interrupted, which is no failure."""
         ...
 
-    def begin(self, *, sure: bool) -> None:
+    @property
+    def name(self) -> str:
+        """What the sweep is called."""
+        ...
+
+    @property
+    def root(self) -> Path:
+        """The folder that it is kept in, with all that a launcher keeps of it."""
+        ...
+
+    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
         """Say what will be done and check that it can be; nothing has started if it cannot.
 
         Args:
             sure: Do not ask, however much it is.
+            live: The jobs that a queue knows as waiting or running.
         """
         ...
 
@@ -45,6 +58,14 @@ class Work(Protocol):
 
     def freeze(self, name: str) -> Path:
         """Write down all that a process anywhere needs to do one item; where."""
+        ...
+
+    def job(self, name: str) -> str:
+        """The job of a queue that was last to do an item; empty if there was none."""
+        ...
+
+    def submitted(self, name: str, job: str, **details: str) -> None:
+        """Write down that a job of a queue is to do an item."""
         ...
 
     def done(self, name: str) -> bool:

@@ -26,12 +26,13 @@ ROWS = [
     ["planning"],
     ["config", "report"],
     ["sweeps"],
+    ["control"],
     ["__main__"],
 ]
 PURE = {"errors", "seeds", "setting", "widthgraph", "identity", "widths", "projection", "store"}
 PURE |= {"extrapolation"}
 HEAVY = {"torch", "torchvision", "numpy", "timm"}
-MAY_LAUNCH = {"config", "sweeps", "__main__"}
+MAY_LAUNCH = {"config", "sweeps", "control", "__main__"}
 
 PLACE = {module: number for number, row in enumerate(ROWS) for module in row}
 

@@ -241,7 +241,7 @@ def test_what_merely_runs_is_no_part_of_the_fields():
             (
                 "zzz is not a key, but only known keys are read; choose among algorithm, "
                 "budget_macs, dataset, extrapolation, figures, methods, network, projection, "
-                "recipe, root, runtime, seeds, target, tracking"
+                "recipe, resources, root, runtime, seeds, target, tracking"
             ),
         ),
         (

@@ -313,7 +313,7 @@ def test_every_value_of_the_configuration_names_a_run_or_is_declared_not_to():
 
 
 def test_where_and_how_it_runs_is_no_part_of_a_name():
-    assert set(NEUTRAL) == {"root", "runtime", "figures", "tracking"}
+    assert set(NEUTRAL) == {"root", "runtime", "resources", "figures", "tracking"}
     one = compose([])
     assert one.fields.keys() & set(NEUTRAL) == set()
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widthopt.errors import InputError
-from widthopt.store import Store, Taken, blocked, writable, write_atomically
+from widthopt.store import Store, Taken, blocked, this_job, writable, write_atomically
 
 
 ROOT = Path(__file__).parents[1]
@@ -417,9 +417,34 @@ def test_a_failure_says_what_happened_and_where(stage):
         "message": "[Errno 5] no such\ndevice",
         "host": os.uname().nodename,
         "process": os.getpid(),
+        "rank": 0,
         "job": "7",
     }
     assert stage.result() is None
+
+
+def test_of_processes_that_fail_together_the_first_is_kept(stage):
+    with stage.claim():
+        stage.fail(ValueError("the cause"), rank=3)
+        stage.fail(RuntimeError("connection closed by peer"))
+        assert (stage.failure()["message"], stage.failure()["rank"]) == ("the cause", 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        ({}, ""),
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        # An element of an array has a number of its own, which the queue does not show.
+        ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0"),
+    ],
+)
+def test_a_job_is_called_what_the_queue_calls_it(environment, job, monkeypatch):
+    for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert this_job() == job
 
 
 def test_a_failure_is_forgotten_when_work_begins_again(stage):

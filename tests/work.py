@@ -16,19 +16,31 @@ class FileWork:
     """
 
     interruptions = ()
+    name = "sweep-of-files"
 
     def __init__(self, folder, table, *, seconds=0.0, together=1):
         self.folder, self.table, self.seconds = Path(folder), table, seconds
+        self.root = self.folder
         self.together = together  # items end when so many have begun
 
-    def begin(self, *, sure):
+    def begin(self, *, sure, live=()):  # noqa: ARG002 (there is no queue)
         (self.folder / "began").write_text(str(sure))
 
     def items(self):
         return [
-            Item(name, f"the item {name}", tuple(needs), 1.0)
+            Item(name, f"the item {name}", tuple(one for one in needs if not self.done(one)), 1.0)
             for name, (needs, _) in self.table.items()
+            if not self.done(name)
         ]
+
+    def job(self, name):
+        path = self.root / "stages" / name / "submission.json"
+        return json.loads(path.read_text())["job"] if path.exists() else ""
+
+    def submitted(self, name, job, **details):
+        path = self.root / "stages" / name / "submission.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"job": job, **details}))
 
     def freeze(self, name):
         folder = self.folder / name

@@ -4,6 +4,7 @@ torch and everything that needs it is imported only once there is something to c
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -49,10 +50,16 @@ def main() -> None:
     _log_to_stderr()
     words = sys.argv[1:]
     commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "cancel": _cancel,
         "dashboard": _dashboard,
+        "doctor": _doctor,
+        "logs": _logs,
         "macs": _macs,
         "plan": _plan,
         "report": _report,
+        "retry": _retry,
+        "run": _run_again,
+        "show": _show,
         "status": _status,
         "sync": _sync,
     }
@@ -136,11 +143,21 @@ def _hydra() -> None:
 def _run(config: DictConfig) -> None:
     """One run of Hydra's: from a composed configuration to the table and the figures."""
     from widthopt.config import request  # noqa: PLC0415 (imports torch)
+    from widthopt.devices import resolve_device  # noqa: PLC0415
+    from widthopt.distributed import rank, together  # noqa: PLC0415
+    from widthopt.pipeline import Point, run  # noqa: PLC0415
     from widthopt.report import report  # noqa: PLC0415
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
     try:
-        report(request(config))
+        asked = request(config)
+        with together(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):
+            if rank() == 0:
+                report(asked)
+            else:
+                for handler in logger.handlers:
+                    handler.setLevel(logging.WARNING)
+                run(Point(asked), show=logger.debug)
     except InputError as error:
         _end(error, WRONG_INPUT)
     except Diverged as error:
@@ -162,7 +179,7 @@ def _report(words: Sequence[str]) -> None:
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
     from widthopt.report import compare, runs  # noqa: PLC0415 (imports torch)
-    from widthopt.sweeps import draw, manifests  # noqa: PLC0415
+    from widthopt.sweeps import draw, manifests, show  # noqa: PLC0415
 
     root = arguments.root
     folders = [Path(name) for name in arguments.names if os.sep in name or Path(name).is_dir()]
@@ -172,24 +189,125 @@ def _report(words: Sequence[str]) -> None:
         if drawn:
             draw(root, drawn)
             return
-        folders = runs(root)
+        folders = [] if arguments.names else runs(root)
+        if not folders and found:
+            show(root, found)
+            return
     if not folders:
         raise InputError(f"--root is {root}, but no run there has a record; run one first")
     compare(folders, into=root / "report")
 
 
 def _status(words: Sequence[str]) -> None:
-    """``widthopt status [SWEEP ...] [--root FOLDER] [--json]``."""
+    """``widthopt status [SWEEP ...] [--root FOLDER] [--all] [--json]``."""
     parser = argparse.ArgumentParser("widthopt status", description="How far sweeps are.")
     parser.add_argument("sweeps", nargs="*", help="how their names begin; all by default")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--all", action="store_true", help="name every run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(words)
-    from widthopt.report import show_status  # noqa: PLC0415 (imports torch)
-    from widthopt.sweeps import manifests, status  # noqa: PLC0415
+    from widthopt.control import states  # noqa: PLC0415 (imports torch)
+    from widthopt.report import show_status  # noqa: PLC0415
+    from widthopt.sweeps import manifests  # noqa: PLC0415
 
     root = arguments.root
-    show_status(status(root, manifests(root, arguments.sweeps)), as_json=arguments.json)
+    tables = states(root, manifests(root, arguments.sweeps))
+    show_status(tables, as_json=arguments.json, every=arguments.all)
+
+
+def _one(name: str, text: str, *, what: str = "KEY") -> argparse.ArgumentParser:
+    """A parser of a command about one run, or about a sweep too."""
+    parser = argparse.ArgumentParser(f"widthopt {name}", description=text)
+    parser.add_argument("name", metavar=what, help="its name, or how it begins")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    return parser
+
+
+def _logs(words: Sequence[str]) -> None:
+    """``widthopt logs KEY [-f] [--rank N] [--root FOLDER]``."""
+    parser = _one("logs", "What a run has printed.")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
+    parser.add_argument("--rank", type=int, default=0, help="which of its processes")
+    arguments = parser.parse_args(words)
+    from widthopt.control import logs, write  # noqa: PLC0415 (imports torch)
+
+    rank, follow = arguments.rank, arguments.follow
+    write(logs(arguments.root, arguments.name, rank=rank, follow=follow))
+
+
+def _show(words: Sequence[str]) -> None:
+    """``widthopt show KEY [--root FOLDER]``."""
+    arguments = _one("show", "All that is known of a run, as JSON.").parse_args(words)
+    from widthopt.control import show  # noqa: PLC0415 (imports torch)
+
+    sys.stdout.write(json.dumps(show(arguments.root, arguments.name), indent=2) + "\n")
+
+
+def _cancel(words: Sequence[str]) -> None:
+    """``widthopt cancel SWEEP|KEY [--force] [--root FOLDER]``."""
+    parser = _one("cancel", "End the jobs of a sweep or of a run.", what="SWEEP|KEY")
+    parser.add_argument("--force", action="store_true", help="also what other sweeps need")
+    arguments = parser.parse_args(words)
+    from widthopt.control import cancel  # noqa: PLC0415 (imports torch)
+
+    ended = cancel(arguments.root, arguments.name, force=arguments.force)
+    sys.stdout.write("".join(f"{name}\n" for name in ended))
+    logger.info("%d jobs were ended", len(ended))
+
+
+def _doctor(words: Sequence[str]) -> None:
+    """``widthopt doctor [hydra/launcher=...] [OVERRIDE ...] [--root FOLDER] [--job]``."""
+    parser = argparse.ArgumentParser(
+        "widthopt doctor", description="Check this site: its folder, its SLURM, its nodes."
+    )
+    parser.add_argument("overrides", nargs="*", help="hydra/launcher=... and its values")
+    parser.add_argument("--config-dir", help="a folder of further choices")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--job", action="store_true", help="send a job that looks at a node")
+    arguments = parser.parse_intermixed_args(words)
+    from launchers.doctor import checks  # noqa: PLC0415
+    from widthopt.config import launcher  # noqa: PLC0415 (imports torch)
+
+    overrides = ["hydra/launcher=slurm", *arguments.overrides]
+    if any(word.startswith("hydra/launcher=") for word in arguments.overrides):
+        overrides = arguments.overrides
+    values = launcher(overrides, config_dir=arguments.config_dir)
+    if "setup" not in values:
+        raise InputError(
+            "hydra/launcher is none of SLURM's, but those are what is checked; use "
+            "hydra/launcher=slurm or one of your own"
+        )
+    options = {key: one for key, one in values.items() if key not in {"_target_", "work", "sure"}}
+    bad = 0
+    for one in checks(arguments.root, options, job=arguments.job):
+        sys.stdout.write(f"{'ok ' if one.well else 'BAD'} {one.what:<15} {one.said}\n")
+        sys.stdout.flush()
+        bad += not one.well
+    if bad:
+        raise Failed(f"{bad} of the checks went badly; correct what they name")
+
+
+def _retry(words: Sequence[str]) -> None:
+    """``widthopt retry SWEEP|KEY [--root FOLDER]``."""
+    text = "Do again what failed or is missing, as it was frozen, with the code of today."
+    arguments = _one("retry", text, what="SWEEP|KEY").parse_args(words)
+    from widthopt.control import retry  # noqa: PLC0415 (imports torch)
+
+    retry(arguments.root, arguments.name)
+
+
+def _run_again(words: Sequence[str]) -> None:
+    """``widthopt run KEY [--root FOLDER]``."""
+    arguments = _one("run", "Do one run of a sweep here and now.").parse_args(words)
+    from widthopt.control import do  # noqa: PLC0415 (imports torch)
+    from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
+
+    try:
+        logger.info("%s is %s", arguments.name, do(arguments.root, arguments.name))
+    except Diverged as error:
+        _end(error, FAILED)
+    except Interrupted as error:
+        _end(error, STOPPED)
 
 
 def _dashboard(words: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ from widthopt import identity
 from widthopt.errors import InputError
 from widthopt.pipeline import Request, Target, found
 from widthopt.records import Found
-from widthopt.setting import Runtime
+from widthopt.setting import Resources, Runtime
 
 
 CONFIG_MODULE = "conf"
@@ -41,9 +41,11 @@ CONFIG_MODULE = "conf"
 _GROUPS = (
     "network", "dataset", "projection", "algorithm", "extrapolation", "recipe", "tracking"
 )  # fmt: skip
-_VALUES = ("target", "budget_macs", "methods", "seeds", "root", "runtime", "figures")
+_VALUES = (
+    "target", "budget_macs", "methods", "seeds", "root", "runtime", "resources", "figures",
+)  # fmt: skip
 
-NEUTRAL = ("root", "runtime", "figures", "tracking")
+NEUTRAL = ("root", "runtime", "resources", "figures", "tracking")
 """What no result depends on: where it is kept, how it is computed, what is drawn and logged."""
 
 
@@ -91,6 +93,23 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
     with _loading(overrides, config_dir) as words:
         loader = GlobalHydra.instance().config_loader()
         return requests(loader, expanded(loader, words))
+
+
+def launcher(overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
+    """The values of the launcher that these overrides choose, as plain data.
+
+    Args:
+        overrides: As typed behind ``widthopt``.
+        config_dir: A folder of further choices, as ``--config-dir`` names it.
+
+    Raises:
+        InputError: They do not fit ``conf/``.
+    """
+    with _loading(overrides, config_dir) as words:
+        composed = hydra_compose(CONFIG_NAME, overrides=words, return_hydra_config=True)
+        values = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 @contextmanager
@@ -188,7 +207,7 @@ def request(config: DictConfig, made: Made | None = None) -> Request:
     if absent:
         raise InputError(_missing(absent[0]))
     kinds = {group: _kind(group, values.get(group)) for group in _GROUPS}
-    kinds |= {"target": Target, "runtime": Runtime}
+    kinds |= {"target": Target, "runtime": Runtime, "resources": Resources}
     # Typed before they name anything, so that 1 and 1.0 name the same run.
     typed = {key: _typed(kind, key, values[key]) for key, kind in kinds.items()}
     plain_values = {
@@ -228,6 +247,7 @@ def frozen(asked: Request) -> dict[str, Any]:
     return {
         **asked.fields,
         "runtime": asdict(asked.runtime),
+        "resources": asdict(asked.resources),
         "tracking": tracking,
         "root": asked.root,
         "figures": [],

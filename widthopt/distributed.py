@@ -1,19 +1,89 @@
 """Processes that train together: each computes its part of every batch, and they agree.
 
 A process that belongs to no process group of torch's is alone, and nothing here costs it
-anything. Whoever starts several of them makes the group (see `torch.distributed`); they all
-hold the same parameters and make the same draws, so only sums over images pass between them.
+anything. Whoever starts several of them says so in their environment, as torchrun does, and
+`together` makes the group; they all hold the same parameters and make the same draws, so only
+sums over images pass between them.
 """
 
-from collections.abc import Sequence
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 
 T = TypeVar("T")
+
+MEETING_SECONDS = 300
+"""How long the processes of a group wait for one another at its start."""
+
+
+@contextmanager
+def together(device: torch.device, *, meeting: Path) -> Iterator[None]:
+    """Be one of the processes that this one's environment speaks of; alone if it speaks of none.
+
+    ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are torchrun's. Where ``MASTER_ADDR`` stands with
+    them they meet there; otherwise the first process takes a port that is free and writes down
+    where it is, so that no port is guessed.
+
+    Args:
+        device: Where they compute: accelerators are shared out by ``LOCAL_RANK``.
+        meeting: The file that says where they meet, of this start of this group alone.
+
+    Raises:
+        TimeoutError: The first process did not come.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(local % torch.accelerator.device_count())
+    if count == 1:
+        yield
+        return
+    mine = int(os.environ["RANK"])
+    wait = timedelta(seconds=MEETING_SECONDS)
+    kind = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(kind)
+    else:
+        store = _meet(meeting, mine, count, wait)
+        dist.init_process_group(kind, store=store, rank=mine, world_size=count)
+        if mine == 0:  # all have come
+            meeting.unlink()
+    yield
+    # Not after an error: an orderly end may wait for processes that do not come any more.
+    dist.destroy_process_group()
+
+
+def _meet(meeting: Path, mine: int, count: int, wait: timedelta) -> Store:
+    """The store that the processes of a group find one another by."""
+    if mine == 0:
+        store = TCPStore(
+            "0.0.0.0",  # noqa: S104 (torch listens everywhere in any case)
+            0, count, is_master=True, wait_for_workers=False, timeout=wait,
+        )  # fmt: skip
+        beside = meeting.with_name(f".{meeting.name}.part")
+        beside.write_text(json.dumps({"host": socket.gethostname(), "port": store.port}))
+        beside.replace(meeting)
+        return store
+    until = time.monotonic() + wait.total_seconds()
+    while not meeting.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{meeting} did not appear in {wait.total_seconds():g} s")
+        time.sleep(0.05)
+        list(meeting.parent.iterdir())  # makes network file systems look again
+    place = json.loads(meeting.read_text())
+    return TCPStore(place["host"], place["port"], count, is_master=False, timeout=wait)
 
 
 def rank() -> int:

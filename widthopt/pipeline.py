@@ -7,17 +7,17 @@ depends on, so none is done twice; a run's folder gathers what belongs to one re
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
-from widthopt import data, identity
+from widthopt import data, distributed, identity
 from widthopt.algorithms import Conditions, SearchResult, WidthSearch
 from widthopt.algorithms.uniform import Uniform
 from widthopt.data import Dataset, Sizes, Split
@@ -28,8 +28,8 @@ from widthopt.extrapolation import Extrapolation
 from widthopt.projection import nominal_saving
 from widthopt.records import METHODS, Found, Record, from_plain, to_json
 from widthopt.seeds import derived_seed
-from widthopt.setting import Network, Recipe, Runtime, Setting
-from widthopt.store import Stage, Store, writable, write_atomically, writing
+from widthopt.setting import Network, Recipe, Resources, Runtime, Setting
+from widthopt.store import Stage, Store, this_job, writable, write_atomically, writing
 from widthopt.surgery import Blueprint
 from widthopt.tracking import About, Tracker, Tracking, tracked
 from widthopt.training import Interrupted, Log, train
@@ -84,6 +84,7 @@ class Request:
     seeds: tuple[int, ...]
     root: str
     runtime: Runtime
+    resources: Resources
     tracking: Tracking
     figures: tuple[Any, ...]
     fields: Mapping[str, Any]
@@ -211,7 +212,7 @@ class Point:
                 "search": None
                 if not train or method == "uniform"
                 else self.search_stage(method, seed).folder.name,
-                "job": os.environ.get("SLURM_JOB_ID", ""),
+                "job": this_job(),
             },
         )
 
@@ -360,6 +361,10 @@ def run(point: Point, show: Callable[[str], None] = logger.info) -> list[Record]
         InputError: Results cannot be written, or an algorithm cannot go on.
     """
     request = point.request
+    if distributed.rank() > 0:  # the first of several processes writes for all
+        return [
+            trained(point, method, seed) for seed in request.seeds for method in request.methods
+        ]
     point.store.check()
     for folder in (point.folder, point.folder / "channels"):
         writable(folder)
@@ -442,8 +447,7 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
         ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
         return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
     stage = point.search_stage(method, seed)
-    with _working(stage):
-        done = stage.result()
+    with _working(stage, point.device) as done:
         if done is None:
             with _tracked(point, "search", method, seed, stage) as tracker:
                 result = algorithm.search(
@@ -454,6 +458,7 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
                 )
                 if tracker is not None:
                     _show_search(tracker, point, method, result)
+            if distributed.rank() == 0:
                 stage.finish(asdict(result))
             return result
     return SearchResult(**done)
@@ -469,11 +474,12 @@ def trained(point: Point, method: str, seed: int) -> Record:
     """
     one = _found(point, method, seed)
     stage = point.train_stage(method, seed)
-    with _working(stage):
-        done = stage.result()
-        if done is None:
+    with _working(stage, point.device) as before:
+        if before is None:
             with _tracked(point, "train", method, seed, stage) as tracker:
                 done = _record_of(point, one, stage, tracker)
+        else:
+            done = before
     return recorded(done, method=method, algorithm=point.request.algorithm.name)
 
 
@@ -500,7 +506,8 @@ def _record_of(point: Point, found: Found, stage: Stage, tracker: Tracker | None
     )
     if tracker is not None:
         _show_training(tracker, record)
-    stage.finish(asdict(record))
+    if distributed.rank() == 0:
+        stage.finish(asdict(record))
     return asdict(record)
 
 
@@ -515,17 +522,23 @@ def recorded(result: Mapping[str, Any], *, method: str, algorithm: str) -> Recor
 
 
 @contextmanager
-def _working(stage: Stage) -> Iterator[None]:
+def _working(stage: Stage, device: torch.device) -> Iterator[dict[str, Any] | None]:
     """Work on a stage alone, and write down what ended the work if it is not done.
 
-    An interruption is no failure: the work goes on from its checkpoint.
+    Of processes that work together the first claims it for all of them. An interruption is no
+    failure: the work goes on from its checkpoint.
+
+    Yields:
+        The result, if it is there already.
     """
-    with stage.claim(job=os.environ.get("SLURM_JOB_ID", "")):
+    first = distributed.rank() == 0
+    with stage.claim(job=this_job()) if first else nullcontext():
+        done = distributed.of_first(stage.result() if first else None, device=device)
         try:
-            yield
+            yield done
         except (Exception, SystemExit) as error:
             if not isinstance(error, Interrupted):
-                stage.fail(error)
+                stage.fail(error, rank=distributed.rank())
             raise
 
 

@@ -66,7 +66,7 @@ def compare(folders: Sequence[Path], *, into: Path) -> None:
     Raises:
         InputError: A folder has no record, or the figures cannot be written.
     """
-    groups: dict[str, list[Record]] = {}
+    found = []
     for folder in folders:
         path = folder / "record.json"
         try:
@@ -76,7 +76,24 @@ def compare(folders: Sequence[Path], *, into: Path) -> None:
                 f"RUN is {folder}, but there is no record in it ({error.strerror}); give a run's "
                 "folder, such as runs/resnet18-digits-..."
             ) from error
-        for record in _told_apart(from_json(text, name=str(path)), folder, groups):
+        key = folder.resolve().name.rpartition("-")[2]
+        found.append((key, from_json(text, name=str(path))))
+    side_by_side(found, into=into)
+
+
+def side_by_side(found: Sequence[tuple[str, Sequence[Record]]], *, into: Path) -> None:
+    """Show records side by side, as `compare` does.
+
+    Args:
+        found: Records that belong together, and what to tell them from others by.
+        into: Where the figures go, in a folder for each network and data set.
+
+    Raises:
+        InputError: The figures cannot be written.
+    """
+    groups: dict[str, list[Record]] = {}
+    for key, together in found:
+        for record in _told_apart(together, key, groups):
             target = "-".join(f"{value:g}" for value in record.target.values())
             group = f"{record.network}-{record.dataset}-{target}".replace("/", "_")
             groups.setdefault(group, []).append(record)
@@ -97,7 +114,7 @@ def compare(folders: Sequence[Path], *, into: Path) -> None:
 
 
 def _told_apart(
-    records: Sequence[Record], folder: Path, groups: Mapping[str, Sequence[Record]]
+    records: Sequence[Record], key: str, groups: Mapping[str, Sequence[Record]]
 ) -> list[Record]:
     """The records of a run that no other has; one algorithm's other settings get another name."""
     others = [other for group in groups.values() for other in group]
@@ -111,7 +128,6 @@ def _told_apart(
         for one in fresh
         if one.found.method != "uniform"
     )
-    key = folder.resolve().name.rpartition("-")[2]
     return [replace(one, algorithm=f"{one.algorithm} {key}") for one in fresh] if taken else fresh
 
 
@@ -292,12 +308,13 @@ _METADATA: Mapping[str, dict[str, Any]] = {
 """The same records give the same files: no date, no version."""
 
 
-def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool, every: bool = False) -> None:
     """Print how far sweeps are.
 
     Args:
-        tables: As `widthopt.sweeps.status` returns them.
+        tables: As `widthopt.control.states` returns them.
         as_json: Print one JSON list.
+        every: Name every run, and not only those that run or went wrong.
     """
     if as_json:
         print(json.dumps(list(tables), indent=2))  # noqa: T201
@@ -315,9 +332,10 @@ def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
             result.add_row(word, *(str(counts[state]) for state in states))
         console.print(result)
         for row in one["runs"]:
-            if row["state"] in {"failed", "stale", "running"}:
+            if every or row["state"] in {"failed", "stale", "running"}:
                 why = f": {' '.join(row['why'].split())}" if row["why"] else ""
-                console.print(f"{row['state']}: {row['name']} ({row['what']}){why}")
+                job = f", job {row['job']} {row['queue']}" if row.get("queue") else ""
+                console.print(f"{row['state']}: {row['name']} ({row['what']}){job}{why}")
 
 
 def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None:

@@ -153,3 +153,16 @@ class Runtime:
                 f"runtime.workers is {self.workers}, but it is a number of processes; use 0 to "
                 "load images in the training process, or a whole number above"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run asks a cluster for, where that differs from the launcher's; no part of its name.
+
+    Attributes:
+        search: By name, as in ``resources`` of ``conf/hydra/launcher/slurm.yaml``.
+        train: The same for the final training.
+    """
+
+    search: Mapping[str, Any]
+    train: Mapping[str, Any]

@@ -47,6 +47,15 @@ class Taken(Exception):  # noqa: N818 (nothing went wrong: someone else is at it
     """Someone else works on the stage."""
 
 
+def this_job() -> str:
+    """The job of a queue that this process is a part of, as the queue names it; or nothing.
+
+    An element of an array of SLURM's is called by the array's job and its index.
+    """
+    array, element = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{element}" if array and element else os.environ.get("SLURM_JOB_ID", "")
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn the system's refusal to write below ``folder`` into the one line a user needs.
@@ -207,12 +216,21 @@ class Stage:
         write_atomically(self.folder / "result.json", json.dumps(signed, indent=2) + "\n")
         self._remove("failed.json")
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException, *, rank: int = 0) -> None:
         """Write down what ended the work, inside the claim.
+
+        Where several processes work together, what the first of them says is kept: the others
+        fail because of it.
+
+        Args:
+            error: What ended it.
+            rank: Which of the processes failed.
 
         Raises:
             InputError: The disk is full or the folder cannot be written.
         """
+        if self.failure() is not None:
+            return
         self._describe()
         self._write(
             "failed.json",
@@ -222,10 +240,19 @@ class Stage:
                 "traceback": "".join(traceback.format_exception(error)),
                 "host": os.uname().nodename,
                 "process": os.getpid(),
+                "rank": rank,
                 "job": self._job,
                 "time": time.time(),
             },
         )
+
+    def forget_failure(self) -> None:
+        """Forget what an earlier attempt ended with, since another one is about to begin.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        self._remove("failed.json")
 
     def failure(self) -> dict[str, Any] | None:
         """What the last attempt ended with: what `fail` wrote, or None.
@@ -235,14 +262,26 @@ class Stage:
         """
         return self._read("failed.json")
 
-    def submitted(self, job: str) -> None:
+    def submitted(self, job: str, **details: str) -> None:
         """Write down that a job of a queue is to work on this stage.
+
+        Args:
+            job: Its name in the queue.
+            details: What else is worth knowing of it.
 
         Raises:
             InputError: The disk is full or the folder cannot be written.
         """
         self._describe()
-        self._write("submission.json", {"job": job})
+        self._write("submission.json", {"job": job, **details})
+
+    def submission(self) -> dict[str, Any] | None:
+        """The job that was last to work on this stage: what `submitted` wrote, or None.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
+        return self._read("submission.json")
 
     def state(self, live: Collection[str] = ()) -> State:
         """How far this stage is, from its files and the queue alone; nothing is written.
@@ -278,7 +317,7 @@ class Stage:
 
         Args:
             wait: Whether to wait for someone else who works on it.
-            job: The job of a queue that this process is a part of, if any.
+            job: The job of a queue that this process is a part of, if any; see `this_job`.
 
         Raises:
             Taken: Someone else works on it, and ``wait`` is off.

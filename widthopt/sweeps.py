@@ -5,8 +5,9 @@ Launchers know `Sweep` and `perform` by name alone (``conf/hydra/launcher``).
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +18,13 @@ from omegaconf import OmegaConf
 
 from launchers.sweeper import EXPERIMENT
 from launchers.work import Item
-from widthopt import report
-from widthopt.config import figures as kinds_of
-from widthopt.config import frozen, request, requests
+from widthopt import distributed, report
+from widthopt.config import figures, frozen, request, requests
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, logged, recorded, run, searched, trained
 from widthopt.planning import GPU_MACS_PER_SECOND, Manifest, Plan, Run
 from widthopt.records import Record
-from widthopt.store import State, Store, writable, write_atomically, writing
+from widthopt.store import Stage, State, Store, this_job, writable, write_atomically, writing
 from widthopt.tracking import About, tracked
 from widthopt.training import Interrupted
 
@@ -34,19 +34,46 @@ logger = logging.getLogger("widthopt")
 FORMAT = 1
 """Version of what is frozen of a run."""
 
+ENDED: tuple[State, ...] = ("failed", "stale")
+"""States of runs that somebody worked on and nobody does any more."""
+
 ASK_GPU_HOURS = 24.0
 """Accelerator hours from which a sweep asks before it starts."""
 
 
-class Sweep:
-    """The work of a sweep; see `launchers.work.Work`.
+class _Staged:
+    """What is alike in all work whose items are stages; see `launchers.work.Work`."""
+
+    interruptions = (Interrupted,)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of an item."""
+        raise NotImplementedError
+
+    def job(self, name: str) -> str:
+        """See `launchers.work.Work`."""
+        return str((self.stage(name).submission() or {}).get("job", ""))
+
+    def submitted(self, name: str, job: str, **details: str) -> None:
+        """See `launchers.work.Work`."""
+        self.stage(name).submitted(job, **details)
+
+    def done(self, name: str) -> bool:
+        """See `launchers.work.Work`."""
+        return self.stage(name).result() is not None
+
+    def failure(self, name: str) -> str:
+        """See `launchers.work.Work`."""
+        return why(self.stage(name))
+
+
+class Sweep(_Staged):
+    """The work of a sweep as it is composed; see `launchers.work.Work`.
 
     Attributes:
         plan: Its points and runs.
         root: Where they are kept.
     """
-
-    interruptions = (Interrupted,)
 
     def __init__(self, loader: ConfigLoader, points: Sequence[Sequence[str]]) -> None:
         """Plan it; nothing is started or written.
@@ -74,9 +101,14 @@ class Sweep:
         """What is kept of it beside its runs."""
         return Manifest.of(self.plan, title=self._title)
 
-    def begin(self, *, sure: bool) -> None:
+    @property
+    def name(self) -> str:
         """See `launchers.work.Work`."""
-        self._states = self.plan.states()
+        return self.manifest.name
+
+    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
+        """See `launchers.work.Work`."""
+        self._states = self.plan.states(live)
         cost = self.plan.cost(self._states, nodes=1, macs_per_second=GPU_MACS_PER_SECOND)
         if cost.gpu_hours_left > ASK_GPU_HOURS and not sure:
             _ask(cost.gpu_hours_left)
@@ -99,9 +131,16 @@ class Sweep:
         left.sort(key=lambda run: (run.kind == "train", -run.macs))
         names = {run.name for run in left}
         return [
-            Item(run.name, run.what, tuple(one for one in run.needs if one in names), run.macs)
+            Item(
+                run.name, run.what, tuple(one for one in run.needs if one in names), run.macs,
+                getattr(run.point.request.resources, run.kind),
+            )
             for run in left
-        ]
+        ]  # fmt: skip
+
+    def stage(self, name: str) -> Stage:
+        """See `_Staged`."""
+        return self.plan.runs[name].stage
 
     def freeze(self, name: str) -> Path:
         """See `launchers.work.Work`."""
@@ -109,13 +148,14 @@ class Sweep:
         folder = run.stage.folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        run.stage.forget_failure()
         write_atomically(
             folder / "spec.json", json.dumps(_specified(run, self._figures(name)), indent=2) + "\n"
         )
         return folder / "spec.json"
 
     def _figures(self, name: str) -> list[str]:
-        """Names of the figures that show a run: a person finds it by them where it is tracked."""
+        """The figures that show a run: what a person finds it by where runs are tracked."""
         names = {
             figure.name: None
             for point in self.plan.points
@@ -123,21 +163,6 @@ class Sweep:
             for figure in point.figures
         }
         return list(names)
-
-    def done(self, name: str) -> bool:
-        """See `launchers.work.Work`."""
-        return self.plan.runs[name].stage.result() is not None
-
-    def failure(self, name: str) -> str:
-        """See `launchers.work.Work`."""
-        stage = self.plan.runs[name].stage
-        found = stage.failure()
-        if found is not None:
-            return " ".join(str(found["message"]).split()) or str(found["type"])
-        # It ended before it began: the last line that its process left says why.
-        log = stage.folder / "log.txt"
-        lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
-        return lines[-1].removeprefix("widthopt: ") if len(lines) > 1 else ""
 
     def end(self) -> None:
         """See `launchers.work.Work`: figures where an experiment has some, else tables."""
@@ -181,6 +206,90 @@ class Sweep:
                     tracker.media({name: f"../{file}" for name, file in media.items()})
 
 
+class Kept(_Staged):
+    """The work of a sweep as it was frozen before: nothing is composed; see `launchers.work.Work`.
+
+    Attributes:
+        manifest: What is kept of the sweep.
+        root: Where its runs are kept.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, names: Collection[str] = ()) -> None:
+        """Take up a sweep.
+
+        Args:
+            root: The folder that runs are kept in.
+            manifest: As `manifests` returns it.
+            names: The runs to do, and what they need; all of them if there are none.
+        """
+        self.root, self.manifest = root, manifest
+        self._stages = manifest.stages(Store(root / "stages"))
+        own = manifest.own
+        wanted = set(names) or set(own)
+        wanted |= {need for name in wanted for need in own[name]["needs"]}
+        self._names = [name for name in own if name in wanted]
+        self._states: dict[str, State] = {}
+
+    @property
+    def name(self) -> str:
+        """See `launchers.work.Work`."""
+        return self.manifest.name
+
+    def stage(self, name: str) -> Stage:
+        """See `_Staged`."""
+        return self._stages[name]
+
+    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
+        """See `launchers.work.Work`; what was asked once is not asked again."""
+        del sure
+        writable(self.root)
+        Store(self.root / "stages").check()
+        self._states = self.manifest.states(Store(self.root / "stages"), live)
+
+    def items(self) -> Sequence[Item]:
+        """See `launchers.work.Work`."""
+        own = self.manifest.own
+        left = [name for name in self._names if self._states[name] != "done"]
+        left.sort(key=lambda name: (own[name]["kind"] == "train", -own[name]["macs"]))
+        return [
+            Item(
+                name, own[name]["what"],
+                tuple(need for need in own[name]["needs"] if need in left),
+                own[name]["macs"],
+                self._spec(name)["config"]["resources"][own[name]["kind"]],
+            )
+            for name in left
+        ]  # fmt: skip
+
+    def freeze(self, name: str) -> Path:
+        """See `launchers.work.Work`: it was frozen when the sweep was started."""
+        self._spec(name)
+        self.stage(name).forget_failure()
+        return self.stage(name).folder / "spec.json"
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        return _read_spec(self.stage(name).folder / "spec.json")
+
+    def end(self) -> None:
+        """See `launchers.work.Work`."""
+        if self.manifest.figures:
+            draw(self.root, [self.manifest])
+        else:
+            show(self.root, [self.manifest])
+
+
+def why(stage: Stage) -> str:
+    """Why a stage was not done, in one line; empty if nothing is known."""
+    found = stage.failure()
+    if found is not None:
+        rank = f"process {found['rank']}: " if found.get("rank") else ""
+        return rank + (" ".join(str(found["message"]).split()) or str(found["type"]))
+    # It ended before it began: the last line that its process left says why.
+    log = stage.folder / "log.txt"
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    return lines[-1].removeprefix("widthopt: ") if len(lines) > 1 else ""
+
+
 def _title(points: Sequence[Sequence[str]]) -> str:
     """What a sweep is called: by its experiments, or just a sweep."""
     names: dict[str, None] = {}
@@ -210,8 +319,8 @@ def _ask(gpu_hours: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
-    """A figure by its name alone, which is all that a run has to know of it."""
+class _Named:
+    """A figure that shows a run, where only its name matters: what draws it need not be there."""
 
     name: str
 
@@ -232,28 +341,62 @@ def _specified(run: Run, figures: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _read_spec(spec: Path) -> dict[str, Any]:
+    """What `Sweep.freeze` wrote.
+
+    Raises:
+        InputError: It is not there, or something else.
+    """
+    content: dict[str, Any] = {}
+    try:
+        content = json.loads(spec.read_text("utf-8"))
+        known = content.keys() >= {"kind", "method", "seed", "needs", "figures", "config"}
+        fault = "" if known and content["format"] == FORMAT else "of another version"
+    except (OSError, KeyError, AttributeError, ValueError) as error:
+        fault = str(error)
+    if fault:
+        raise InputError(
+            f"{spec} is no frozen run ({fault}), but one is needed; give the same sweep again"
+        )
+    return content
+
+
 def perform(spec: Path) -> None:
     """Do the run that was frozen at this path; done before, it is not done again.
 
     Raises:
         InputError: What it needs is not there, or it cannot be done.
     """
+    content = _read_spec(spec)
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        content = json.loads(spec.read_text("utf-8"))
-        kind, method, seed = content["kind"], content["method"], content["seed"]
-        config, needs = content["config"], content["needs"]
-        figures = tuple(_Shown(name) for name in content.get("figures", ()))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{spec} is no frozen run ({error}), but one is needed; give the same sweep again"
-        ) from error
-    point = Point(replace(request(OmegaConf.create(config)), figures=figures))
-    with logged(spec.parent / "log.txt"):
-        if kind == "search":
+        _perform(spec, content, rank)
+    except Exception as error:
+        if not isinstance(error, Interrupted | _Unready):
+            # Said already if it went wrong inside the stage; here it may not have come so far.
+            for stage in Store(spec.parent.parent).stages(content["kind"]):
+                if stage.folder.name == spec.parent.name:
+                    stage.fail(error, rank=rank)
+        raise
+
+
+class _Unready(InputError):  # noqa: N818 (the name is what it is)
+    """What a run needs is not done: no failure of its own."""
+
+
+def _perform(spec: Path, content: Mapping[str, Any], rank: int) -> None:
+    method, seed, needs = content["method"], content["seed"], content["needs"]
+    asked = request(OmegaConf.create(content["config"]))
+    point = Point(replace(asked, figures=tuple(_Named(name) for name in content["figures"])))
+    start = f"{this_job() or 'here'}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    meeting = spec.parent / f".meeting-{start}.json"
+    log = f"log-{rank}.txt" if rank else "log.txt"
+    with distributed.together(point.device, meeting=meeting), logged(spec.parent / log):
+        if content["kind"] == "search":
             searched(point, method, seed)
             return
         if needs and point.search_stage(method, seed).result() is None:
-            raise InputError(
+            raise _Unready(
                 f"{spec.parent.name} is a training that needs {needs[0]}, but that is not done; do "
                 "it first"
             )
@@ -315,33 +458,67 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> dict[str, str]:
                         wanted.setdefault(figure, {}).setdefault(name, what)
     drawn = [
         (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
-        for one in kinds_of(list(kinds.values()))
+        for one in figures(list(kinds.values()))
     ]
     return report.show_figures(drawn, into=root / "report")
 
 
-def status(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
+def show(root: Path, sweeps: Sequence[Manifest]) -> None:
+    """Show the records of sweeps without figures side by side.
+
+    Args:
+        root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
+        sweeps: One or more.
+
+    Raises:
+        InputError: None of their points is done.
+    """
+    store = Store(root / "stages")
+    store.check(write=False)
+    found: dict[str, list[Record]] = {}
+    for sweep in sweeps:
+        stages = sweep.stages(store)
+        for point in sweep.points:
+            result = stages[point["train"]].result()
+            if result is not None:
+                one = recorded(result, method=point["method"], algorithm=point["algorithm"])
+                # Seeds belong together; what else differs tells points apart.
+                proxy = "-".join(f"{value:g}" for value in one.proxy.values())
+                found.setdefault(f"{one.algorithm} {proxy}", []).append(one)
+    if not found:
+        raise InputError(
+            f"--root is {root}, but no point of {', '.join(one.name for one in sweeps)} is done; "
+            "see widthopt status"
+        )
+    by_proxy = [(key.partition(" ")[2], records) for key, records in found.items()]
+    report.side_by_side(by_proxy, into=root / "report")
+
+
+def status(
+    root: Path, sweeps: Sequence[Manifest], live: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """How far sweeps are: one table of plain data for each.
 
     Args:
         root: The folder that runs are kept in.
         sweeps: As `manifests` returns them.
+        live: The jobs that a queue knows as waiting or running.
     """
     store = Store(root / "stages")
     store.check(write=False)
     result = []
     for sweep in sweeps:
-        states, stages = sweep.states(store), sweep.stages(store)
+        states, stages = sweep.states(store, live), sweep.stages(store)
         rows = []
         for name, one in sweep.own.items():
-            failure = stages[name].failure() if states[name] == "failed" else None
             rows.append(
                 {
                     "name": name,
                     "kind": one["kind"],
                     "state": states[name],
                     "what": one["what"],
-                    "why": None if failure is None else failure["message"],
+                    "job": (stages[name].submission() or {}).get("job"),
+                    "why": why(stages[name]) or None if states[name] in ENDED else None,
                 }
             )
         result.append({"sweep": sweep.name, "points": len(sweep.points), "runs": rows})

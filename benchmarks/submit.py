@@ -1,0 +1,123 @@
+"""Submissions to a real SLURM on this machine: seconds, calls of sbatch, seconds to a first step.
+
+The runs do nothing: half of them are searches, half the trainings that wait for one each. A call
+of ``sbatch`` costs a busy cluster about a second, so that their number is what matters there.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import Figure, main
+
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "slurm"))
+
+from cluster import Cluster
+
+from launchers import queue
+from launchers.slurm import Slurm
+from launchers.work import Item
+
+
+RESOURCES = {
+    "minutes": 5, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1,
+    "memory_gb": None,
+}  # fmt: skip
+
+
+class Nothing:
+    """A sweep of runs that do nothing; see `launchers.work.Work`."""
+
+    interruptions = ()
+    name = "nothing"
+
+    def __init__(self, root: Path, count: int) -> None:
+        self.root, self.count = root, count
+        self._jobs: dict[str, str] = {}
+
+    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
+        """Nothing is to be said of it."""
+
+    def items(self) -> Sequence[Item]:
+        """As many searches as trainings."""
+        half = range(self.count // 2)
+        searches = [Item(f"search-{one}", "a search", (), 1.0) for one in half]
+        return searches + [Item(f"train-{one}", "", (f"search-{one}",), 1.0) for one in half]
+
+    def freeze(self, name: str) -> Path:
+        """Its name is all there is of it."""
+        spec = self.root / "stages" / name / "spec.json"
+        spec.parent.mkdir(parents=True)
+        spec.write_text("{}")
+        return spec
+
+    def job(self, name: str) -> str:
+        """Known while this process lives."""
+        return self._jobs.get(name, "")
+
+    def submitted(self, name: str, job: str, **_details: str) -> None:
+        """Known while this process lives."""
+        self._jobs[name] = job
+
+    def done(self, name: str) -> bool:
+        """Whether it has run."""
+        return not (self.root / "stages" / name / "spec.json").exists()
+
+    def failure(self, _name: str) -> str:
+        """None of them fails."""
+        return ""
+
+    def end(self) -> None:
+        """Nothing comes out."""
+
+
+def slurm(**options: Any) -> Slurm:
+    """The launcher; all that a run does is to remove its own order."""
+    return Slurm(
+        perform="os.unlink", resources=RESOURCES, options=options, gpus_as="none",
+        parallelism=64, warn_seconds=60, requeue=True, max_requeues=1, setup=(), python=None,
+        packages=("widthopt", "launchers", "conf"), code=(),
+    )  # fmt: skip
+
+
+def calls(root: Path) -> int:
+    """How often ``sbatch`` was called: each submission has a folder of its own."""
+    return len(list((root / "jobs").iterdir()))
+
+
+def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
+    """Nothing where there can be no cluster."""
+    if obstacle := Cluster.obstacle():
+        print(f"not measured: {obstacle}")
+        return
+    with Cluster(settings={"MinJobAge": "60"}) as cluster:
+        os.environ.update(cluster.environment)
+        for count in (1_000,) if quick else (1_000, 10_000):
+            root = Path(tempfile.mkdtemp())
+            begin = time.perf_counter()
+            slurm(begin="now+3600").submit(Nothing(root, count))
+            seconds = time.perf_counter() - begin
+            note = f"seconds; {len(queue.live())} jobs in the queue"
+            yield Figure(f"submit/runs/{count}", seconds, note)
+            yield Figure(f"sbatch/runs/{count}", calls(root), "calls")
+            cluster.cancel_all()
+            shutil.rmtree(root)
+        root = Path(tempfile.mkdtemp())
+        work = Nothing(root, 2)
+        begin = time.perf_counter()
+        slurm().submit(work)
+        while not work.done("search-0"):
+            time.sleep(0.01)
+        yield Figure("first step/run", time.perf_counter() - begin, "seconds from the submission")
+        cluster.cancel_all()
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main(measure)

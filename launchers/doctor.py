@@ -1,0 +1,242 @@
+"""Checks of a site: what sweeps need of this machine, of SLURM, and of the nodes behind it."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from launchers import queue
+from launchers.slurm import Resources, Slurm
+from launchers.work import Item
+from widthopt.errors import InputError
+from widthopt.store import writable, write_atomically
+
+
+PROBE_SECONDS = 300
+"""How long the job that looks at a node may take, most of it waiting for one."""
+
+_LOCAL = {"tmpfs", "ramfs", "devtmpfs"}
+_COMMANDS = ("sbatch", "squeue", "srun", "scancel", "scontrol")
+_SKEW_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        what: What was looked at.
+        well: Whether it is as it has to be.
+        said: What was found, and what to do if it is not well.
+    """
+
+    what: str
+    well: bool
+    said: str
+
+
+def _well(what: str, said: str) -> Check:
+    return Check(what, well=True, said=said)
+
+
+def _badly(what: str, said: str) -> Check:
+    return Check(what, well=False, said=said)
+
+
+def checks(root: Path, options: Mapping[str, Any], *, job: bool) -> Iterator[Check]:
+    """Look at a site.
+
+    Args:
+        root: The folder that runs are to be kept in.
+        options: Those of one of SLURM's launchers, as ``conf/hydra/launcher`` has them.
+        job: Whether to send a job that looks at a node.
+    """
+    yield _well("python", f"{sys.version.split()[0]}, {sys.executable}")
+    yield from _folder(root)
+    missing = [name for name in _COMMANDS if shutil.which(name) is None]
+    if missing:
+        yield _badly("SLURM", f"there is no {', '.join(missing)}; start on a login node")
+        return
+    try:
+        release = queue.ask("sbatch", "--version").strip()
+        live = len(queue.live())
+    except InputError as error:
+        yield _badly("SLURM", str(error))
+        return
+    yield _well("SLURM", f"{release}; {live} jobs of yours")
+    yield _well("arrays", f"up to {queue.array_size()} runs in one")
+    try:
+        queue.ask("sacct", "-X", "-n", "-P", "-o", "JobID", "-S", "now-1minutes")
+        yield _well("accounting", "there; it tells how jobs ended")
+    except InputError:
+        yield _well("accounting", "none; states come from the runs' own files all the same")
+    slurm = Slurm(**{key: one for key, one in options.items() if key != "wait"})
+    try:
+        queue.check(slurm.flags(Resources.of(slurm.resources, {}, key="resources")))
+        yield _well("options", "SLURM would take a job like these")
+    except InputError as error:
+        yield _badly("options", str(error))
+        return
+    if job:
+        yield from _node(root, options)
+
+
+def _folder(root: Path) -> Iterator[Check]:
+    """The folder: there, writable, shared, with locks and room."""
+    try:
+        writable(root)
+    except InputError as error:
+        yield _badly("root", str(error))
+        return
+    kind = _file_system(root.resolve())
+    yield Check("root", kind not in _LOCAL, f"{root.resolve()} on {kind}" + (
+        ", which no other node sees; name a folder on a shared file system"
+        if kind in _LOCAL else ""
+    ))  # fmt: skip
+    with tempfile.NamedTemporaryFile(dir=root, prefix=".lock.") as first:
+        try:
+            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with Path(first.name).open() as second:
+                try:
+                    fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield _badly("locks", "a lock keeps nobody out; mount with locks")
+                except BlockingIOError:
+                    yield _well("locks", "work on this machine")
+        except OSError as error:
+            yield _badly("locks", f"there are none ({error.strerror}); mount with locks")
+    free = shutil.disk_usage(root).free / 2**30
+    yield Check("room", free > 1, f"{free:,.0f} GiB free")
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on."""
+    found = ("", "unknown")
+    with suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text("utf-8").splitlines():
+            _, place, kind = line.split()[:3]
+            if folder.is_relative_to(place) and len(place) >= len(found[0]):
+                found = (place, kind)
+    return found[1]
+
+
+class _Probe:
+    """One job that looks at the node it gets; see `launchers.work.Work`."""
+
+    interruptions = ()
+    name = "doctor"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._job = ""
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "stages" / "doctor"
+
+    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
+        """See `launchers.work.Work`."""
+
+    def items(self) -> Sequence[Item]:
+        """See `launchers.work.Work`."""
+        return [Item("doctor", "a look at a node", (), 0.0)]
+
+    def freeze(self, name: str) -> Path:
+        """See `launchers.work.Work`."""
+        del name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "spec.json", json.dumps({"lock": "lock"}))
+        return self.folder / "spec.json"
+
+    def job(self, name: str) -> str:
+        """See `launchers.work.Work`."""
+        del name
+        return self._job
+
+    def submitted(self, name: str, job: str, **details: str) -> None:
+        """See `launchers.work.Work`."""
+        del name, details
+        self._job = job
+
+    def done(self, name: str) -> bool:
+        """See `launchers.work.Work`."""
+        del name
+        return (self.folder / "found.json").exists()
+
+    def failure(self, name: str) -> str:
+        """See `launchers.work.Work`."""
+        del name
+        return ""
+
+    def end(self) -> None:
+        """See `launchers.work.Work`."""
+
+
+def probe(spec: Path) -> None:
+    """Look at the node that this job got, and write down what is there."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    found: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "python": sys.version.split()[0],
+        "torch": version("torch"),
+        "gpus": len([one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "time": time.time(),
+    }
+    with (spec.parent / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found["locked"] = False
+        except OSError:
+            found["locked"] = True
+    write_atomically(spec.parent / "found.json", json.dumps(found))
+
+
+def _node(root: Path, options: Mapping[str, Any]) -> Iterator[Check]:
+    """What a job finds on a node."""
+    own = Path(tempfile.mkdtemp(prefix=".doctor.", dir=root))
+    work = _Probe(own)
+    work.folder.mkdir(parents=True)
+    values = {key: one for key, one in options.items() if key != "wait"}
+    slurm = Slurm(**{**values, "perform": "launchers.doctor.probe"})
+    try:
+        with (work.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            slurm.submit(work)
+            until = time.monotonic() + PROBE_SECONDS
+            while not work.done("doctor") and time.monotonic() < until:
+                if work.job("doctor") not in queue.live() and not work.done("doctor"):
+                    break
+                time.sleep(0.5)
+            if not work.done("doctor"):
+                job = work.job("doctor")
+                why = queue.live().get(job) or queue.ended([job]).get(job, "it left no word")
+                queue.cancel([job])
+                said = f"job {job} did not look at a node ({why}); see the files in {own}"
+                yield _badly("node", said)
+                return
+        found = json.loads((work.folder / "found.json").read_text("utf-8"))
+        skew = abs(found["time"] - (work.folder / "found.json").stat().st_mtime)
+        yield _well("node",
+            f"{found['host']}: python {found['python']}, torch {found['torch']}, "
+            f"{found['gpus']} GPUs, {found['processes']} processes",
+        )  # fmt: skip
+        yield Check(
+            "locks of nodes", found["locked"],
+            "a node sees the locks of this machine" if found["locked"] else
+            "a node does not see the locks of this machine; submit from one machine at a time",
+        )  # fmt: skip
+        yield Check("clocks", skew < _SKEW_SECONDS, f"{skew:.1f} s apart, the node and the files")
+        shutil.rmtree(own, ignore_errors=True)
+    except InputError as error:
+        yield _badly("node", str(error))

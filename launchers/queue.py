@@ -1,0 +1,171 @@
+"""What SLURM knows: the jobs that live, its limits, and its own words where it refuses.
+
+Only its commands are used, and none that needs accounting; ``sacct`` is asked for how a job
+ended where ``scontrol`` has forgotten it, and does without.
+"""
+
+import getpass
+import re
+import shutil
+import subprocess
+from collections.abc import Collection, Mapping
+
+from widthopt.errors import InputError
+
+
+PATIENCE_SECONDS = 60
+"""How long one command of SLURM's may take: its controller is asked again by the command itself."""
+
+_ARRAY_SIZE = 1001
+"""SLURM's own default of MaxArraySize."""
+
+
+def there() -> bool:
+    """Whether this machine has SLURM's commands."""
+    return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
+
+
+def ask(*words: str) -> str:
+    """What one of SLURM's commands answers.
+
+    Raises:
+        InputError: It is not there, or SLURM refuses; with SLURM's own words.
+    """
+    try:
+        done = subprocess.run(  # noqa: S603 (SLURM's own commands)
+            words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"hydra/launcher is one of SLURM's, but there is no {words[0]} on this machine; start "
+            "on a login node of the cluster, or use hydra/launcher=local"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise InputError(
+            f"{words[0]} is silent for {PATIENCE_SECONDS} s, but SLURM's controller has to answer; "
+            "try scontrol ping, and the same again later"
+        ) from error
+    if done.returncode:
+        raise InputError(
+            f"{words[0]} is refused by SLURM ({words_of(done.stderr)}), but it has to succeed; "
+            "correct what it names, or try the same again later"
+        )
+    return done.stdout
+
+
+def words_of(text: str) -> str:
+    """SLURM's complaint without the names of its commands, in one line."""
+    lines = [re.sub(r"^(\w+: )?(error: )?", "", line.strip()) for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or "without a word"
+
+
+def live() -> dict[str, str]:
+    """The jobs of this user that wait or run: by name, their state and why they wait.
+
+    The elements of an array are jobs of their own, called ``JOB_INDEX``.
+
+    Raises:
+        InputError: SLURM's controller does not answer.
+    """
+    text = ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r")
+    found = {}
+    for line in text.splitlines():
+        job, state, reason = line.strip().split("|", 2)
+        found[job] = state if reason in {"None", ""} else f"{state} ({reason})"
+    return found
+
+
+def named(name: str) -> dict[int, str]:
+    """The live elements of the array of this name, by index; a single job has index 0."""
+    text = ask("squeue", "-h", "-r", "-n", name, "-o", "%i")
+    jobs = sorted(line.strip() for line in text.splitlines() if line.strip())
+    return {int(job.partition("_")[2] or 0): job for job in jobs}
+
+
+def array_size() -> int:
+    """How many elements one array may have (``MaxArraySize`` bounds the index)."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    return max(1, int(found[1]) if found else _ARRAY_SIZE)
+
+
+def check(options: Mapping[str, str]) -> None:
+    """Ask SLURM whether it would take a job with these options; none is submitted.
+
+    Args:
+        options: Of ``sbatch``, by name; an empty value is a flag.
+
+    Raises:
+        InputError: It would not, in its own words; or it would, and never start it.
+    """
+    flags = [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
+    done = subprocess.run(  # noqa: S603
+        ["sbatch", "--test-only", *flags, "--wrap", "true"],  # noqa: S607
+        capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        shown = " ".join(flags)
+        raise InputError(
+            f"sbatch is given {shown}, but SLURM refuses it ({words_of(done.stderr)}); correct "
+            "hydra.launcher, nothing was submitted"
+        )
+    # A limit above the partition's is taken, and then the job waits for ever.
+    name = options.get("partition")
+    for line in ask("scontrol", "-o", "show", "partition").splitlines():
+        said = dict(word.partition("=")[::2] for word in line.split())
+        chosen = said.get("PartitionName") == name if name else said.get("Default") == "YES"
+        most = _minutes(said.get("MaxTime", ""))
+        if chosen and most is not None and float(options["time"]) > most:
+            raise InputError(
+                f"hydra.launcher.resources.minutes is {options['time']}, but the time limit of "
+                f"partition {said['PartitionName']} is {most:g}; use less: a run that needs longer "
+                "is put back and goes on"
+            )
+
+
+def _minutes(text: str) -> float | None:
+    """SLURM's ``days-hours:minutes:seconds`` in minutes; None where there is no limit."""
+    days, _, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in parts) or len(parts) != 3:  # noqa: PLR2004
+        return None
+    hours, minutes, seconds = (int(part) for part in parts)
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def cancel(jobs: Collection[str]) -> None:
+    """End these jobs, whether they wait or run."""
+    ordered = sorted(jobs)
+    for first in range(0, len(ordered), 500):
+        ask("scancel", *ordered[first : first + 500])
+
+
+def ended(jobs: Collection[str]) -> dict[str, str]:
+    """How jobs ended that do not live any more, as far as SLURM still knows; by job.
+
+    Args:
+        jobs: As SLURM calls them.
+    """
+    found: dict[str, str] = {}
+    wanted = sorted(jobs)
+    if not wanted:
+        return found
+    for command in (
+        ["sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode", "-j", ",".join(wanted)],
+        *(["scontrol", "-o", "show", "job", job] for job in wanted[:20]),
+    ):
+        if command[0] == "scontrol" and command[-1] in found:
+            continue
+        try:
+            text = ask(*command)
+        except InputError:  # no accounting, or forgotten: it is only said to be helpful
+            continue
+        for line in text.splitlines():
+            if command[0] == "sacct":
+                job, state, code = line.split("|")
+                found[job] = f"SLURM: {state}, exit code {code}"
+            else:
+                said = dict(word.partition("=")[::2] for word in line.split())
+                reason = said.get("Reason", "None")
+                words = [said.get("JobState", "?"), *([] if reason == "None" else [reason])]
+                found[command[-1]] = f"SLURM: {', '.join(words)}, exit code {said.get('ExitCode')}"
+    return found

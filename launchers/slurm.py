@@ -1,0 +1,402 @@
+"""Sweeps on a SLURM cluster, through submitit: each run a job, searches before trainings.
+
+All is planned, frozen and checked before the first ``sbatch``; then runs are submitted as
+arrays, and the command ends. Who gives it again submits what is missing: which jobs live is
+SLURM's to say, and which runs are done the files'.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from launchers import queue
+from launchers.progress import Progress
+from launchers.snapshot import snapshot
+from launchers.work import Failed, Item, Work
+from launchers.worker import Order, work
+from widthopt.errors import InputError
+from widthopt.store import write_atomically, writing
+
+
+logger = logging.getLogger("widthopt")
+
+POLL_SECONDS = 10.0
+"""Time between two looks at the queue where the command waits for the end."""
+
+_ENCLOSING = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "SBATCH_")
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SUBMITIT_PREEMPT_SIGNAL")
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one run asks for.
+
+    Attributes:
+        minutes: Time limit.
+        nodes: Nodes.
+        tasks_per_node: Processes on each of them; they train together.
+        gpus_per_node: Accelerators of each node.
+        cpus_per_task: Processors of each process.
+        memory_gb: Memory of each node; SLURM's default if None.
+    """
+
+    minutes: int
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    cpus_per_task: int
+    memory_gb: float | None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], changed: Mapping[str, Any], *, key: str) -> "Resources":
+        """From plain values, some of them changed.
+
+        Args:
+            values: The launcher's.
+            changed: Those of one run that differ.
+            key: Where the changed ones stand, for messages.
+
+        Raises:
+            InputError: A name is unknown, or a value is out of range.
+        """
+        for name in changed:
+            if name not in values:
+                raise InputError(
+                    f"{key}.{name} is no key, but resources are {', '.join(values)}; correct it"
+                )
+        merged = {**values, **changed}
+        for name, value in merged.items():
+            least = 0 if name in {"gpus_per_node", "memory_gb"} else 1
+            whole = isinstance(value, int) or (name == "memory_gb" and isinstance(value, float))
+            if value is None and name == "memory_gb":
+                continue
+            if not whole or isinstance(value, bool) or value < least:
+                where = key if name in changed else "hydra.launcher.resources"
+                raise InputError(
+                    f"{where}.{name} is {value}, but it is a number from {least} up; correct it"
+                )
+        return cls(**merged)
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Submits items; see ``conf/hydra/launcher/slurm.yaml`` for what the values mean."""
+
+    perform: str
+    resources: Mapping[str, Any]
+    options: Mapping[str, Any]
+    gpus_as: str
+    parallelism: int
+    warn_seconds: int
+    requeue: bool
+    max_requeues: int
+    setup: Sequence[str]
+    python: str | None
+    packages: Sequence[str]
+    code: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.gpus_as not in {"gpus-per-node", "gres", "none"}:
+            raise InputError(
+                f"hydra.launcher.gpus_as is {self.gpus_as}, but it must be gpus-per-node, gres or "
+                "none; correct it"
+            )
+        for name, least in (("parallelism", 1), ("warn_seconds", 1), ("max_requeues", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise InputError(
+                    f"hydra.launcher.{name} is {getattr(self, name)}, but it is a whole number "
+                    f"from {least} up; correct it"
+                )
+
+    def submit(self, work_of: Work) -> int:
+        """Submit what is neither done nor in the queue; how many runs that were.
+
+        Raises:
+            InputError: SLURM would not take them; nothing was submitted.
+        """
+        items = list(work_of.items())
+        asked = {
+            item.name: Resources.of(
+                self.resources, item.resources, key=f"resources.{item.name.partition('-')[0]}"
+            )
+            for item in items
+        }
+        for one in dict.fromkeys(asked.values()):
+            queue.check(self.flags(one))
+        with _alone(work_of.root):
+            live = queue.live()
+            _adopt(work_of.root)
+            waiting = {item.name: job for item in items if (job := work_of.job(item.name)) in live}
+            todo = [item for item in items if item.name not in waiting]
+            if not todo:
+                return 0
+            specs = {item.name: work_of.freeze(item.name) for item in todo}
+            code = snapshot(self.packages, self.code, into=work_of.root / "code")
+            sender = _Sender(self, work_of, code, specs, min(queue.array_size(), 1000))
+            sender.send(todo, asked, waiting)
+        return len(todo)
+
+    def flags(self, asked: Resources, **more: str) -> dict[str, str]:
+        """Options of ``sbatch`` for these resources."""
+        flags = {
+            "time": str(asked.minutes),
+            "nodes": str(asked.nodes),
+            "ntasks-per-node": str(asked.tasks_per_node),
+            "cpus-per-task": str(asked.cpus_per_task),
+            "kill-on-invalid-dep": "yes",
+        }
+        flags["requeue" if self.requeue else "no-requeue"] = ""
+        if asked.memory_gb is not None:
+            flags["mem"] = f"{round(asked.memory_gb * 1024)}M"
+        if asked.gpus_per_node and self.gpus_as == "gres":
+            flags["gres"] = f"gpu:{asked.gpus_per_node}"
+        elif asked.gpus_per_node and self.gpus_as == "gpus-per-node":
+            flags["gpus-per-node"] = str(asked.gpus_per_node)
+        for key, value in self.options.items():
+            if value is not None and value is not False:
+                flags[key.replace("_", "-")] = "" if value is True else str(value)
+        return {**flags, **more}
+
+
+def adopt(root: Path) -> None:
+    """Write down jobs whose submitter was killed before it could, unless one is at work now."""
+    if any((root / "submissions").glob("*.json")):
+        with _alone(root):
+            _adopt(root)
+
+
+def _adopt(root: Path) -> None:
+    """Write down what a process submitted that was killed before it could do so.
+
+    Jobs whose order it had not put in place yet fail by themselves within a minute, and are
+    submitted again by the next command.
+    """
+    for path in sorted((root / "submissions").glob("*.json")):
+        intent = json.loads(path.read_text("utf-8"))
+        for place, job in queue.named(intent["name"]).items():
+            log = f"jobs/{intent['name']}/{job}"
+            content = {"job": job, "code": intent["code"], "log": log}
+            folder = root / "stages" / intent["runs"][place]
+            write_atomically(folder / "submission.json", json.dumps(content, indent=2) + "\n")
+        path.unlink()
+
+
+class _Sender:
+    """Puts items into as few arrays as SLURM's dependencies allow."""
+
+    def __init__(
+        self, slurm: Slurm, work_of: Work, code: Path, specs: Mapping[str, Path], limit: int
+    ) -> None:
+        self._slurm, self._work, self._specs, self._limit = slurm, work_of, specs, limit
+        self._code = code.resolve()
+        self._jobs: dict[str, str] = {}
+
+    def send(
+        self, todo: Sequence[Item], asked: Mapping[str, Resources], waiting: Mapping[str, str]
+    ) -> None:
+        """Submit all of it: what needs nothing first, in the given order.
+
+        Args:
+            todo: Items; each comes after what it needs.
+            asked: Their resources.
+            waiting: The jobs of items that are in the queue already.
+        """
+        self._jobs = dict(waiting)
+        followers: dict[str, int] = {}
+        for item in todo:
+            for need in item.needs:
+                followers[need] = followers.get(need, 0) + 1
+        rest = list(todo)
+        while rest:
+            ready = [
+                item for item in rest if not any(need not in self._jobs for need in item.needs)
+            ]
+            assert ready, "items need one another"
+            names = {item.name for item in ready}
+            # Those that most others wait for first: so the n-th followers of an array's elements
+            # are those of its first few, and one array of the same numbers.
+            ready.sort(key=lambda item: -followers.get(item.name, 0))
+            self._send_ready(ready, asked)
+            rest = [item for item in rest if item.name not in names]
+
+    def _send_ready(self, ready: Sequence[Item], asked: Mapping[str, Resources]) -> None:
+        groups: dict[tuple[Resources, tuple[str, ...]], list[Item]] = {}
+        for item in self._send_alongside(ready, asked):
+            jobs = tuple(sorted({self._jobs[need] for need in item.needs}))
+            groups.setdefault((asked[item.name], jobs), []).append(item)
+        for (resources, jobs), items in groups.items():
+            after = "afterok:" + ":".join(jobs) if jobs else ""
+            for first in range(0, len(items), self._limit):
+                self._sbatch(items[first : first + self._limit], resources, after)
+
+    def _send_alongside(
+        self, ready: Sequence[Item], asked: Mapping[str, Resources]
+    ) -> Sequence[Item]:
+        """Submit what follows an array element by element; what is left over.
+
+        ``aftercorr`` lets each element wait for the one of the same number alone, as
+        ``afterok`` does for a job, so that a thousand dependencies are one submission.
+        """
+        lines: dict[tuple[str, Resources], dict[int, list[Item]]] = {}
+        left = []
+        for item in ready:
+            jobs = [self._jobs[need] for need in item.needs]
+            array, _, index = jobs[0].partition("_") if len(jobs) == 1 else ("", "", "")
+            if index:
+                line = lines.setdefault((array, asked[item.name]), {})
+                line.setdefault(int(index), []).append(item)
+            else:
+                left.append(item)
+        for (array, resources), line in lines.items():
+            while line.get(0) and line.get(1):
+                places = 0
+                while line.get(places):
+                    places += 1
+                items = [line[place].pop(0) for place in range(places)]
+                self._sbatch(items, resources, f"aftercorr:{array}")
+            left += [item for items in line.values() for item in items]
+        return left
+
+    def _sbatch(self, items: Sequence[Item], resources: Resources, after: str) -> None:
+        """One submission: a job, or an array of them."""
+        slurm, root = self._slurm, self._work.root
+        name = f"widthopt-{uuid.uuid4().hex[:10]}"
+        intent = root / "submissions" / f"{name}.json"
+        with writing(intent.parent):
+            intent.parent.mkdir(parents=True, exist_ok=True)
+        runs = [item.name for item in items]
+        written = {"name": name, "runs": runs, "code": self._code.name}
+        write_atomically(intent, json.dumps(written) + "\n")
+        executor = submitit.SlurmExecutor(
+            folder=root.resolve() / "jobs" / name,
+            max_num_timeout=0,
+            python=slurm.python,
+        )
+        flags = slurm.flags(resources, **({"dependency": after} if after else {}))
+        executor.update_parameters(
+            job_name=name,
+            time=resources.minutes,
+            nodes=resources.nodes,
+            ntasks_per_node=resources.tasks_per_node,
+            cpus_per_task=resources.cpus_per_task,
+            signal_delay_s=slurm.warn_seconds,
+            array_parallelism=slurm.parallelism,
+            setup=list(slurm.setup),
+            srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
+            additional_parameters={key: value or True for key, value in flags.items()},
+        )
+        home = os.getcwd()  # noqa: PTH109 (as the user sees it)
+        orders = [
+            Order(
+                spec=str(self._specs[item.name].resolve()),
+                perform=slurm.perform,
+                home=home,
+                requeue=slurm.requeue,
+                max_requeues=slurm.max_requeues,
+            )
+            for item in items
+        ]
+        with _clean_environment(), _inside(self._code):
+            try:
+                jobs = executor.map_array(work, orders)
+            except submitit.core.utils.FailedJobError as error:
+                intent.unlink()
+                raise InputError(
+                    f"sbatch is given {' '.join(f'--{k}={v}' for k, v in flags.items())}, but "
+                    f"SLURM refuses it ({queue.words_of(str(error))}); correct hydra.launcher"
+                ) from error
+        for item, job in zip(items, jobs, strict=True):
+            self._jobs[item.name] = job.job_id
+            log = f"jobs/{name}/{job.job_id}"
+            self._work.submitted(item.name, job.job_id, code=self._code.name, log=log)
+        intent.unlink()
+        logger.debug("%s: %d runs as %s %s", name, len(items), jobs[0].job_id, after)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Submit alone: another process that wants to waits until this one has left."""
+    with writing(root):
+        lock = os.open(root / "submit.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process submits from %s; waiting for it", root)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Leave out what belongs to an enclosing job, but nothing that says where the cluster is."""
+    taken = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if (name.startswith(_ENCLOSING) and name not in _KEPT and not name.startswith("SBATCH_"))
+        or name in _RANKS
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Be in another folder: jobs start there, and Python looks there first."""
+    before = os.getcwd()  # noqa: PTH109
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def watch(work_of: Work) -> None:
+    """Wait until nothing of this sweep lives any more, and say how it ended.
+
+    Raises:
+        Failed: Not all of it is done.
+    """
+    items = list(work_of.items())
+    with Progress(items) as progress:
+        going = {item.name: item for item in items}
+        started: set[str] = set()
+        while going:
+            live = queue.live()
+            for name, item in list(going.items()):
+                job = work_of.job(name)
+                if live.get(job, "").startswith("RUNNING") and name not in started:
+                    started.add(name)
+                    progress.start(item)
+                if job in live:
+                    continue
+                del going[name]
+                if name not in started:
+                    progress.start(item)
+                if work_of.done(name):
+                    progress.finish(item)
+                else:
+                    progress.fail(item, work_of.failure(name) or queue.ended([job]).get(job, ""))
+            progress.tick()
+            if going:
+                time.sleep(POLL_SECONDS)
+    if progress.failed:
+        raise Failed(
+            f"{progress.done} of {len(items)} runs are done and {progress.failed} are not; the "
+            "same command tries them again"
+        )

@@ -1,0 +1,91 @@
+"""The code as it is now, copied, so that nothing edited later changes a run that waits."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from widthopt.errors import InputError
+
+
+MAX_FILES = 5_000
+"""More files than this are no code: a folder was named by mistake."""
+
+_NO_CODE = {"__pycache__", "node_modules"}
+
+
+def snapshot(packages: Sequence[str], folders: Sequence[str], *, into: Path) -> Path:
+    """Copy code into a folder that is named by its content; the same code is copied once.
+
+    Args:
+        packages: Names of packages to copy, wherever they were imported from.
+        folders: Folders whose Python files and packages are copied, for a user's own code.
+        into: Where copies are kept.
+
+    Returns:
+        The copy: a folder that Python can import all of it from.
+
+    Raises:
+        InputError: There is far too much of it.
+    """
+    files = _files(packages, folders)
+    contents = {name: path.read_bytes() for name, path in sorted(files.items())}
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    copy = into / digest.hexdigest()[:12]
+    if copy.is_dir():
+        return copy
+    beside = into / f".{copy.name}.{uuid.uuid4().hex}.part"
+    try:
+        for name, content in contents.items():
+            path = beside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if not copy.is_dir():
+            beside.rename(copy)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return copy
+
+
+def _files(packages: Sequence[str], folders: Sequence[str]) -> dict[str, Path]:
+    """Where each file of a copy comes from, by its name in it."""
+    files: dict[str, Path] = {}
+    for name in packages:
+        where = import_module(name).__file__
+        assert where is not None
+        for path in _within(Path(where).parent):
+            files[f"{name}/{path.relative_to(Path(where).parent)}"] = path
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise InputError(
+                f"hydra.launcher.code is {folder}, but there is no such folder; correct it"
+            )
+        for path in _code(folder):
+            files.setdefault(str(path.relative_to(folder)), path)
+        if len(files) > MAX_FILES:
+            raise InputError(
+                f"hydra.launcher.code is {folder}, but it has more than {MAX_FILES} files of code; "
+                "start in the folder of your own modules, or name it"
+            )
+    return files
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """The files of a package, without those that Python makes."""
+    for place, names, files in os.walk(folder):
+        names[:] = sorted(name for name in names if name not in _NO_CODE and name[0] != ".")
+        yield from (Path(place, name) for name in sorted(files) if not name.endswith(".pyc"))
+
+
+def _code(folder: Path) -> Iterator[Path]:
+    """What Python would import from a folder: its modules and its packages."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".py" and path.is_file():
+            yield path
+        elif (path / "__init__.py").is_file():
+            yield from _within(path)

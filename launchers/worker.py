@@ -1,0 +1,162 @@
+"""What a job of SLURM's runs: one process of one item, and what it does when it is to stop.
+
+The job's processes all start here (`submitit` calls `work`). SLURM warns them by SIGUSR2
+before it preempts them or their time is over. That is passed on as Ctrl-C, which a training
+takes as the wish to stop after its step with everything saved; then the first process puts
+the job back into the queue, and all wait for their end.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+
+from widthopt.errors import InputError
+from widthopt.store import this_job
+
+
+logger = logging.getLogger("widthopt")
+
+STOPPED = 75
+"""Exit code of what was told to stop and could not be put back (EX_TEMPFAIL)."""
+
+GRACE_SECONDS = 3600
+"""How long processes wait for their end after the job was put back; SLURM needs seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a job's processes are to do.
+
+    Attributes:
+        spec: The item, as it was frozen.
+        perform: Dotted name of what does it.
+        home: The folder that relative paths in it start from.
+        requeue: Whether the job may be put back into the queue.
+        max_requeues: How often it may start again before it is given up.
+    """
+
+    spec: str
+    perform: str
+    home: str
+    requeue: bool
+    max_requeues: int
+
+
+def work(order: Order) -> None:
+    """Do it; the exit code of the process says how that ended.
+
+    Raises:
+        Exception: What went wrong; SLURM then calls the job failed.
+    """
+    spec = Path(order.spec)
+    rank = _take_part()
+    os.chdir(order.home)
+    _write_into(spec.parent / (f"log-{rank}.txt" if rank else "log.txt"))
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if rank == 0:
+        _note(spec.parent / "attempts.jsonl", restarts)
+    if restarts > order.max_requeues:
+        sys.exit(f"widthopt: this job was put back {restarts} times, which is too often")
+    warning = _Warning()
+    try:
+        module, _, name = order.perform.rpartition(".")
+        getattr(import_module(module), name)(spec)
+    except BaseException as error:
+        if warning.came:
+            _put_back(order, rank)
+        if isinstance(error, InputError):
+            sys.stderr.write(f"widthopt: {error}\n")
+            sys.exit(2)
+        raise
+
+
+def _take_part() -> int:
+    """Say in torchrun's words which process this is of how many; its rank."""
+    words = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
+    for name, slurm in words.items():
+        os.environ[name] = os.environ.get(f"SLURM_{slurm}", "1" if name == "WORLD_SIZE" else "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # of an enclosing job
+        os.environ.pop(name, None)
+    return int(os.environ["RANK"])
+
+
+def _write_into(log: Path) -> None:
+    """Send what this process prints to a file of the item."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    sys.stdout.write(
+        f"{time.strftime('%Y-%m-%d %H:%M:%S')}, job {this_job()}, host {socket.gethostname()}, "
+        f"process {os.getpid()}\n"
+    )
+    sys.stdout.flush()
+
+
+def _note(path: Path, restarts: int) -> None:
+    """Add a line about this start."""
+    line = {
+        "job": this_job(),
+        "restart": restarts,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "code": Path(__file__).parents[1].name,
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+class _Warning:
+    """Takes SLURM's warning for Ctrl-C, once, in this process but in none that it forks."""
+
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGUSR2, self._take)
+        # SLURM signals every process of the job, those that load images too.
+        os.register_at_fork(after_in_child=_take_no_warning)
+
+    def _take(self, _number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        self.came = True
+        signal.raise_signal(signal.SIGINT)
+
+
+def _take_no_warning() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _put_back(order: Order, rank: int) -> None:
+    """Put the job back into the queue and wait for its end; the process ends here."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank == 0 and order.requeue:
+        job = this_job()
+        done = subprocess.run(  # noqa: S603
+            ["scontrol", "requeue", job],  # noqa: S607
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            sys.stdout.write(f"stopped; job {job} goes on when SLURM has room for it\n")
+            sys.stdout.flush()
+            time.sleep(GRACE_SECONDS)
+        sys.stderr.write(
+            f"widthopt: job {job} could not be put back ({done.stderr.strip()}); give the same "
+            "sweep again\n"
+        )
+    elif rank and order.requeue:
+        time.sleep(GRACE_SECONDS)
+    else:
+        sys.stderr.write("widthopt: stopped before its end; give the same sweep again\n")
+    sys.stderr.flush()
+    os._exit(STOPPED)

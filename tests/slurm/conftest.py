@@ -1,0 +1,45 @@
+"""The clusters that the tests here share; without SLURM, or without the rights, they skip."""
+
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+def _started(**options):
+    if obstacle := Cluster.obstacle():
+        pytest.skip(obstacle)
+    with Cluster(**options) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Three nodes, with accounting."""
+    yield from _started()
+
+
+@pytest.fixture(scope="session")
+def bare():
+    """A node, without accounting."""
+    yield from _started(nodes=1, accounting=False)
+
+
+@pytest.fixture(autouse=True)
+def _clean(request, monkeypatch):
+    """The environment of a client; and after each test no jobs, and all daemons alive."""
+    names = [name for name in ("bare", "cluster") if name in request.fixturenames]
+    used = [request.getfixturevalue(name) for name in names]
+    for one in used:
+        monkeypatch.setenv("SLURM_CONF", one.environment["SLURM_CONF"])
+    yield
+    for one in used:
+        one.repair()
+        one.cancel_all()

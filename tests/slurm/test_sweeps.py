@@ -1,0 +1,580 @@
+"""Sweeps on a real SLURM: sent, watched, disturbed in every way there is, and whole in the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT, NETWORK, command, one_line
+
+
+BASE = (
+    "network=custom", "network.factory=my_network.MyNetwork", "recipe=smoke",
+    "algorithm=morphnet", "algorithm.strength=5", "target.resolution=12", "runtime.device=cpu",
+    "methods=[transfer]", "runtime.backend=slice", "runtime.memory_format=contiguous",
+    "tracking=disabled",
+)  # fmt: skip
+SWEEP = ("-m", *BASE, "hydra/launcher=slurm", "hydra.launcher.resources.cpus_per_task=1")
+ONE = (*SWEEP, "projection.width=0.5", "seeds=[0]")
+"""One search and one training."""
+LONG = "recipe.search_epochs=150"
+"""A search of some ten seconds, long enough to be disturbed."""
+PATIENCE_SECONDS = 240
+
+
+class Folder:
+    """A person's folder and shell on the cluster's login node."""
+
+    def __init__(self, path, cluster):
+        self.path, self.cluster = path, cluster
+        self.environment = {**ENVIRONMENT, **cluster.environment}
+        (path / "my_network.py").write_text(NETWORK)
+
+    def start(self, *words, **more):
+        return subprocess.Popen(  # noqa: S603
+            command(*words), cwd=self.path, env={**self.environment, **more}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def widthopt(self, *words, **more):
+        process = self.start(*words, **more)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def send(self, *words, submitted=None):
+        """Submit; how many runs that were."""
+        done = self.widthopt(*words)
+        assert done.returncode == 0, done.stderr
+        count = int(done.stderr.splitlines()[-1].split(" ", 1)[0].replace("all", "0"))
+        assert submitted in (None, count), done.stderr
+        return count
+
+    def rows(self):
+        done = self.widthopt("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return [row for table in json.loads(done.stdout) for row in table["runs"]]
+
+    def states(self):
+        return {(row["kind"], row["state"]) for row in self.rows()}
+
+    def row(self, kind):
+        (row,) = [row for row in self.rows() if row["kind"] == kind]
+        return row
+
+    def queue(self):
+        text = self.cluster.run("squeue", "-h", "-r", "-o", "%i %T")
+        return dict(line.split() for line in text.splitlines())
+
+    def until(self, fits):
+        """Wait until something holds; what it was."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not (found := fits()):
+            assert time.monotonic() < until, (self.queue(), self.logs())
+            time.sleep(0.3)
+        return found
+
+    def until_over(self):
+        self.until(lambda: not self.queue())
+
+    def until_running(self, kind="search", epochs=3):
+        """Wait until a run of this kind trains; its row."""
+        row = self.row(kind)
+        log = self.path / "runs" / "stages" / row["name"] / "log.txt"
+        self.until(lambda: log.exists() and log.read_text().count(": epoch ") >= epochs)
+        return row
+
+    def logs(self):
+        return {
+            str(path): path.read_text()[-2000:] for path in self.path.glob("runs/stages/*/log*.txt")
+        }
+
+    def attempts(self, name):
+        path = self.path / "runs" / "stages" / name / "attempts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def results(self, root="runs"):
+        """What each run found, without the seconds it took."""
+        found = {}
+        for path in self.path.glob(f"{root}/stages/*/result.json"):
+            found[path.parent.name] = _timeless(json.loads(path.read_text())["result"])
+        return found
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {key: _timeless(one) for key, one in value.items() if "seconds" not in key}
+    return [_timeless(one) for one in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+def folder(tmp_path, cluster):
+    return Folder(tmp_path, cluster)
+
+
+def done_alone(folder, *words):
+    """The results of the same points, undisturbed and without a cluster."""
+    words = [word for word in words if not word.startswith("hydra")]
+    done = folder.widthopt(*words, "root=alone")
+    assert done.returncode == 0, done.stderr
+    return folder.results("alone")
+
+
+def whole(folder, *words):
+    """All is done, nothing was lost, and it is what comes out undisturbed."""
+    assert {row["state"] for row in folder.rows()} == {"done"}
+    assert folder.results() == done_alone(folder, *words)
+    return True
+
+
+# ------------------------------------------------------------------------------- as it should go
+
+
+def test_a_sweep_with_shared_searches_and_failures_comes_to_its_report(folder):
+    words = (
+        *SWEEP, "projection.width=0.5,0.75,1", "recipe.learning_rate=0.2,1e30", "seeds=[0]",
+    )  # fmt: skip
+    started = time.monotonic()
+    folder.send(*words, submitted=12)
+    assert time.monotonic() - started < 60
+    # Each training waits for one search; two arrays hold them all.
+    assert len({job.partition("_")[0] for job in folder.queue()}) <= 2
+    folder.until_over()
+    counted = sorted((row["kind"], row["state"]) for row in folder.rows())
+    assert counted == (
+        [("search", "done")] * 3 + [("search", "failed")] * 3
+        + [("train", "blocked")] * 3 + [("train", "done")] * 3
+    )  # fmt: skip
+    why = {row["why"] for row in folder.rows() if row["state"] == "failed"}
+    assert all("the loss is nan" in one for one in why), why
+    said = {}
+    for row in folder.rows():
+        text = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
+        said.setdefault((row["kind"], row["state"]), set()).add(text.split()[0])
+    assert said == {
+        ("search", "done"): {"COMPLETED"}, ("train", "done"): {"COMPLETED"},
+        ("search", "failed"): {"FAILED"}, ("train", "blocked"): {"CANCELLED"},
+    }  # fmt: skip
+    # What is done is not done again; what failed is, and what waited for it.
+    folder.send(*words, submitted=6)
+    folder.until_over()
+    for row in folder.rows():
+        expected = {"done": 1, "failed": 2}.get(row["state"])
+        assert expected is None or len(folder.attempts(row["name"])) == expected
+    report = folder.widthopt("report")
+    assert report.returncode == 0, report.stderr
+
+
+def test_commands_know_a_run_from_any_shell(folder):
+    words = (*ONE, "recipe.search_epochs=600")
+    folder.send(*words, submitted=2)
+    search = folder.until_running()
+    shown = json.loads(folder.widthopt("show", search["name"]).stdout)
+    assert (shown["state"], shown["job"], shown["queue"]) == ("running", search["job"], "RUNNING")
+    assert folder.row("train")["state"] == "queued"
+    assert "epoch 1 of" in folder.widthopt("logs", search["name"][:12]).stdout
+    folder.send(*words, submitted=2 - 2)
+    ended = folder.widthopt("cancel", "sweep")
+    assert set(ended.stdout.split()) == {row["name"] for row in folder.rows()}
+    assert folder.queue() == {}
+    assert {row["state"] for row in folder.rows()} == {"stale"}
+    again = folder.widthopt("retry", "sweep")
+    assert again.stderr.startswith("2 runs submitted"), again.stderr
+    followed = folder.widthopt("logs", "-f", search["name"])
+    assert "epoch 600 of 600" in followed.stdout
+    folder.until_over()
+    assert len(folder.attempts(search["name"])) == 2
+    assert whole(folder, *words)
+
+
+def test_one_run_is_done_by_hand(folder):
+    folder.send(*ONE, "+hydra.launcher.options.begin=now+600", submitted=2)
+    folder.widthopt("cancel", "sweep")
+    search, training = folder.row("search")["name"], folder.row("train")["name"]
+    early = folder.widthopt("run", training)
+    assert one_line(early, 2).startswith(f"{training} is a training that needs {search}, but")
+    assert folder.widthopt("run", search).returncode == 0
+    assert folder.widthopt("run", training).returncode == 0
+    assert whole(folder, *ONE)
+
+
+def test_a_sweep_waits_for_its_end_if_it_is_to(folder):
+    done = folder.widthopt(*ONE, "hydra.launcher.wait=true")
+    assert done.returncode == 0, done.stderr
+    assert {row["state"] for row in folder.rows()} == {"done"}
+    failing = folder.widthopt(*ONE, "recipe.learning_rate=1e30", "hydra.launcher.wait=true")
+    assert failing.returncode == 1
+    assert failing.stderr.splitlines()[-1].startswith("widthopt: 0 of 2 runs are done and 2 are")
+
+
+@pytest.mark.parametrize("way", ["gpus-per-node", "gres"])
+def test_resources_are_those_of_each_kind_of_run(folder, way):
+    folder.send(
+        *ONE, f"hydra.launcher.gpus_as={way}", "+resources.search.minutes=7",
+        "+resources.train.gpus_per_node=3",
+        "+hydra.launcher.options.begin=now+600",
+    )  # fmt: skip
+    found = {
+        row["kind"]: folder.cluster.run("scontrol", "-o", "show", "job", row["job"])
+        for row in folder.rows()
+    }
+    assert "TimeLimit=00:07:00" in found["search"]
+    assert "gpu:3" not in found["search"]
+    assert "TimeLimit=01:00:00" in found["train"]
+    assert "gres:gpu:3" in found["train"]
+
+
+def test_arrays_are_no_longer_than_the_cluster_allows(folder):
+    words = (*SWEEP, "projection.width=0.5,0.6,0.75,1", "seeds=[0]")
+    small = "import launchers.queue as q; q.array_size = lambda: 3"
+    _patched(folder, small, *words, "+hydra.launcher.options.begin=now+600")
+    jobs = sorted(folder.queue())
+    assert len(jobs) == 8
+    arrays = {}
+    for job in jobs:
+        arrays.setdefault(job.partition("_")[0], []).append(job)
+    assert max(map(len, arrays.values())) == 3
+
+
+def _patched(folder, patch, *words):
+    """The command with something in it replaced, so that it can be ended at one instant."""
+    script = f"{textwrap.dedent(patch)}\nimport sys, widthopt.__main__\nwidthopt.__main__.main()"
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-c", script, *words], cwd=folder.path, env=folder.environment,
+        capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ disturbed
+
+
+def preempted(folder, _row):
+    folder.cluster.run(
+        "sbatch", "-p", "high", "-N3", "--gpus-per-node=8", "--output=/dev/null",
+        "--wrap", "sleep 2",
+    )  # fmt: skip
+
+
+def requeued(folder, row):
+    folder.cluster.run("scontrol", "requeue", row["job"])
+
+
+def node_killed(folder, row):
+    node = folder.attempts(row["name"])[-1]["host"]
+    folder.cluster.kill_node(node)
+    folder.until(lambda: len(folder.attempts(row["name"])) > 1)
+    folder.cluster.start_node(node)
+
+
+def controller_restarted(folder, _row):
+    folder.cluster.restart_controller()
+
+
+@pytest.mark.parametrize(
+    ("disturb", "starts"),
+    [(preempted, 2), (requeued, 2), (node_killed, 2), (controller_restarted, 1)],
+)
+def test_a_search_that_is_disturbed_ends_with_the_very_same_result(folder, disturb, starts):
+    words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
+    folder.send(*words, submitted=2)
+    row = folder.until_running()
+    disturb(folder, row)
+    folder.until_over()
+    assert len(folder.attempts(row["name"])) == starts
+    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
+    # It went on from where it was, and did not begin anew.
+    assert log.count("epoch 1 of 150") == 1, log
+    assert whole(folder, *words)
+
+
+def test_a_time_limit_is_a_pause(folder):
+    words = (
+        *ONE, "recipe.search_epochs=2500", "hydra.launcher.resources.minutes=1",
+        "hydra.launcher.warn_seconds=1",
+    )  # fmt: skip
+    folder.send(*words, submitted=2)
+    row = folder.until_running()
+    folder.until(lambda: len(folder.attempts(row["name"])) > 1)
+    folder.until(
+        lambda: (
+            "epoch 1 of 2500" not in _since_last_start(folder, row)
+            and ": epoch " in _since_last_start(folder, row)
+        )
+    )
+    folder.widthopt("cancel", "sweep")
+    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
+    assert "goes on when SLURM has room for it" in log
+    said = folder.cluster.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
+    assert "TIMEOUT" not in said
+
+
+def _since_last_start(folder, row):
+    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
+    return log.rpartition(", host ")[2]
+
+
+def test_a_job_that_is_put_back_too_often_is_given_up(folder):
+    folder.send(*ONE, LONG, "hydra.launcher.max_requeues=0", submitted=2)
+    row = folder.until_running()
+    requeued(folder, row)
+    folder.until_over()
+    found = folder.row("search")
+    assert (found["state"], folder.row("train")["state"]) == ("stale", "stale")
+    assert found["why"] == "this job was put back 1 times, which is too often"
+
+
+def test_without_the_right_to_requeue_the_same_command_goes_on(folder):
+    words = (*ONE, LONG, "hydra.launcher.requeue=false")
+    folder.send(*words, submitted=2)
+    row = folder.until_running()
+    folder.cluster.run("scancel", "--signal=USR2", row["job"])
+    folder.until_over()
+    assert folder.row("search")["why"] == "stopped before its end; give the same sweep again"
+    folder.send(*words, submitted=2)
+    folder.until_over()
+    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
+    assert log.count("epoch 1 of 150") == 1
+    assert whole(folder, *ONE, LONG)
+
+
+def test_workers_that_load_images_take_no_warning(folder):
+    words = (*ONE, LONG, "runtime.workers=2")
+    folder.send(*words, submitted=2)
+    row = folder.until_running()
+    folder.cluster.run("scancel", "--signal=USR2", row["job"])
+    folder.until_over()
+    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
+    assert log.count("goes on when SLURM has room for it") == 1
+    assert "Traceback" not in log
+    assert whole(folder, *words)
+
+
+def test_code_that_is_edited_while_it_waits_changes_nothing(folder):
+    folder.send(*ONE, "+hydra.launcher.options.begin=now+5", submitted=2)
+    (folder.path / "my_network.py").write_text("raise ValueError('edited')")
+    folder.until_over()
+    (folder.path / "my_network.py").write_text(NETWORK)
+    assert whole(folder, *ONE)
+
+
+# --------------------------------------------------------------------------------- at submission
+
+
+def test_two_submitters_at_once_send_each_run_once(folder):
+    words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
+    both = [folder.start(*words), folder.start(*words)]
+    said = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    counts = [int(one.splitlines()[-1].split(" ", 1)[0]) for one in said]
+    assert sum(counts) == 4, said
+    folder.until_over()
+    for row in folder.rows():
+        assert (row["state"], len(folder.attempts(row["name"]))) == ("done", 1)
+
+
+KILLED_AFTER = """
+    import os, signal, submitit
+    class Killed(submitit.SlurmExecutor):
+        def {name}(self, *args, **kwargs):
+            super().{name}(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+    submitit.SlurmExecutor = {kind}
+    submitit.slurm.slurm.SlurmExecutor = Killed
+"""
+
+
+def test_jobs_whose_submitter_was_killed_before_it_noted_them_are_adopted(folder):
+    words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
+    killed = _patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(folder.queue()) == 2
+    rows = folder.rows()
+    assert [row["state"] for row in rows if row["kind"] == "train"] == ["missing", "missing"]
+    # Nobody wrote their jobs down but those who asked for the state, which adopts them.
+    assert all(row["job"] for row in rows if row["kind"] == "search")
+    folder.send(*words, submitted=2)
+    folder.until_over()
+    for row in folder.rows():
+        assert (row["state"], len(folder.attempts(row["name"]))) == ("done", 1)
+
+
+def test_jobs_whose_orders_were_never_put_in_place_are_sent_again(folder):
+    words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
+    patch = KILLED_AFTER.format(name="_submit_command", kind="submitit.SlurmExecutor")
+    killed = _patched(folder, patch, *words)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder.send(*words, submitted=2)  # the orphans are in the queue, and known
+    folder.until_over()
+    assert "done" not in {row["state"] for row in folder.rows()}
+    folder.send(*words, submitted=4)
+    folder.until_over()
+    for row in folder.rows():
+        assert (row["state"], len(folder.attempts(row["name"]))) == ("done", 1)
+
+
+# --------------------------------------------------------------------------- several processes
+
+
+def test_four_processes_train_together(folder):
+    words = (*ONE, "hydra.launcher.resources.tasks_per_node=4")
+    folder.send(*words, submitted=2)
+    folder.until_over()
+    assert {row["state"] for row in folder.rows()} == {"done"}
+    for row in folder.rows():
+        stage = folder.path / "runs" / "stages" / row["name"]
+        assert len(list(stage.glob("log-*.txt"))) == 3
+        assert not list(stage.glob(".meeting*"))
+        assert "epoch 2 of 2" in (stage / "log.txt").read_text()
+
+
+RANK_FAILS = """
+
+import os
+
+
+def failing(num_classes, width=16):
+    network = MyNetwork(num_classes, width)
+    if os.environ.get("RANK") == "2":
+        raise ValueError("the third has no luck")
+    return network
+"""
+
+
+def test_the_failure_of_any_process_is_the_jobs_and_is_told(folder):
+    with (folder.path / "my_network.py").open("a") as file:
+        file.write(RANK_FAILS)
+    words = (*ONE, "network.factory=my_network.failing")
+    words = tuple(word for word in words if word != "network.factory=my_network.MyNetwork")
+    folder.send(*words, "hydra.launcher.resources.tasks_per_node=4", submitted=2)
+    folder.until_over()
+    row = folder.row("search")
+    assert "the third has no luck" in row["why"]
+    assert (row["state"], folder.row("train")["state"]) == ("failed", "blocked")
+    said = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
+    assert said.split() == ["FAILED"]
+
+
+def test_processes_that_are_preempted_agree_where_to_stop(folder):
+    words = (
+        *ONE, "recipe.search_epochs=300", "hydra.launcher.resources.tasks_per_node=2",
+        "hydra.launcher.resources.gpus_per_node=8",
+    )  # fmt: skip
+    folder.send(*words, submitted=2)
+    row = folder.until_running(epochs=10)
+    preempted(folder, row)
+    folder.until_over()
+    assert {one["state"] for one in folder.rows()} == {"done"}
+    assert len(folder.attempts(row["name"])) == 2
+    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
+    assert log.count("epoch 1 of 300") == 1
+    disturbed = folder.results()
+    # The same two processes undisturbed find the same, to the last bit.
+    for path in (folder.path / "runs").glob("stages/*"):
+        path.rename(folder.path / f"old-{path.name}")
+    folder.send(*words, submitted=2)
+    folder.until_over()
+    assert folder.results() == disturbed
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("hydra.launcher.options.partition=nowhere", "partition"),
+        ("hydra.launcher.options.constraint=quantum", "Invalid feature"),
+        ("hydra.launcher.resources.gpus_per_node=9", "node configuration"),
+        ("hydra.launcher.options.account=strangers", "account"),
+    ],
+)
+def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word, said):
+    done = folder.widthopt(*ONE, word)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert line.startswith("widthopt: sbatch is given --"), line
+    assert said in line
+    assert "Traceback" not in done.stderr
+    assert folder.queue() == {}
+    assert not list(folder.path.glob("runs/stages/*/submission.json"))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "hydra.launcher.options.partition=short",
+            "hydra.launcher.resources.minutes is 60, but the time limit of partition short is 5;",
+        ),
+        ("hydra.launcher.gpus_as=shares", "hydra.launcher.gpus_as is shares, but it must be"),
+        ("hydra.launcher.parallelism=0", "hydra.launcher.parallelism is 0, but it is a whole"),
+        ("hydra.launcher.resources.nodes=0", "hydra.launcher.resources.nodes is 0, but it is a"),
+        ("+resources.train.hours=3", "resources.train.hours is no key, but resources are"),
+        ("+resources.train.minutes=long", "resources.train.minutes is long, but it is a number"),
+        ("hydra.launcher.code=[elsewhere]", "hydra.launcher.code is elsewhere, but there is no"),
+    ],
+)
+def test_a_wrong_value_is_one_line(folder, word, said):
+    done = folder.widthopt(*ONE, word)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"widthopt: {said}"), done.stderr
+    assert folder.queue() == {}
+
+
+def test_without_sbatch_the_remedy_is_named(folder):
+    folder.environment["PATH"] = os.path.dirname(sys.executable)  # noqa: PTH120
+    line = one_line(folder.widthopt(*ONE), 2)
+    assert line.endswith("start on a login node of the cluster, or use hydra/launcher=local")
+
+
+def test_a_dead_controller_is_named_and_nothing_is_written(folder):
+    conf = folder.path / "slurm.conf"
+    text = Path(folder.environment["SLURM_CONF"]).read_text()
+    port = next(line for line in text.splitlines() if line.startswith("SlurmctldPort="))
+    conf.write_text(text.replace(port, "SlurmctldPort=1") + "\nMessageTimeout=2\n")
+    done = folder.widthopt(*ONE, SLURM_CONF=str(conf))
+    assert done.returncode == 2
+    assert "SLURM" in done.stderr.splitlines()[-1]
+    assert not (folder.path / "runs").exists()
+
+
+# --------------------------------------------------------------------------- without accounting
+
+
+def test_nothing_needs_accounting(tmp_path, bare):
+    folder = Folder(tmp_path, bare)
+    folder.send(*ONE, LONG, submitted=2)
+    row = folder.until_running()
+    bare.run("scancel", row["job"])
+    folder.until_over()
+    assert (folder.row("search")["state"], folder.row("train")["state"]) == ("stale", "stale")
+    folder.send(*ONE, LONG, submitted=2)
+    folder.until_over()
+    assert whole(folder, *ONE, LONG)
+
+
+# ---------------------------------------------------------------------------------------- doctor
+
+
+def test_the_doctor_looks_at_the_folder_the_queue_and_a_node(folder):
+    done = folder.widthopt("doctor", "hydra/launcher=slurm_8xv100", "--job")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+    assert "8 processes" in done.stdout
+    assert "a node sees the locks of this machine" in done.stdout
+    assert list((folder.path / "runs").iterdir()) == []
+
+
+def test_the_doctor_names_what_is_wrong(folder):
+    done = folder.widthopt(
+        "doctor", "hydra.launcher.options.partition=nowhere", "--root", "/proc/no"
+    )
+    assert done.returncode == 1
+    bad = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("BAD")}
+    assert bad == {"root", "options"}
+    line = one_line(folder.widthopt("doctor", "hydra/launcher=local"), 2)
+    assert line.startswith("hydra/launcher is none of SLURM's, but")

@@ -1,0 +1,71 @@
+"""Copies of code: named by what is in them, and all that Python needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from launchers import snapshot as module
+from launchers.snapshot import snapshot
+from widthopt.errors import InputError
+
+
+PACKAGES = ("widthopt", "launchers", "conf")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "package" / "__pycache__").mkdir(parents=True)
+    (folder / "data").mkdir()
+    (folder / "my_network.py").write_text("VALUE = 1")
+    (folder / "package" / "__init__.py").write_text("")
+    (folder / "package" / "table.csv").write_text("1,2")
+    (folder / "package" / "__pycache__" / "old.pyc").write_text("")
+    (folder / "data" / "script.py").write_text("no package's")
+    (folder / "notes.txt").write_text("no code")
+    return folder
+
+
+def test_a_copy_is_what_python_would_import(mine, tmp_path):
+    copy = snapshot([], [str(mine)], into=tmp_path)
+    files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert files == {"my_network.py", "package/__init__.py", "package/table.csv"}
+
+
+def test_the_same_code_is_copied_once_and_other_code_beside_it(mine, tmp_path):
+    first = snapshot([], [str(mine)], into=tmp_path)
+    assert snapshot([], [str(mine)], into=tmp_path) == first
+    (mine / "my_network.py").write_text("VALUE = 2")
+    second = snapshot([], [str(mine)], into=tmp_path)
+    assert second != first
+    assert (first / "my_network.py").read_text() == "VALUE = 1"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_python_runs_from_a_copy_alone(mine, tmp_path):
+    copy = snapshot(PACKAGES, [str(mine)], into=tmp_path)
+    script = (
+        "import conf, launchers.worker, my_network, widthopt.store as store\n"
+        "print(conf.__file__, launchers.worker.__file__, my_network.__file__, store.__file__)"
+    )
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", script], cwd=copy, capture_output=True, text=True, check=True
+    )
+    assert all(word.startswith(str(copy)) for word in done.stdout.split()), done.stdout
+    assert (copy / "conf" / "config.yaml").exists()
+
+
+def test_a_package_comes_before_a_users_module_of_its_name(mine, tmp_path):
+    (mine / "conf").mkdir()
+    (mine / "conf" / "__init__.py").write_text("raise ValueError")
+    copy = snapshot(PACKAGES, [str(mine)], into=tmp_path)
+    assert "raise" not in (copy / "conf" / "__init__.py").read_text()
+
+
+def test_a_folder_that_is_no_code_is_refused(mine, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"^hydra.launcher.code is nowhere, but there is no such"):
+        snapshot([], ["nowhere"], into=tmp_path)
+    monkeypatch.setattr(module, "MAX_FILES", 2)
+    with pytest.raises(InputError, match=r"but it has more than 2 files of code; start in"):
+        snapshot([], [str(mine)], into=tmp_path)

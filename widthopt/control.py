@@ -1,0 +1,236 @@
+"""What is asked of runs from any shell: their state, their logs, to end, to be tried again."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers import queue
+from launchers.launcher import again
+from widthopt.errors import InputError
+from widthopt.planning import Manifest
+from widthopt.store import Stage, State, Store
+from widthopt.sweeps import ENDED, Kept, manifests, perform, status, why
+
+
+logger = logging.getLogger("widthopt")
+
+FOLLOW_SECONDS = 0.5
+"""Time between two looks at a log that is followed."""
+
+GONE_SECONDS = 120
+"""How long jobs may take to end that were cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One run, and the sweeps that it belongs to."""
+
+    name: str
+    stage: Stage
+    sweeps: tuple[Manifest, ...]
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """What the sweeps say of it."""
+        return self.sweeps[0].own[self.name]
+
+
+def live(root: Path) -> Mapping[str, str]:
+    """The jobs that wait or run, where this machine has a queue and the root has jobs.
+
+    A queue that does not answer is said so, and known jobs count as ended.
+    """
+    if not (root / "jobs").is_dir() or not queue.there():
+        return {}
+    from launchers.slurm import adopt  # noqa: PLC0415 (imports submitit)
+
+    try:
+        adopt(root)
+        return queue.live()
+    except InputError as error:
+        logger.warning("%s; what it knows is left out", error)
+        return {}
+
+
+def find(root: Path, name: str) -> Found:
+    """The run that a name or its beginning, with or without its kind, stands for.
+
+    Raises:
+        InputError: There is none, or there are several.
+    """
+    sweeps = manifests(root)
+    names = sorted({one for sweep in sweeps for one in sweep.own})
+    fitting = [one for one in names if one.startswith(name) or one.partition("-")[2] == name]
+    fitting = fitting or [one for one in names if one.partition("-")[2].startswith(name)]
+    if len(fitting) != 1 or not name:
+        known = f"{len(fitting)} runs there begin so" if fitting else "there is no such run"
+        raise InputError(
+            f"KEY is {name}, but {known} in {root}; widthopt status --all --root {root} lists them"
+        )
+    mine = tuple(sweep for sweep in sweeps if fitting[0] in sweep.own)
+    stage = mine[0].stages(Store(root / "stages"))[fitting[0]]
+    return Found(fitting[0], stage, mine)
+
+
+def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """How far sweeps are, with what the queue knows of them; see `widthopt.sweeps.status`."""
+    jobs = live(root)
+    tables = status(root, sweeps, jobs)
+    rows = [row for table in tables for row in table["runs"]]
+    ended = {row["job"] for row in rows if row["state"] in ENDED and not row["why"] and row["job"]}
+    causes = queue.ended(ended) if ended and queue.there() else {}
+    for row in rows:
+        row["why"] = row["why"] or (causes.get(row["job"]) if row["state"] in ENDED else None)
+        row["queue"] = jobs.get(row["job"]) if row["state"] in {"queued", "running"} else None
+    return tables
+
+
+def show(root: Path, name: str) -> dict[str, Any]:
+    """All that is known of one run, as plain data."""
+    found = find(root, name)
+    stage, jobs = found.stage, live(root)
+    result = stage.result()
+    attempts = stage.folder / "attempts.jsonl"
+    lines = attempts.read_text("utf-8").splitlines() if attempts.exists() else []
+    submission = stage.submission() or {}
+    state = found.sweeps[0].states(Store(root / "stages"), jobs)[found.name]
+    failure = stage.failure() or {}
+    return {
+        "name": found.name,
+        "what": found.row["what"],
+        "state": state,
+        "why": why(stage) or None if state in ENDED else None,
+        "traceback": failure.get("traceback") if state in ENDED else None,
+        "needs": found.row["needs"],
+        "sweeps": [sweep.name for sweep in found.sweeps],
+        "folder": str(stage.folder),
+        "job": submission.get("job"),
+        "queue": jobs.get(str(submission.get("job"))),
+        "code": submission.get("code"),
+        "attempts": [json.loads(line) for line in lines],
+        "macs": found.row["macs"],
+        "result": result,
+    }
+
+
+def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
+    """What a run printed, and what its job printed before it began.
+
+    Args:
+        root: The folder that runs are kept in.
+        name: The run's, or how it begins.
+        rank: Which of its processes.
+        follow: Go on with what it prints until it has ended.
+
+    Raises:
+        InputError: There is no such run, or no such process.
+    """
+    stage = find(root, name).stage
+    path = stage.folder / (f"log-{rank}.txt" if rank else "log.txt")
+    submission = stage.submission() or {}
+    if "log" in submission:
+        for kind in ("err", "out"):
+            early = root / f"{submission['log']}_{rank}_log.{kind}"
+            if early.exists():
+                yield early.read_text("utf-8", "replace")
+    if not path.exists() and not follow:
+        if "log" in submission:
+            return
+        raise InputError(
+            f"KEY is {stage.folder.name}, but process {rank} of it has printed nothing; see "
+            f"widthopt show {stage.folder.name}"
+        )
+    read = 0
+    while True:
+        ended = stage.state(live(root)) not in {"queued", "running"}
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(read)
+                new = file.read()
+            read += len(new)
+            if new:
+                yield new.decode("utf-8", "replace")
+        if not follow or ended:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def cancel(root: Path, name: str, *, force: bool) -> list[str]:
+    """End the jobs of a sweep or of one run, and wait until they are gone.
+
+    Args:
+        root: The folder that runs are kept in.
+        name: A sweep's or a run's, or how it begins.
+        force: End also what other sweeps need.
+
+    Returns:
+        The names of the runs whose jobs were ended.
+
+    Raises:
+        InputError: There is neither; or SLURM would not.
+    """
+    sweeps, chosen = _sweeps_or_run(root, name)
+    mine = {sweep.name for sweep in sweeps}
+    others = {run for one in manifests(root) if one.name not in mine for run in one.own}
+    jobs = live(root)
+    wanted: dict[str, str] = {}
+    for sweep in sweeps:
+        for run, stage in sweep.stages(Store(root / "stages")).items():
+            job = str((stage.submission() or {}).get("job", ""))
+            if run not in sweep.own or job not in jobs or (chosen and run not in chosen):
+                continue
+            if run in others and not force:
+                logger.info("%s goes on, since another sweep needs it; --force ends it too", run)
+                continue
+            wanted[run] = job
+    if wanted:
+        queue.cancel(list(wanted.values()))
+        until = time.monotonic() + GONE_SECONDS
+        while set(wanted.values()) & set(queue.live()) and time.monotonic() < until:
+            time.sleep(FOLLOW_SECONDS)
+    return sorted(wanted)
+
+
+def retry(root: Path, name: str) -> None:
+    """Do again what failed or is missing of a sweep, or one run, as it was started before.
+
+    It is done as it was frozen, with the code of today.
+
+    Raises:
+        InputError: There is neither, or it cannot be done.
+    """
+    sweeps, chosen = _sweeps_or_run(root, name)
+    for sweep in sweeps if not chosen else sweeps[:1]:
+        again(Kept(root, sweep, chosen))
+
+
+def do(root: Path, name: str) -> State:
+    """Do one run here and now, in this process, as it was frozen; its state afterwards.
+
+    Raises:
+        InputError: There is no such run, or it cannot be done.
+    """
+    stage = find(root, name).stage
+    perform(stage.folder / "spec.json")
+    return stage.state()
+
+
+def _sweeps_or_run(root: Path, name: str) -> tuple[list[Manifest], list[str]]:
+    """The sweeps of a name, or those of the run of that name, and that run."""
+    try:
+        return manifests(root, [name]), []
+    except InputError:
+        found = find(root, name)
+        return list(found.sweeps), [found.name]
+
+
+def write(parts: Iterator[str]) -> None:
+    """Print text as it comes."""
+    for part in parts:
+        sys.stdout.write(part)
+        sys.stdout.flush()
