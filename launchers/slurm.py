@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,13 @@ class Slurm:
             live = queue.live()
             _adopt(work_of.root)
             waiting = {item.name: job for item in items if (job := work_of.job(item.name)) in live}
-            todo = [item for item in items if item.name not in waiting]
+            # Another submitter's jobs may have done some of it since it was planned.
+            done = {item.name for item in items if work_of.done(item.name)}
+            todo = [
+                replace(item, needs=tuple(need for need in item.needs if need not in done))
+                for item in items
+                if item.name not in waiting and item.name not in done
+            ]
             if not todo:
                 return 0
             specs = {item.name: work_of.freeze(item.name) for item in todo}

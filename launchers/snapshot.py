@@ -41,6 +41,7 @@ def snapshot(packages: Sequence[str], folders: Sequence[str], *, into: Path) -> 
         return copy
     beside = into / f".{copy.name}.{uuid.uuid4().hex}.part"
     try:
+        beside.mkdir(parents=True)
         for name, content in contents.items():
             path = beside / name
             path.parent.mkdir(parents=True, exist_ok=True)
