@@ -376,17 +376,17 @@ def _sync(words: Sequence[str]) -> None:
             sys.stdout.write(f"{name}\n")
         logger.info("%d of %d runs are to be sent", len(left), len(chosen))
         return
-    counts = {"sent": 0, "known": 0, "running": 0}
+    counts = {"sent": 0, "known": 0, "running": 0, "refused": 0}
     for one in sync(root, names=names, pause_seconds=arguments.pause):
-        if one.why:
-            raise Failed(
-                f"{one.name} was not sent ({one.why}); {counts['sent']} were, and the same command "
-                "goes on with the rest"
-            )
         counts[one.state] += 1
         if one.state == "sent":
             logger.info("%s", one.name)
-    logger.info("%d sent, %d had been sent before, %d still run", *counts.values())
+        elif one.state == "refused":
+            logger.warning("%s was not sent (%s)", one.name, one.why)
+    sent, known, running, refused = counts.values()
+    logger.info("%d sent, %d had been sent before, %d still run", sent, known, running)
+    if refused:
+        raise Failed(f"{refused} were not sent; the same command goes on with the rest")
 
 
 def _plan(words: Sequence[str]) -> None:

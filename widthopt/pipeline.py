@@ -458,8 +458,8 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
                 )
                 if tracker is not None:
                     _show_search(tracker, point, method, result)
-            if distributed.rank() == 0:
-                stage.finish(asdict(result))
+                if distributed.rank() == 0:  # before W&B is waited for
+                    stage.finish(asdict(result))
             return result
     return SearchResult(**done)
 
