@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import hydra
 from hydra.errors import HydraException
@@ -327,11 +327,11 @@ def _dashboard(words: Sequence[str]) -> None:
     from widthopt.tracking import dashboard  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER
-    figures: dict[str, tuple[str, str, str]] = {}
+    figures: dict[str, Any] = {}
     for name in experiments:
         asked = compose([f"experiment={name}"], config_dir=arguments.config_dir)
         for one in asked.figures:
-            figures.setdefault(one.name, (one.name, one.title, type(one).__name__))
+            figures.setdefault(one.name, one)
     shown = dashboard.sections(figures.values())
     tracking = compose([]).tracking
     project: str = arguments.project or tracking.project
