@@ -139,10 +139,12 @@ def test_the_dashboard_has_a_section_for_each_figure_table_1_and_health(paper):
 
 @pytest.mark.parametrize("words", [("show",), ("push", "table1", "--entity", "me")])
 def test_without_the_package_one_line_says_what_to_install(words, tmp_path):
-    (tmp_path / "wandb_workspaces.py").write_text("raise ImportError('No such module')")
+    lacking = tmp_path / "lacking"
+    lacking.mkdir()
+    (lacking / "wandb_workspaces.py").write_text("raise ImportError('No such module')")
     done = subprocess.run(  # noqa: S603 (our own words)
         command("dashboard", *words),
-        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False,
+        cwd=tmp_path, env=environment(lacking), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert one_line(done, 2) == (
         "widthopt dashboard needs wandb-workspaces, but it is not installed; run pip install "
