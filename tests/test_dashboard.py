@@ -87,6 +87,17 @@ def test_a_figure_of_the_paper_has_its_panels_and_its_lines(figure, by, paper):
     ]  # fmt: skip
 
 
+def test_what_tells_lines_apart_is_in_a_runs_configuration(paper):
+    words = ("target.depth=2", "projection.depth=1", "extrapolation=stack_last_block")
+    point = Point(compose([*words]), images=False)
+    config = point.about("train", "transfer", 0, point.train_stage("transfer", 0)).config
+    keys = {panel.by for one in paper for panel in one.panels if panel.kind == "line"}
+    assert keys == {"algorithm", "extrapolation"}
+    assert {key: config[key] for key in keys} == {
+        "algorithm": "dmcp", "extrapolation": "stack_last_block",
+    }  # fmt: skip
+
+
 def test_every_point_of_the_dashboard_is_of_a_declared_outcome(paper):
     outcomes = {name for name in OUTCOME if "*" not in name}
     for one in paper:

@@ -1,15 +1,21 @@
 """W&B's real client: its files read back with its own tool, and against a stand-in server."""
 
+import fcntl
 import importlib.util
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -259,6 +265,34 @@ def test_a_run_offline_reads_back_as_what_it_was(swept):
         ) == 0
 
 
+def test_curves_are_seen_in_a_terminal_without_an_account(swept):
+    """The README's command, as a person gives it."""
+    folder, _, _ = swept
+    (stage, *_) = [
+        one for one in stages(folder) if one.name.startswith("train") and list(one.glob("wandb"))
+    ]
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    env = {**environment(None, key=""), "HOME": str(folder), "TERM": "xterm-256color"}
+    process = subprocess.Popen(  # noqa: S603 (our own words)
+        [sys.executable, "-m", "wandb", "leet", str(stage / "wandb")],
+        env=env, stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+    )  # fmt: skip
+    os.close(inner)
+    seen, until = b"", time.monotonic() + 60
+    wanted = (b"State: Finished", stage.name.encode(), b"layer/channels")
+    while time.monotonic() < until and not all(one in seen for one in wanted):
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 65536)
+    os.write(terminal, b"q")
+    with suppress(OSError):  # which is how the end of a terminal reads
+        while os.read(terminal, 65536):
+            pass
+    os.close(terminal)
+    assert process.wait(timeout=30) == 0
+    assert [one for one in wanted if one not in seen] == []
+
+
 def test_the_file_of_widths_is_not_copied_to_a_folder_of_w_and_bs(swept):
     """Which the machine that sends it may not have."""
     folder, _, _ = swept
@@ -394,6 +428,21 @@ def test_a_run_that_a_server_refuses_holds_up_no_other(tmp_path):
         assert total == "2 sent, 0 had been sent before, 0 still run"
         assert end == "widthopt: 1 were not sent; the same command goes on with the rest"
         assert sorted(server.runs) == ["train-b", "train-c"]
+
+
+@pytest.mark.slow
+def test_a_run_that_works_is_left_for_the_next_time(tmp_path):
+    process = child(tmp_path, environment(None, key=""), mode="offline", wait_at=10)
+    assert process.stdout.readline() == "waiting\n"
+    with Server() as server:
+        words = ("sync", "--root", ".")
+        done = start(tmp_path, *words, env=environment(server))
+        assert done.stderr.splitlines() == ["0 sent, 0 had been sent before, 1 still run"]
+        assert server.requests == []
+        ended(process)
+        done = start(tmp_path, *words, env=environment(server))
+        assert done.stderr.splitlines()[-1] == "1 sent, 0 had been sent before, 0 still run"
+        assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
 
 
 @pytest.mark.slow
