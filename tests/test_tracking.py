@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -283,6 +283,25 @@ def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
     words += ["network.factory=network_of_results.MyNetwork", "methods=[transfer]"]
     run(Point(compose(words)))
     assert seen == [["search"], ["search", "train-"]]
+
+
+def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch, caplog):
+    """An algorithm of one's own may call something ``moves`` that is none of slimming's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "network_of_moves.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [one for one in TINY if not one.startswith("network.factory")]
+    asked = compose([*words, "network.factory=network_of_moves.MyNetwork", "methods=[transfer]"])
+
+    class Own(type(asked.algorithm)):
+        def search(self, *args, **options):
+            found = super().search(*args, **options)
+            return replace(found, details={"moves": ["a knight's"]})
+
+    values = {one.name: getattr(asked.algorithm, one.name) for one in fields(asked.algorithm)}
+    (record,) = run(Point(replace(asked, algorithm=Own(**values))))
+    assert record.top1 > 0
+    assert [one for one in caplog.records if "cannot be written" in one.message]
 
 
 # The file.

@@ -457,7 +457,8 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
                     conditions=point.conditions(seed, stage.folder, tracker),
                 )
                 if tracker is not None:
-                    _show_search(tracker, point, method, result)
+                    with tracker.careful():
+                        _show_search(tracker, point, method, result)
                 if distributed.rank() == 0:  # before W&B is waited for
                     stage.finish(asdict(result))
             return result
@@ -505,7 +506,8 @@ def _record_of(point: Point, found: Found, stage: Stage, tracker: Tracker | None
         stages=stages,
     )
     if tracker is not None:
-        _show_training(tracker, record)
+        with tracker.careful():
+            _show_training(tracker, record)
     if distributed.rank() == 0:
         stage.finish(asdict(record))
     return asdict(record)

@@ -116,11 +116,11 @@ class Tracker:
         kept: list[Row] = []
         if math.isfinite(step):
             self._last = int(step)
-        with self._careful():
+        with self.careful():
             self._kept.folder.mkdir(parents=True, exist_ok=True)
             kept = self._lines.cut(step)
         if self._client is not None and not self._begun:
-            with self._careful():
+            with self.careful():
                 self._kept.begin(self.about, project=self._project, entity=self._entity)
                 self._client.begin(kept)
         self._begun = True
@@ -137,7 +137,7 @@ class Tracker:
         if not self._begun:
             self.resume(-1)
         self._last = step
-        with self._careful():
+        with self.careful():
             named = {
                 name if "/" in name or name == "epoch" else f"{self._prefix}/{name}": (
                     value if isinstance(value, int) else float(value)
@@ -157,7 +157,7 @@ class Tracker:
 
     def keep(self) -> None:
         """See that what was written lasts; called before a checkpoint says that it is done."""
-        with self._careful():
+        with self.careful():
             self._lines.keep()
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ class Tracker:
         self.summary(
             {"widths/variables": list(channels), "widths/channels": list(channels.values())}
         )
-        with self._careful():
+        with self.careful():
             write_atomically(self._kept.folder / WIDTHS, json.dumps(content, indent=2) + "\n")
             self.end.widths = WIDTHS
 
@@ -196,12 +196,14 @@ class Tracker:
         """Write the end; waits for W&B no longer than it may."""
         if not self._begun:  # it ended before it came to its training: that will go on
             self.resume(math.inf)
-        with self._careful():
+        with self.careful():
             self._lines.close()
         if self._client is not None:
-            with self._careful():
+            with self.careful():
                 self._kept.end(self.end)
-            wrong = self._client.end(self.end, hurry=self.end.preempted)
+            wrong = ""
+            with self.careful():
+                wrong = self._client.end(self.end, hurry=self.end.preempted)
             if wrong:
                 self._warn(
                     f"tracking={self._mode} went wrong ({wrong}); the run itself is well, and "
@@ -209,8 +211,8 @@ class Tracker:
                 )
 
     @contextmanager
-    def _careful(self) -> Iterator[None]:
-        """Turn what the disk refuses, or what is no number, into one warning."""
+    def careful(self) -> Iterator[None]:
+        """Turn whatever goes wrong as something is written or shown into one warning."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (nothing that is written may hurt the work)

@@ -255,10 +255,11 @@ class Client:
         """Start telling, beginning with these rows as far as they are not known already."""
         _set_environment(self._where, self._kept.folder)  # here: others read it meanwhile
         started = threading.Event()
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._work, args=(list(rows), started), name="tracking", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread
         if self._where.mode == "offline":  # takes no longer than it must; then nothing is forked
             started.wait(self._where.start_seconds)
 
