@@ -392,13 +392,16 @@ def test_w_and_bs_own_tool_sends_a_sweep_too(swept, tmp_path):
         assert done.stderr.splitlines()[-1] == "0 sent, 7 had been sent before, 0 still run"
 
 
-def test_what_would_be_sent_is_named_without_sending_it(swept):
+def test_what_would_be_sent_is_named_without_sending_it(swept, tmp_path):
     folder, _, _ = swept
-    done = start(folder, "sync", "--dry-run", env=environment(None, key=""))
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    waiting_runs(tmp_path, "train-other")
+    done = start(tmp_path, "sync", "--dry-run", env=environment(None, key=""))
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
-    named = start(folder, "sync", "--dry-run", "mine", env=environment(None, key=""))
-    assert len(named.stdout.splitlines()) == 6  # the runs of the sweep of this name
+    named = start(tmp_path, "sync", "--dry-run", "mine", env=environment(None, key=""))
+    mine = named.stdout.splitlines()  # the runs of the sweep of this name, and its figures
+    assert len(mine) == 7
+    assert sorted(done.stdout.splitlines()) == sorted([*mine, "train-other"])
 
 
 def waiting_runs(folder, *names):

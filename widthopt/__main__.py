@@ -366,15 +366,16 @@ def _sync(words: Sequence[str]) -> None:
 
     root, names = arguments.root, None
     if arguments.sweeps:
-        from widthopt.sweeps import manifests  # noqa: PLC0415
+        from widthopt.sweeps import figures_run, manifests  # noqa: PLC0415
 
-        names = {run for one in manifests(root, arguments.sweeps) for run in one.runs}
+        chosen = manifests(root, arguments.sweeps)
+        names = {name for one in chosen for name in (*one.runs, figures_run(one))}
     if arguments.dry_run:
-        chosen = [one for one in tracked(root) if names is None or one.folder.name in names]
-        left = [one.folder.name for one in chosen if not one.whole]
+        asked = [one for one in tracked(root) if names is None or one.folder.name in names]
+        left = [one.folder.name for one in asked if not one.whole]
         for name in left:
             sys.stdout.write(f"{name}\n")
-        logger.info("%d of %d runs are to be sent", len(left), len(chosen))
+        logger.info("%d of %d runs are to be sent", len(left), len(asked))
         return
     counts = {"sent": 0, "known": 0, "running": 0, "refused": 0}
     for one in sync(root, names=names, pause_seconds=arguments.pause):

@@ -444,6 +444,12 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
         _track(root, sweep, files)
 
 
+def figures_run(sweep: Manifest) -> str:
+    """The name of the tracked run that shows a sweep's figures."""
+    salt = sweep.tracking.get("salt")
+    return f"figures-{sweep.name}" + (f"-{identity.key('salt', salt)}" if salt else "")
+
+
 def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
     """Track a sweep's figures and tables as a run of their own."""
     if not sweep.tracking or not media:
@@ -452,7 +458,7 @@ def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
     if how.mode == "disabled":
         return
     about = About(
-        id=f"figures-{sweep.name}" + (f"-{identity.key('salt', how.salt)}" if how.salt else ""),
+        id=figures_run(sweep),
         kind="figures",
         network="",
         dataset="",
