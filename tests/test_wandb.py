@@ -811,6 +811,26 @@ def test_a_full_disk_is_one_warning_and_the_run_is_well(tmp_path):
     assert seconds < 15
 
 
+# Where a person has logged in, with `wandb login --host`.
+
+
+def test_a_run_goes_to_the_server_that_a_person_has_logged_in_to(tmp_path):
+    """The server's address is in one file below the home folder, the key in another."""
+    with Server() as server:
+        settings = tmp_path / ".config" / "wandb" / "settings"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(f"[default]\nbase_url = {server.url}\n")
+        netrc = tmp_path / ".netrc"
+        netrc.write_text(f"machine {server.url[7:]}\n  login user\n  password {KEY}\n")
+        netrc.chmod(0o600)
+        wrong, _ = ended(child(tmp_path, environment(None, key="")))
+        assert warned(wrong) == []
+        assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
+    # And nothing else is put there.
+    mine = {one for one in tmp_path.rglob("*") if one.is_file() and "stages" not in one.parts}
+    assert {one for one in mine if ".wandb" not in one.parts} == {settings, netrc}
+
+
 # Secrets.
 
 

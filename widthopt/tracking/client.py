@@ -380,7 +380,7 @@ def _set_environment(where: Where, folder: Path) -> None:
     os.environ["WANDB_MODE"] = where.mode
     os.environ["WANDB_SILENT"] = "true"
     os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
-    for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # else below the home folder
+    for name in ("DATA", "CACHE", "ARTIFACT"):  # else below the home folder, as its settings are
         os.environ.setdefault(f"WANDB_{name}_DIR", str(own / name.lower()))
 
 
