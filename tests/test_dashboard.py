@@ -188,6 +188,17 @@ def test_the_workspace_is_built_without_a_server_and_reads_back(paper):
 
 
 @LIBRARY
+def test_a_dashboard_that_cannot_be_sent_is_one_line(tmp_path):
+    with Server() as server:
+        env = {**environment(tmp_path), "WANDB_BASE_URL": server.url}
+        done = subprocess.run(  # noqa: S603 (our own words)
+            command("dashboard", "push", "table1", "--entity", "loop"),
+            cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert one_line(done, 1).startswith("the dashboard was not sent (No API key configured")
+
+
+@LIBRARY
 def test_a_dashboard_that_is_sent_again_changes_the_one_that_is_there(tmp_path):
     with Server() as server:
         env = {**environment(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}

@@ -325,6 +325,7 @@ def _dashboard(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
     from widthopt.config import compose  # noqa: PLC0415 (imports torch)
     from widthopt.tracking import dashboard  # noqa: PLC0415
+    from widthopt.tracking.client import reason  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER
     figures: dict[str, Any] = {}
@@ -344,7 +345,15 @@ def _dashboard(words: Sequence[str]) -> None:
     if entity is None:
         raise InputError("--entity is missing, but a dashboard belongs to one; add --entity=...")
     kept = arguments.root / "dashboard.json"
-    for url in dashboard.push(shown, project=project, entity=entity, kept=kept):
+    try:
+        urls = dashboard.push(shown, project=project, entity=entity, kept=kept)
+    except InputError:
+        raise
+    except Exception as error:
+        raise Failed(
+            f"the dashboard was not sent ({reason(error)}); the same command sends it again"
+        ) from error
+    for url in urls:
         logger.info("%s", url)
 
 

@@ -295,7 +295,7 @@ class Client:
         try:
             with self._kept.alone(wait=True):
                 self._tell(rows, started)
-        except Exception as error:  # noqa: BLE001 (nothing of W&B's may hurt the work)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (nothing of W&B's may hurt the work)
             logger.debug("W&B: %s", hidden(traceback.format_exc()))
             self._failure = reason(error)
         finally:
@@ -437,13 +437,14 @@ def _abandon() -> None:
                 os.kill(int(status.parent.name), signal.SIGKILL)
     wandb = sys.modules.get("wandb")
     if wandb is not None:
+        # In a thread, since it may hang, or end the process with its own's exit code.
         thread = threading.Thread(target=_teardown, args=(wandb,), daemon=True)
         thread.start()
         thread.join(_TEARDOWN_SECONDS)
 
 
 def _teardown(wandb: Any) -> None:
-    with suppress(Exception, SystemExit):  # it would end our process with its own's exit code
+    with suppress(Exception):
         wandb.teardown()
 
 

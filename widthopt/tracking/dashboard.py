@@ -6,6 +6,7 @@ by W&B from its own copy; the figures to print are drawn from records (``widthop
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,7 @@ def push(shown: Sequence[Section], *, project: str, entity: str | None, kept: Pa
     Raises:
         InputError: The package that builds them is not installed.
     """
+    os.environ["WANDB_ERROR_REPORTING"] = "false"  # no telemetry
     before: Mapping[str, Any] = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
     place = f"{entity or ''}/{project}"
     names: dict[str, str] = dict(before.get(place, {}))
