@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
@@ -101,7 +102,7 @@ class _Launcher(Launcher):
         assert self.context is not None
         self.prepare()
         work: Work = named(self.work)(self.context.config_loader, job_overrides)
-        work.begin(sure=self.sure)
+        work.begin(sure=self.sure, live=self.live)
         keep(work, self)
         self.carry_out(work)
         return []
@@ -172,27 +173,16 @@ class WidthoptSlurmLauncher(_Launcher):
         """See `_Launcher`."""
         from launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
 
+        known = {"wait", *(one.name for one in fields(Slurm))} - {"perform"}
+        for key in self.options.keys() ^ known:
+            raise InputError(
+                f"hydra.launcher.{key} is {self.options.get(key, 'missing')}, but a launcher of "
+                f"SLURM's has the keys {', '.join(sorted(known))}; correct it"
+            )
         wanted = dict(self.options)
         self.stay = wanted.pop("wait")
         self.slurm = Slurm(perform=self.perform, **wanted)
         self.live = queue.live()
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Submit what is missing of these points.
-
-        Raises:
-            Failed: The command was to wait, and some of it was not done.
-        """
-        del initial_job_idx
-        assert self.context is not None
-        self.prepare()
-        work: Work = named(self.work)(self.context.config_loader, job_overrides)
-        work.begin(sure=self.sure, live=self.live)
-        keep(work, self)
-        self.carry_out(work)
-        return []
 
     def carry_out(self, work: Work) -> None:
         """Submit what is missing of some work that was begun, and say how to watch it.

@@ -22,6 +22,9 @@ logger = logging.getLogger("widthopt")
 FOLLOW_SECONDS = 0.5
 """Time between two looks at a log that is followed."""
 
+ASK_SECONDS = 10.0
+"""Time between two questions to the queue meanwhile."""
+
 GONE_SECONDS = 120
 """How long jobs may take to end that were cancelled."""
 
@@ -45,7 +48,13 @@ def live(root: Path) -> Mapping[str, str]:
 
     A queue that does not answer is said so, and known jobs count as ended.
     """
-    if not (root / "jobs").is_dir() or not queue.there():
+    if not (root / "jobs").is_dir():
+        return {}
+    if not queue.there():
+        logger.warning(
+            "there is no squeue on this machine, so that runs in a queue count as ended; ask on a "
+            "login node"
+        )
         return {}
     from launchers.slurm import adopt  # noqa: PLC0415 (imports submitit)
 
@@ -132,22 +141,29 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
     """
     stage = find(root, name).stage
     path = stage.folder / (f"log-{rank}.txt" if rank else "log.txt")
-    submission = stage.submission() or {}
-    if "log" in submission:
-        for kind in ("err", "out"):
-            early = root / f"{submission['log']}_{rank}_log.{kind}"
-            if early.exists():
-                yield early.read_text("utf-8", "replace")
-    if not path.exists() and not follow:
-        if "log" in submission:
-            return
+    early = (stage.submission() or {}).get("log")
+    for kind in ("err", "out") if early else ():
+        said = root / f"{early}_{rank}_log.{kind}"
+        if said.exists():
+            yield said.read_text("utf-8", "replace")
+    if follow:
+        yield from _followed(path, root, stage)
+    elif path.exists():
+        yield path.read_text("utf-8", "replace")
+    elif not early:
         raise InputError(
             f"KEY is {stage.folder.name}, but process {rank} of it has printed nothing; see "
             f"widthopt show {stage.folder.name}"
         )
-    read = 0
+
+
+def _followed(path: Path, root: Path, stage: Stage) -> Iterator[str]:
+    """What is in a log, and what comes, until the run has ended."""
+    read, jobs, asked = 0, live(root), time.monotonic()
     while True:
-        ended = stage.state(live(root)) not in {"queued", "running"}
+        if time.monotonic() > asked + ASK_SECONDS:
+            jobs, asked = live(root), time.monotonic()
+        ended = stage.state(jobs) not in {"queued", "running"}
         if path.exists():
             with path.open("rb") as file:
                 file.seek(read)
@@ -155,7 +171,7 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
             read += len(new)
             if new:
                 yield new.decode("utf-8", "replace")
-        if not follow or ended:
+        if ended:
             return
         time.sleep(FOLLOW_SECONDS)
 
