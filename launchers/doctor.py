@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import queue
-from launchers.slurm import Resources, Slurm, file_system, shared
+from launchers.slurm import Resources, Slurm, file_system, how_ended, shared
 from launchers.work import Item
 from widthopt.errors import InputError
 from widthopt.store import writable, write_atomically
@@ -206,7 +206,7 @@ def _node(root: Path, options: Mapping[str, Any]) -> Iterator[Check]:
                 time.sleep(0.5)
             if not work.done("doctor"):
                 job = work.job("doctor")
-                why = queue.live().get(job) or queue.ended([job]).get(job, "it left no word")
+                why = queue.live().get(job) or how_ended(own, [job]).get(job, "it left no word")
                 queue.cancel([job])
                 said = f"job {job} did not look at a node ({why}); see the files in {own}"
                 yield _badly("node", said)

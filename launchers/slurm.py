@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -389,6 +389,25 @@ def shared(folder: Path) -> bool:
     return file_system(folder) not in _UNSHARED
 
 
+def how_ended(root: Path, jobs: Collection[str]) -> dict[str, str]:
+    """How jobs ended that do not live any more, as far as SLURM still knows; by job.
+
+    Args:
+        root: The folder that they were to write to; a job that failed without has not seen it.
+        jobs: As SLURM calls them.
+    """
+    found = queue.ended(jobs)
+    # Logs are called JOB_RANK_log.out.
+    seen = {path.name.rpartition("_log.")[0] for path in root.glob("jobs/*/*_0_log.*")}
+    for job, said in found.items():
+        if "FAILED" in said and f"{job}_0" not in seen:
+            found[job] = (
+                f"no node has written to {root}, which has to be on a file system that nodes see "
+                f"({said})"
+            )
+    return found
+
+
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Submit alone: another process that wants to waits until this one has left."""
@@ -470,7 +489,9 @@ def watch(work_of: Work) -> None:
                 if work_of.done(name):
                     progress.finish(item)
                 else:
-                    progress.fail(item, work_of.failure(name) or queue.ended([job]).get(job, ""))
+                    progress.fail(
+                        item, work_of.failure(name) or how_ended(work_of.root, [job]).get(job, "")
+                    )
             progress.tick()
             if going:
                 time.sleep(POLL_SECONDS)

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,17 @@ def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
     tables = status(root, sweeps, jobs)
     rows = [row for table in tables for row in table["runs"]]
     ended = {row["job"] for row in rows if row["state"] in ENDED and not row["why"] and row["job"]}
-    causes = queue.ended(ended) if ended and queue.there() else {}
+    causes = _how_ended(root, ended) if ended and queue.there() else {}
     for row in rows:
         row["why"] = row["why"] or (causes.get(row["job"]) if row["state"] in ENDED else None)
         row["queue"] = jobs.get(row["job"]) if row["state"] in {"queued", "running"} else None
     return tables
+
+
+def _how_ended(root: Path, jobs: Collection[str]) -> Mapping[str, str]:
+    from launchers.slurm import how_ended  # noqa: PLC0415 (imports submitit)
+
+    return how_ended(root, jobs)
 
 
 def show(root: Path, name: str) -> dict[str, Any]:

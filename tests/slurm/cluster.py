@@ -254,13 +254,17 @@ class Cluster:
         working = {"idle", "mixed", "allocated", "completing"}
         self._wait_until(lambda: self.states()[self.nodes.index(name)] in working)
 
-    def restart_controller(self) -> None:
+    def restart_controller(self, *, away_seconds: float = 0.0) -> None:
         """Kill the controller, and start it again with the state that it had saved.
 
         It is given the time to save all, for otherwise it forgets the last jobs.
+
+        Args:
+            away_seconds: How long nobody answers meanwhile.
         """
         time.sleep(_SAVING_SECONDS)
         self._kill(lambda process: process.name in {"slurmctld", "slurmscriptd"})
+        time.sleep(away_seconds)
         self._start_controller()
         self._wait_until(lambda: not any(state.startswith("unk") for state in self.states()))
 

@@ -92,23 +92,6 @@ def test_a_sweep_waits_for_its_end_if_it_is_to(folder):
     assert failing.stderr.splitlines()[-1].startswith("widthopt: 0 of 2 runs are done and 2 are")
 
 
-@pytest.mark.parametrize("way", ["gpus-per-node", "gres"])
-def test_resources_are_those_of_each_kind_of_run(folder, way):
-    folder.send(
-        *ONE, f"hydra.launcher.gpus_as={way}", "+resources.search.minutes=7",
-        "+resources.train.gpus_per_node=3",
-        "+hydra.launcher.options.begin=now+600",
-    )  # fmt: skip
-    found = {
-        row["kind"]: folder.cluster.run("scontrol", "-o", "show", "job", row["job"])
-        for row in folder.rows()
-    }
-    assert "TimeLimit=00:07:00" in found["search"]
-    assert "gpu:3" not in found["search"]
-    assert "TimeLimit=01:00:00" in found["train"]
-    assert "gres:gpu:3" in found["train"]
-
-
 def test_arrays_are_no_longer_than_the_cluster_allows(folder):
     words = (*SWEEP, "projection.width=0.5,0.6,0.75,1", "seeds=[0]")
     small = "import launchers.queue as q; q.array_size = lambda: 3"
@@ -381,6 +364,12 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
         ("+resources.train.hours=3", "resources.train.hours is no key, but resources are"),
         ("+resources.train.minutes=long", "resources.train.minutes is long, but it is a number"),
         ("hydra.launcher.code=[elsewhere]", "hydra.launcher.code is elsewhere, but there is no"),
+        ("+hydra.launcher.minutes=9", "hydra.launcher.minutes is 9, but a launcher of SLURM's has"),
+        (
+            "+hydra.launcher.options.job_name=a",
+            "hydra.launcher.options.job_name is a, but the laun",
+        ),
+        ("hydra.launcher.warn_seconds=1801", "hydra.launcher.warn_seconds is 1801, but of a time"),
     ],
 )
 def test_a_wrong_value_is_one_line(folder, word, said):
