@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
@@ -125,6 +125,19 @@ class _Launcher(Launcher):
 
     def prepare(self) -> None:
         """Check what can be checked before anything is planned or written."""
+        self.check_keys(set())
+
+    def check_keys(self, known: Collection[str]) -> None:
+        """Check that just these keys were given, beside those that all launchers have.
+
+        Raises:
+            InputError: One is unknown, or missing.
+        """
+        for key in sorted(self.options.keys() ^ known):
+            raise InputError(
+                f"hydra.launcher.{key} is {self.options.get(key, 'missing')}, but the keys of this "
+                f"launcher are {', '.join(sorted(known)) or 'none'}; correct it"
+            )
 
     def execute(self, work: Work, progress: Progress) -> None:
         """Do all items; the progress is told of each."""
@@ -159,6 +172,7 @@ class WidthoptLocalLauncher(_Launcher):
 
     def prepare(self) -> None:
         """See `_Launcher`."""
+        self.check_keys({"max_parallel", "threads"})
         self.pool = Pool(self.perform, **self.options)
 
     def execute(self, work: Work, progress: Progress) -> None:
@@ -173,12 +187,7 @@ class WidthoptSlurmLauncher(_Launcher):
         """See `_Launcher`."""
         from launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
 
-        known = {"wait", *(one.name for one in fields(Slurm))} - {"perform"}
-        for key in self.options.keys() ^ known:
-            raise InputError(
-                f"hydra.launcher.{key} is {self.options.get(key, 'missing')}, but a launcher of "
-                f"SLURM's has the keys {', '.join(sorted(known))}; correct it"
-            )
+        self.check_keys({"wait", *(one.name for one in fields(Slurm))} - {"perform"})
         wanted = dict(self.options)
         self.stay = wanted.pop("wait")
         self.slurm = Slurm(perform=self.perform, **wanted)

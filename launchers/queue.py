@@ -78,7 +78,8 @@ def words_of(text: str) -> str:
 def live() -> dict[str, str]:
     """The jobs of this user that wait or run: by name, their state and why they wait.
 
-    The elements of an array are jobs of their own, called ``JOB_INDEX``.
+    The elements of an array are jobs of their own, called ``JOB_INDEX``. What waits for a job that
+    has failed does not live: SLURM is about to cancel it.
 
     Raises:
         InputError: SLURM's controller does not answer.
@@ -87,8 +88,9 @@ def live() -> dict[str, str]:
     text = ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
     found = {}
     for line in text.splitlines():
-        job, state, reason = line.strip().split("|", 2)
-        found[job] = state if reason in {"None", ""} else f"{state} ({reason})"
+        job, state, reason = (*line.strip().split("|", 2), "", "")[:3]
+        if state and reason != "DependencyNeverSatisfied":  # a line may name the cluster
+            found[job] = state if reason in {"None", ""} else f"{state} ({reason})"
     return found
 
 

@@ -211,11 +211,25 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
                 continue
             wanted[run] = job
     if wanted:
-        queue.cancel(list(wanted.values()))
-        until = time.monotonic() + GONE_SECONDS
-        while set(wanted.values()) & set(queue.live()) and time.monotonic() < until:
-            time.sleep(FOLLOW_SECONDS)
+        _end(set(wanted.values()))
     return sorted(wanted)
+
+
+def _end(jobs: Collection[str]) -> None:
+    """End jobs, and wait until they are gone."""
+    refused = None
+    try:
+        queue.cancel(jobs)
+    except InputError as error:  # for one of them, which may have ended meanwhile
+        refused = error
+    until = time.monotonic() + GONE_SECONDS
+    while left := set(jobs) & set(queue.live()):
+        if time.monotonic() > until:
+            raise refused or InputError(
+                f"scancel has ended {len(jobs) - len(left)} jobs of {len(jobs)}, but not yet "
+                f"{', '.join(sorted(left))}; see squeue"
+            )
+        time.sleep(FOLLOW_SECONDS)
 
 
 def retry(root: Path, name: str) -> None:

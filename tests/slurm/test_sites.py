@@ -79,6 +79,18 @@ def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
     assert "60, but the time limit of partition short is 5;" in line
 
 
+def test_a_job_that_is_submitted_from_inside_another_one_is_its_own(folder):
+    folder.environment |= {
+        "SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_RESTART_COUNT": "99", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere",
+    }  # fmt: skip
+    folder.send(*ONE, submitted=2)
+    folder.until_over()
+    for row in folder.rows():
+        (attempt,) = folder.attempts(row["name"])
+        assert (row["state"], attempt["job"], attempt["restart"]) == ("done", row["job"], 0)
+
+
 # ------------------------------------------------------------------------------ how a job starts
 
 

@@ -63,6 +63,7 @@ def test_commands_know_a_run_from_any_shell(folder):
     assert set(ended.stdout.split()) == {row["name"] for row in folder.rows()}
     assert folder.queue() == {}
     assert {row["state"] for row in folder.rows()} == {"stale"}
+    assert folder.row("search")["why"].startswith("SLURM: CANCELLED")
     again = folder.widthopt("retry", "sweep")
     assert again.stderr.startswith("2 runs submitted"), again.stderr
     followed = folder.widthopt("logs", "-f", search["name"])
@@ -70,6 +71,20 @@ def test_commands_know_a_run_from_any_shell(folder):
     folder.until_over()
     assert len(folder.attempts(search["name"])) == 2
     assert whole(folder, *words)
+
+
+def test_what_another_sweep_needs_is_not_cancelled(folder):
+    later = "+hydra.launcher.options.begin=now+600"
+    folder.send(*ONE, later, submitted=2)
+    (first,) = (folder.path / "runs" / "sweeps").iterdir()
+    search, mine = folder.row("search")["name"], folder.row("train")["name"]
+    folder.send(*ONE, "recipe.epochs=3", later, submitted=1)
+    done = folder.widthopt("cancel", first.stem)
+    assert done.stdout.split() == [mine]
+    assert f"{search} goes on, since another sweep needs it; --force ends it too" in done.stderr
+    assert len(folder.queue()) == 2
+    assert folder.widthopt("cancel", first.stem, "--force").stdout.split() == [search]
+    folder.until_over()  # what needed it goes with it
 
 
 def test_one_run_is_done_by_hand(folder):
