@@ -414,11 +414,12 @@ def _alone(root: Path) -> Iterator[None]:
     with writing(root):
         lock = os.open(root / "submit.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process submits from %s; waiting for it", root)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with writing(root):  # some file systems have no locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("another process submits from %s; waiting for it", root)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)

@@ -149,17 +149,18 @@ def _put_back(order: Order, rank: int) -> None:
         time.sleep(GRACE_SECONDS)
     elif order.requeue:
         job = this_job()
-        done = subprocess.run(  # noqa: S603
-            ["scontrol", "requeue", job],  # noqa: S607
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode == 0:
+        try:
+            command = ["scontrol", "requeue", job]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+            why = done.stderr.strip() if done.returncode else ""
+        except FileNotFoundError:  # as in a container that has none of SLURM's commands
+            why = "there is no scontrol where it runs"
+        if not why:
             sys.stdout.write(f"stopped; job {job} goes on when SLURM has room for it\n")
             sys.stdout.flush()
             time.sleep(GRACE_SECONDS)
         sys.stderr.write(
-            f"widthopt: job {job} could not be put back ({done.stderr.strip()}); give the same "
-            "sweep again\n"
+            f"widthopt: job {job} could not be put back ({why}); give the same sweep again\n"
         )
     else:
         sys.stderr.write("widthopt: stopped before its end; give the same sweep again\n")

@@ -1,5 +1,6 @@
 """What a job's processes do after SLURM's warning, each by itself; the rest is tests/slurm's."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,16 +11,16 @@ import pytest
 PUT_BACK = """
 import sys
 from launchers.worker import Order, _put_back
-order = Order(spec="", perform="", home="", requeue=False, max_requeues=1)
+order = Order(spec="", perform="", home="", requeue=len(sys.argv) > 2, max_requeues=1)
 print("warned", flush=True)
 _put_back(order, rank=int(sys.argv[1]))
 """
 
 
-def warned(rank):
+def warned(rank, *requeue, **environment):
     process = subprocess.Popen(  # noqa: S603 (our own words)
-        [sys.executable, "-c", PUT_BACK, str(rank)], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", PUT_BACK, str(rank), *requeue], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, **environment},
     )  # fmt: skip
     assert process.stdout.readline() == "warned\n"
     return process
@@ -40,3 +41,13 @@ def test_other_processes_wait_for_the_first_to_end_them():
     process.terminate()
     assert process.wait(timeout=60) == -signal.SIGTERM
     process.communicate()
+
+
+def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
+    process = warned(0, "requeue", SLURM_JOB_ID="7", PATH=str(tmp_path))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said == (
+        "widthopt: job 7 could not be put back (there is no scontrol where it runs); give the same "
+        "sweep again\n"
+    )

@@ -75,7 +75,8 @@ def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
     )
     assert "#SBATCH --signal=USR2@120" in script
     # What it is not given is theirs, and its limits are those that count.
-    line = folder.widthopt(*ONE, "seeds=[1]").stderr.splitlines()[-1]
+    words = (*(word for word in ONE if not word.startswith("seeds")), "seeds=[1]")
+    line = folder.widthopt(*words).stderr.splitlines()[-1]
     assert "60, but the time limit of partition short is 5;" in line
 
 
@@ -117,6 +118,11 @@ def test_lines_of_shell_and_a_command_around_python(folder):
     lines = (folder.path / "inside").read_text().split()
     assert lines[1::2] == ["set", "set"]
     assert set(lines[::2]) <= set(folder.cluster.nodes)
+    words = (*(word for word in ONE if not word.startswith("seeds")), "seeds=[1]")
+    folder.send(*words, 'hydra.launcher.setup=["set -e","exit 7"]', submitted=2)
+    folder.until_over()
+    why = {row["why"] for row in folder.rows() if row["kind"] == "search" and row["why"]}
+    assert why == {"SLURM: FAILED, exit code 7:0"}
 
 
 def test_a_warning_that_comes_before_python_can_take_it_ends_nothing(folder):

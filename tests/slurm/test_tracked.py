@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from login import ONE, SWEEP, preempted, whole
+from login import LONG, ONE, SWEEP, preempted, whole
 from test_wandb import assert_same_rows, inspected, logged
 from wandb_server import KEY, Server
 
@@ -104,3 +104,25 @@ def test_a_key_in_the_environment_is_found_nowhere(folder):
         assert any(name.endswith(kind) for name in files), kind
     assert [name for name, text in files.items() if KEY in text] == []
     assert [one[:200] for one in (*said, *lines) if KEY in one] == []
+
+
+def kept(folder):
+    """Everything below a folder, as far as it is files."""
+    return b"".join(one.read_bytes() for one in folder.rglob("*") if one.is_file())
+
+
+def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_slurm(folder):
+    folder.environment["WANDB_API_KEY"] = KEY
+    folder.send(*ONE, "+hydra.launcher.options.begin=now+600", submitted=2)
+    state = folder.cluster.folder / "state"
+    assert KEY.encode() in kept(state)  # where only SLURM itself may look
+    folder.widthopt("cancel", "sweep")
+    folder.until(lambda: KEY.encode() not in kept(state))
+    folder.send(
+        *ONE, LONG, "+hydra.launcher.options.export=NONE",
+        'hydra.launcher.setup=["unset SLURM_EXPORT_ENV"]', submitted=2,
+    )  # fmt: skip
+    folder.until_running()
+    assert KEY.encode() not in kept(folder.cluster.folder)
+    folder.until_over()
+    assert whole(folder, *ONE, LONG)
