@@ -123,9 +123,10 @@ def whole(folder, *words):
 
 
 def preempted(folder, _row):
+    """Give all GPUs of the cluster to a job of higher priority for a moment."""
     folder.cluster.run(
-        "sbatch", "-p", "high", "-N3", "--gpus-per-node=8", "--output=/dev/null",
-        "--wrap", "sleep 2",
+        "sbatch", "-p", "high", f"-N{len(folder.cluster.nodes)}", "--gpus-per-node=8",
+        "--output=/dev/null", "--wrap", "sleep 2",
     )  # fmt: skip
 
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cluster import Cluster
 from commands import one_line
-from login import LONG, ONE, SWEEP, preempted, whole
+from login import LONG, ONE, SWEEP, Folder, preempted, whole
 from PIL import Image
 
 
@@ -269,3 +270,20 @@ def test_a_value_that_is_no_list_is_one_line(folder):
     line = one_line(folder.widthopt(*ONE, "hydra.launcher.setup=module_load_cuda"), 2)
     assert line.startswith("hydra.launcher.setup is module_load_cuda, but it is a list; write")
     assert folder.queue() == {}
+
+
+def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
+    if obstacle := Cluster.obstacle():
+        pytest.skip(obstacle)
+    with Cluster(nodes=1, accounting=False, settings={"SlurmctldParameters": ""}) as silent:
+        folder = Folder(tmp_path, silent)
+        words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
+        folder.send(*words, submitted=2)
+        row = folder.until_running()
+        preempted(folder, row)
+        folder.until_over()
+        assert len(folder.attempts(row["name"])) == 2
+        log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
+        assert "goes on when SLURM has room" not in log
+        assert log.count("epoch 1 of 150") == 1
+        assert whole(folder, *words)
