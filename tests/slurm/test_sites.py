@@ -126,6 +126,20 @@ def test_lines_of_shell_and_a_command_around_python(folder):
     assert why == {"SLURM: FAILED, exit code 7:0"}
 
 
+MODULES = Path("/etc/profile.d/modules.sh")
+
+
+@pytest.mark.skipif(not MODULES.exists(), reason="environment-modules is not installed")
+def test_modules_are_loaded(folder):
+    (folder.path / "modules").mkdir()
+    (folder.path / "modules" / "mine").write_text("#%Module1.0\nsetenv MARK loaded\n")
+    lines = f'"source {MODULES}","module use {folder.path}/modules","module load mine"'
+    folder.send(*ONE, f"hydra.launcher.setup=[{lines}]", wrapper(folder), submitted=2)
+    folder.until_over()
+    assert (folder.path / "inside").read_text().split()[1::2] == ["loaded", "loaded"]
+    assert {row["state"] for row in folder.rows()} == {"done"}
+
+
 def test_a_warning_that_comes_before_python_can_take_it_ends_nothing(folder):
     folder.send(*ONE, wrapper(folder, seconds=4), submitted=2)
     folder.until((folder.path / "inside").exists)
