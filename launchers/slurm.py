@@ -470,11 +470,14 @@ def watch(work_of: Work) -> None:
     with Progress(items) as progress:
         going = {item.name: item for item in items}
         started: set[str] = set()
+        away = False
         while going:
             try:
                 live = queue.live()
+                away = False
             except InputError as error:  # its jobs go on, and so does this
-                logger.warning("%s; asking again", error)
+                logger.log(logging.DEBUG if away else logging.WARNING, "%s; asking again", error)
+                away = True
                 time.sleep(POLL_SECONDS)
                 continue
             for name, item in list(going.items()):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -150,6 +151,12 @@ def _run(config: DictConfig) -> None:
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
     try:
+        launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+        if launcher != "inprocess":
+            raise InputError(
+                f"hydra/launcher is {launcher}, but that starts sweeps, and this is a single run in "
+                "this process; add -m"
+            )
         asked = request(config)
         with together(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):
             if rank() == 0:
