@@ -150,13 +150,13 @@ def _run(config: DictConfig) -> None:
     from widthopt.report import report  # noqa: PLC0415
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if launcher != "inprocess":
+        raise InputError(
+            f"hydra/launcher is {launcher}, but that starts sweeps, and this is a single run in this "
+            "process; add -m"
+        )
     try:
-        launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
-        if launcher != "inprocess":
-            raise InputError(
-                f"hydra/launcher is {launcher}, but that starts sweeps, and this is a single run in "
-                "this process; add -m"
-            )
         asked = request(config)
         with together(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):
             if rank() == 0:
