@@ -152,9 +152,10 @@ def _run(config: DictConfig) -> None:
 
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
     if launcher != "inprocess":
-        raise InputError(
-            f"hydra/launcher is {launcher}, but that starts sweeps, and this is a single run in this "
-            "process; add -m"
+        _end(
+            f"hydra/launcher is {launcher}, but that starts sweeps, and this is a single run in "
+            "this process; add -m",
+            WRONG_INPUT,
         )
     try:
         asked = request(config)
