@@ -2,14 +2,18 @@
 
 The runs do nothing: half of them are searches, half the trainings that wait for one each. A call
 of ``sbatch`` costs a busy cluster about a second, so that their number is what matters there.
+What a job costs beyond the same run by hand is measured with a short training.
 """
 
 import os
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,8 @@ from cluster import Cluster
 
 from launchers import queue
 from launchers.slurm import Slurm
-from launchers.work import Item
+from launchers.work import Item, Work
+from widthopt.sweeps import Kept, manifests
 
 
 RESOURCES = {
@@ -77,10 +82,10 @@ class Nothing:
         """Nothing comes out."""
 
 
-def slurm(**options: Any) -> Slurm:
-    """The launcher; all that a run does is to remove its own order."""
+def slurm(perform: str = "os.unlink", **options: Any) -> Slurm:
+    """The launcher; as it is, all that a run does is to remove its own order."""
     return Slurm(
-        perform="os.unlink", resources=RESOURCES, options=options, gpus_as="none",
+        perform=perform, resources=RESOURCES, options=options, gpus_as="none",
         parallelism=64, warn_seconds=60, requeue=True, max_requeues=1, setup=(), python=None,
         packages=("widthopt", "launchers", "conf"), code=(),
     )  # fmt: skip
@@ -89,6 +94,55 @@ def slurm(**options: Any) -> Slurm:
 def calls(root: Path) -> int:
     """How often ``sbatch`` was called: each submission has a folder of its own."""
     return len(list((root / "jobs").iterdir()))
+
+
+TRAINING = (
+    "network=resnet18", "target.width=0.25", "target.resolution=16", "recipe=smoke",
+    "methods=[uniform]", "tracking=disabled", "runtime.device=cpu", "runtime.progress=false",
+)  # fmt: skip
+
+
+def overhead(cluster: Cluster, *, turns: int) -> tuple[float, float]:
+    """Median seconds from the start of a short training to its result: as a job, and by hand."""
+    root = Path(tempfile.mkdtemp())
+    command = (sys.executable, "-m", "widthopt")
+    later = ("-m", "hydra/launcher=slurm", "+hydra.launcher.options.begin=now+3600")
+    subprocess.run([*command, *TRAINING, *later, f"root={root}"], check=True, capture_output=True)  # noqa: S603
+    cluster.cancel_all()
+    (sweep,) = manifests(root)
+    (name,) = sweep.own
+    work: Work = Kept(root, sweep)
+    launcher = slurm("widthopt.sweeps.perform")
+
+    def as_job() -> None:
+        work.begin(sure=True, live=queue.live())
+        launcher.submit(work)
+
+    def by_hand() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(  # noqa: S603
+            [*command, "run", name, "--root", root],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    ways: tuple[Callable[[], subprocess.Popen[bytes] | None], ...] = (as_job, by_hand)
+    seconds: dict[str, list[float]] = {"as_job": [], "by_hand": []}
+    for turn in range(1 + turns):
+        for start in ways:
+            for path in (root / "stages" / name).iterdir():
+                if path.name not in {"spec.json", "fields.json"}:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            begin = time.perf_counter()
+            process = start()
+            while not work.done(name):
+                time.sleep(0.01)
+            if turn:  # the first one fills caches
+                seconds[start.__name__].append(time.perf_counter() - begin)
+            if process is not None:
+                process.wait()
+            cluster.cancel_all()
+    shutil.rmtree(root)
+    return statistics.median(seconds["as_job"]), statistics.median(seconds["by_hand"])
 
 
 def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
@@ -117,6 +171,18 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
         yield Figure("first step/run", time.perf_counter() - begin, "seconds from the submission")
         cluster.cancel_all()
         shutil.rmtree(root)
+        if not quick:  # as many as the paper has, to their end
+            root = Path(tempfile.mkdtemp())
+            work = Nothing(root, 922)
+            begin = time.perf_counter()
+            replace(slurm(), parallelism=8).submit(work)
+            while queue.live():
+                time.sleep(1)
+            done = sum(work.done(item.name) for item in work.items())
+            yield Figure("end/runs/922", time.perf_counter() - begin, f"seconds; {done} are done")
+            shutil.rmtree(root)
+        job, hand = overhead(cluster, turns=1 if quick else 7)
+        yield Figure("overhead/run", job - hand, f"seconds; a job {job:.1f}, by hand {hand:.1f}")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from launchers import queue
-from launchers.slurm import Resources, Slurm
+from launchers.slurm import Resources, Slurm, file_system, how_ended, shared
 from launchers.work import Item
 from widthopt.errors import InputError
 from widthopt.store import writable, write_atomically
@@ -25,7 +24,6 @@ from widthopt.store import writable, write_atomically
 PROBE_SECONDS = 300
 """How long the job that looks at a node may take, most of it waiting for one."""
 
-_LOCAL = {"tmpfs", "ramfs", "devtmpfs"}
 _COMMANDS = ("sbatch", "squeue", "srun", "scancel", "scontrol")
 _SKEW_SECONDS = 5.0
 
@@ -98,10 +96,9 @@ def _folder(root: Path) -> Iterator[Check]:
     except InputError as error:
         yield _badly("root", str(error))
         return
-    kind = _file_system(root.resolve())
-    yield Check("root", kind not in _LOCAL, f"{root.resolve()} on {kind}" + (
+    yield Check("root", shared(root), f"{root.resolve()} on {file_system(root)}" + (
+        "" if shared(root) else
         ", which no other node sees; name a folder on a shared file system"
-        if kind in _LOCAL else ""
     ))  # fmt: skip
     with tempfile.NamedTemporaryFile(dir=root, prefix=".lock.") as first:
         try:
@@ -116,17 +113,6 @@ def _folder(root: Path) -> Iterator[Check]:
             yield _badly("locks", f"there are none ({error.strerror}); mount with locks")
     free = shutil.disk_usage(root).free / 2**30
     yield Check("room", free > 1, f"{free:,.0f} GiB free")
-
-
-def _file_system(folder: Path) -> str:
-    """The kind of file system that a folder is on."""
-    found = ("", "unknown")
-    with suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text("utf-8").splitlines():
-            _, place, kind = line.split()[:3]
-            if folder.is_relative_to(place) and len(place) >= len(found[0]):
-                found = (place, kind)
-    return found[1]
 
 
 class _Probe:
@@ -220,7 +206,7 @@ def _node(root: Path, options: Mapping[str, Any]) -> Iterator[Check]:
                 time.sleep(0.5)
             if not work.done("doctor"):
                 job = work.job("doctor")
-                why = queue.live().get(job) or queue.ended([job]).get(job, "it left no word")
+                why = queue.live().get(job) or how_ended(own, [job]).get(job, "it left no word")
                 queue.cancel([job])
                 said = f"job {job} did not look at a node ({why}); see the files in {own}"
                 yield _badly("node", said)

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
@@ -101,7 +102,7 @@ class _Launcher(Launcher):
         assert self.context is not None
         self.prepare()
         work: Work = named(self.work)(self.context.config_loader, job_overrides)
-        work.begin(sure=self.sure)
+        work.begin(sure=self.sure, live=self.live)
         keep(work, self)
         self.carry_out(work)
         return []
@@ -124,6 +125,19 @@ class _Launcher(Launcher):
 
     def prepare(self) -> None:
         """Check what can be checked before anything is planned or written."""
+        self.check_keys(set())
+
+    def check_keys(self, known: Collection[str]) -> None:
+        """Check that just these keys were given, beside those that all launchers have.
+
+        Raises:
+            InputError: One is unknown, or missing.
+        """
+        for key in sorted(self.options.keys() ^ known):
+            raise InputError(
+                f"hydra.launcher.{key} is {self.options.get(key, 'missing')}, but the keys of this "
+                f"launcher are {', '.join(sorted(known)) or 'none'}; correct it"
+            )
 
     def execute(self, work: Work, progress: Progress) -> None:
         """Do all items; the progress is told of each."""
@@ -158,6 +172,7 @@ class WidthoptLocalLauncher(_Launcher):
 
     def prepare(self) -> None:
         """See `_Launcher`."""
+        self.check_keys({"max_parallel", "threads"})
         self.pool = Pool(self.perform, **self.options)
 
     def execute(self, work: Work, progress: Progress) -> None:
@@ -172,27 +187,11 @@ class WidthoptSlurmLauncher(_Launcher):
         """See `_Launcher`."""
         from launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
 
+        self.check_keys({"wait", *(one.name for one in fields(Slurm))} - {"perform"})
         wanted = dict(self.options)
         self.stay = wanted.pop("wait")
         self.slurm = Slurm(perform=self.perform, **wanted)
         self.live = queue.live()
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Submit what is missing of these points.
-
-        Raises:
-            Failed: The command was to wait, and some of it was not done.
-        """
-        del initial_job_idx
-        assert self.context is not None
-        self.prepare()
-        work: Work = named(self.work)(self.context.config_loader, job_overrides)
-        work.begin(sure=self.sure, live=self.live)
-        keep(work, self)
-        self.carry_out(work)
-        return []
 
     def carry_out(self, work: Work) -> None:
         """Submit what is missing of some work that was begun, and say how to watch it.

@@ -36,11 +36,12 @@ class Pool:
             max_parallel: Processes at once, from 1.
             threads: Threads of each; this machine's processors shared out if None.
         """
-        if max_parallel < 1:
-            raise InputError(
-                f"hydra.launcher.max_parallel is {max_parallel}, but at least one run must go on "
-                "at a time; use a whole number from 1 up"
-            )
+        for name, value in (("max_parallel", max_parallel), ("threads", threads)):
+            if (name, value) != ("threads", None) and (not isinstance(value, int) or value < 1):
+                raise InputError(
+                    f"hydra.launcher.{name} is {value}, but at least one must go on at a time; use "
+                    "a whole number from 1 up"
+                )
         self._perform, self._parallel = perform, max_parallel
         processors = len(os.sched_getaffinity(0))
         self._threads = threads or max(1, processors // max_parallel)

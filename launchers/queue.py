@@ -4,7 +4,7 @@ Only its commands are used, and none that needs accounting; ``sacct`` is asked f
 ended where ``scontrol`` has forgotten it, and does without.
 """
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +19,12 @@ PATIENCE_SECONDS = 60
 _ARRAY_SIZE = 1001
 """SLURM's own default of MaxArraySize."""
 
+_AT_ONCE = 500
+"""Jobs that are named in one command, whose words the system bounds."""
+
+_HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_")
+"""How a person likes these commands to answer: other columns, or some jobs only."""
+
 
 def there() -> bool:
     """Whether this machine has SLURM's commands."""
@@ -31,9 +37,25 @@ def ask(*words: str) -> str:
     Raises:
         InputError: It is not there, or SLURM refuses; with SLURM's own words.
     """
+    done = _done(*words)
+    if done.returncode:
+        raise InputError(
+            f"{words[0]} is refused by SLURM ({words_of(done.stderr)}), but it has to succeed; "
+            "correct what it names, or try the same again later"
+        )
+    return done.stdout
+
+
+def _done(*words: str) -> "subprocess.CompletedProcess[str]":
+    """How one of SLURM's commands ended.
+
+    Raises:
+        InputError: It is not there, or it does not end.
+    """
+    plain = {name: one for name, one in os.environ.items() if not name.startswith(_HABITS)}
     try:
-        done = subprocess.run(  # noqa: S603 (SLURM's own commands)
-            words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+        return subprocess.run(  # noqa: S603 (SLURM's own commands)
+            words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False, env=plain
         )
     except FileNotFoundError as error:
         raise InputError(
@@ -45,12 +67,6 @@ def ask(*words: str) -> str:
             f"{words[0]} is silent for {PATIENCE_SECONDS} s, but SLURM's controller has to answer; "
             "try scontrol ping, and the same again later"
         ) from error
-    if done.returncode:
-        raise InputError(
-            f"{words[0]} is refused by SLURM ({words_of(done.stderr)}), but it has to succeed; "
-            "correct what it names, or try the same again later"
-        )
-    return done.stdout
 
 
 def words_of(text: str) -> str:
@@ -62,16 +78,19 @@ def words_of(text: str) -> str:
 def live() -> dict[str, str]:
     """The jobs of this user that wait or run: by name, their state and why they wait.
 
-    The elements of an array are jobs of their own, called ``JOB_INDEX``.
+    The elements of an array are jobs of their own, called ``JOB_INDEX``. What waits for a job that
+    has failed does not live: SLURM is about to cancel it.
 
     Raises:
         InputError: SLURM's controller does not answer.
     """
-    text = ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r")
+    # By number: the name that the environment has may be another one's.
+    text = ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
     found = {}
     for line in text.splitlines():
-        job, state, reason = line.strip().split("|", 2)
-        found[job] = state if reason in {"None", ""} else f"{state} ({reason})"
+        job, state, reason = (*line.strip().split("|", 2), "", "")[:3]
+        if state and reason != "DependencyNeverSatisfied":  # a line may name the cluster
+            found[job] = state if reason in {"None", ""} else f"{state} ({reason})"
     return found
 
 
@@ -97,29 +116,33 @@ def check(options: Mapping[str, str]) -> None:
     Raises:
         InputError: It would not, in its own words; or it would, and never start it.
     """
-    flags = [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
-    done = subprocess.run(  # noqa: S603
-        ["sbatch", "--test-only", *flags, "--wrap", "true"],  # noqa: S607
-        capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
-    )  # fmt: skip
+    done = _done("sbatch", "--test-only", *words_for(options), "--wrap", "true")
     if done.returncode:
-        shown = " ".join(flags)
+        shown = " ".join(words_for(options))
         raise InputError(
             f"sbatch is given {shown}, but SLURM refuses it ({words_of(done.stderr)}); correct "
             "hydra.launcher, nothing was submitted"
         )
     # A limit above the partition's is taken, and then the job waits for ever.
-    name = options.get("partition")
+    named = options.get("partition") or os.environ.get("SBATCH_PARTITION")
+    limits = {}
     for line in ask("scontrol", "-o", "show", "partition").splitlines():
         said = dict(word.partition("=")[::2] for word in line.split())
-        chosen = said.get("PartitionName") == name if name else said.get("Default") == "YES"
-        most = _minutes(said.get("MaxTime", ""))
-        if chosen and most is not None and float(options["time"]) > most:
+        name = said.get("PartitionName", "")
+        if name in named.split(",") if named else said.get("Default") == "YES":
+            limits[name] = _minutes(said.get("MaxTime", ""))
+    for name, most in limits.items():
+        if all(one is not None and float(options["time"]) > one for one in limits.values()):
             raise InputError(
                 f"hydra.launcher.resources.minutes is {options['time']}, but the time limit of "
-                f"partition {said['PartitionName']} is {most:g}; use less: a run that needs longer "
-                "is put back and goes on"
+                f"partition {name} is {most:g}; use less: a run that needs longer is put back and "
+                "goes on"
             )
+
+
+def words_for(options: Mapping[str, str]) -> list[str]:
+    """Options as they are typed; an empty value is a flag."""
+    return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
 
 
 def _minutes(text: str) -> float | None:
@@ -134,9 +157,14 @@ def _minutes(text: str) -> float | None:
 
 def cancel(jobs: Collection[str]) -> None:
     """End these jobs, whether they wait or run."""
+    for some in _portions(jobs):
+        ask("scancel", *some)
+
+
+def _portions(jobs: Collection[str]) -> list[list[str]]:
+    """Jobs in order, as many at once as one command may name."""
     ordered = sorted(jobs)
-    for first in range(0, len(ordered), 500):
-        ask("scancel", *ordered[first : first + 500])
+    return [ordered[first : first + _AT_ONCE] for first in range(0, len(ordered), _AT_ONCE)]
 
 
 def ended(jobs: Collection[str]) -> dict[str, str]:
@@ -146,12 +174,10 @@ def ended(jobs: Collection[str]) -> dict[str, str]:
         jobs: As SLURM calls them.
     """
     found: dict[str, str] = {}
-    wanted = sorted(jobs)
-    if not wanted:
-        return found
+    asked = "sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode", "-j"
     for command in (
-        ["sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode", "-j", ",".join(wanted)],
-        *(["scontrol", "-o", "show", "job", job] for job in wanted[:20]),
+        *([*asked, ",".join(some)] for some in _portions(jobs)),
+        *(["scontrol", "-o", "show", "job", job] for job in sorted(jobs)[:20]),
     ):
         if command[0] == "scontrol" and command[-1] in found:
             continue

@@ -9,10 +9,12 @@ import fcntl
 import json
 import logging
 import os
+import shlex
+import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,23 @@ logger = logging.getLogger("widthopt")
 POLL_SECONDS = 10.0
 """Time between two looks at the queue where the command waits for the end."""
 
-_ENCLOSING = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "SBATCH_")
-_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SUBMITIT_PREEMPT_SIGNAL")
+_ENCLOSING = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_OURS = (
+    "job-name", "array", "dependency", "signal", "output", "error", "open-mode", "requeue",
+    "no-requeue", "wait", "parsable", "test-only", "wrap",
+)  # fmt: skip
+"""Options of ``sbatch`` that the launcher sets itself, or that would change what it answers."""
+
+_VARIABLES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX"}
+"""What ``sbatch`` calls its variables, where that is not the option's name."""
+
+_UNSHARED = {"tmpfs", "ramfs", "devtmpfs"}
+
+_UNWARNED = """bash -c 'trap "" USR2; exec "$@"' bash"""
+"""Starts a command that a warning does not end: Python needs seconds until it can take one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +134,30 @@ class Slurm:
                     f"hydra.launcher.{name} is {getattr(self, name)}, but it is a whole number "
                     f"from {least} up; correct it"
                 )
+        for name in ("setup", "packages", "code"):
+            if isinstance(getattr(self, name), str):
+                raise InputError(
+                    f"hydra.launcher.{name} is {getattr(self, name)}, but it is a list; write "
+                    f"'hydra.launcher.{name}=[\"{getattr(self, name)}\"]'"
+                )
+        for name, value in self.options.items():
+            if name.replace("_", "-") in _OURS and value is not None:
+                raise InputError(
+                    f"hydra.launcher.options.{name} is {value}, but the launcher sets that itself; "
+                    "leave it out"
+                )
 
     def submit(self, work_of: Work) -> int:
         """Submit what is neither done nor in the queue; how many runs that were.
 
         Raises:
-            InputError: SLURM would not take them; nothing was submitted.
+            InputError: SLURM would not take them; or, in the midst of them, no more of them.
         """
+        if not shared(work_of.root):
+            raise InputError(
+                f"root is {work_of.root}, but it is on {file_system(work_of.root)}, which no other "
+                "node sees; name a folder on a shared file system"
+            )
         items = list(work_of.items())
         asked = {
             item.name: Resources.of(
@@ -133,6 +166,13 @@ class Slurm:
             for item in items
         }
         for one in dict.fromkeys(asked.values()):
+            # SLURM itself may warn a minute early.
+            if self.warn_seconds > 30 * one.minutes:
+                raise InputError(
+                    f"hydra.launcher.warn_seconds is {self.warn_seconds}, but of a time limit of "
+                    f"{one.minutes} minutes it is half at most; lower it, or raise "
+                    "hydra.launcher.resources.minutes"
+                )
             queue.check(self.flags(one))
         with _alone(work_of.root):
             live = queue.live()
@@ -161,6 +201,7 @@ class Slurm:
             "ntasks-per-node": str(asked.tasks_per_node),
             "cpus-per-task": str(asked.cpus_per_task),
             "kill-on-invalid-dep": "yes",
+            "signal": f"USR2@{self.warn_seconds}",
         }
         flags["requeue" if self.requeue else "no-requeue"] = ""
         if asked.memory_gb is not None:
@@ -207,6 +248,7 @@ class _Sender:
         self._slurm, self._work, self._specs, self._limit = slurm, work_of, specs, limit
         self._code = code.resolve()
         self._jobs: dict[str, str] = {}
+        self._sent = 0
 
     def send(
         self, todo: Sequence[Item], asked: Mapping[str, Resources], waiting: Mapping[str, str]
@@ -287,7 +329,7 @@ class _Sender:
         executor = submitit.SlurmExecutor(
             folder=root.resolve() / "jobs" / name,
             max_num_timeout=0,
-            python=slurm.python,
+            python=f"{_UNWARNED} {slurm.python or shlex.quote(sys.executable)}",
         )
         flags = slurm.flags(resources, **({"dependency": after} if after else {}))
         executor.update_parameters(
@@ -296,7 +338,6 @@ class _Sender:
             nodes=resources.nodes,
             ntasks_per_node=resources.tasks_per_node,
             cpus_per_task=resources.cpus_per_task,
-            signal_delay_s=slurm.warn_seconds,
             array_parallelism=slurm.parallelism,
             setup=list(slurm.setup),
             srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
@@ -313,15 +354,17 @@ class _Sender:
             )
             for item in items
         ]
-        with _clean_environment(), _inside(self._code):
+        with _clean_environment({"job-name": name, **flags}), _inside(self._code):
             try:
                 jobs = executor.map_array(work, orders)
             except submitit.core.utils.FailedJobError as error:
                 intent.unlink()
                 raise InputError(
-                    f"sbatch is given {' '.join(f'--{k}={v}' for k, v in flags.items())}, but "
-                    f"SLURM refuses it ({queue.words_of(str(error))}); correct hydra.launcher"
+                    f"sbatch is given {' '.join(queue.words_for(flags))}, but SLURM refuses it "
+                    f"({queue.words_of(str(error))}); {self._sent} runs were submitted before, and "
+                    "the same command sends the rest"
                 ) from error
+        self._sent += len(items)
         for item, job in zip(items, jobs, strict=True):
             self._jobs[item.name] = job.job_id
             log = f"jobs/{name}/{job.job_id}"
@@ -330,30 +373,75 @@ class _Sender:
         logger.debug("%s: %d runs as %s %s", name, len(items), jobs[0].job_id, after)
 
 
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, or that it would be made on."""
+    found = ("", "unknown")
+    with suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text("utf-8").splitlines():
+            _, place, kind = line.split()[:3]
+            if folder.resolve().is_relative_to(place) and len(place) >= len(found[0]):
+                found = (place, kind)
+    return found[1]
+
+
+def shared(folder: Path) -> bool:
+    """Whether other nodes can see a folder, as far as its kind of file system says."""
+    return file_system(folder) not in _UNSHARED
+
+
+def how_ended(root: Path, jobs: Collection[str]) -> dict[str, str]:
+    """How jobs ended that do not live any more, as far as SLURM still knows; by job.
+
+    Args:
+        root: The folder that they were to write to; a job that failed without has not seen it.
+        jobs: As SLURM calls them.
+    """
+    found = queue.ended(jobs)
+    # Logs are called JOB_RANK_log.out.
+    seen = {path.name.rpartition("_log.")[0] for path in root.glob("jobs/*/*_0_log.*")}
+    for job, said in found.items():
+        if "FAILED" in said and f"{job}_0" not in seen:
+            found[job] = (
+                f"no node has written to {root}, which has to be on a file system that nodes see "
+                f"({said})"
+            )
+    return found
+
+
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Submit alone: another process that wants to waits until this one has left."""
     with writing(root):
         lock = os.open(root / "submit.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process submits from %s; waiting for it", root)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with writing(root):  # some file systems have no locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("another process submits from %s; waiting for it", root)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
 
 
 @contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Leave out what belongs to an enclosing job, but nothing that says where the cluster is."""
+def _clean_environment(flags: Iterable[str]) -> Iterator[None]:
+    """Leave out what belongs to an enclosing job, but nothing that says where the cluster is.
+
+    Nor a person's own settings for ``sbatch``, but those that would go before what it is given in
+    its file.
+
+    Args:
+        flags: The names of the options that are given.
+    """
+    given = {
+        f"SBATCH_{_VARIABLES.get(one, one).upper().replace('-', '_')}" for one in (*flags, *_OURS)
+    }
     taken = {
         name: os.environ.pop(name)
         for name in list(os.environ)
-        if (name.startswith(_ENCLOSING) and name not in _KEPT and not name.startswith("SBATCH_"))
-        or name in _RANKS
+        if (name.startswith(_ENCLOSING) and name not in _KEPT) or name in _RANKS or name in given
     }
     try:
         yield
@@ -382,8 +470,16 @@ def watch(work_of: Work) -> None:
     with Progress(items) as progress:
         going = {item.name: item for item in items}
         started: set[str] = set()
+        away = False
         while going:
-            live = queue.live()
+            try:
+                live = queue.live()
+                away = False
+            except InputError as error:  # its jobs go on, and so does this
+                logger.log(logging.DEBUG if away else logging.WARNING, "%s; asking again", error)
+                away = True
+                time.sleep(POLL_SECONDS)
+                continue
             for name, item in list(going.items()):
                 job = work_of.job(name)
                 if live.get(job, "").startswith("RUNNING") and name not in started:
@@ -397,7 +493,9 @@ def watch(work_of: Work) -> None:
                 if work_of.done(name):
                     progress.finish(item)
                 else:
-                    progress.fail(item, work_of.failure(name) or queue.ended([job]).get(job, ""))
+                    progress.fail(
+                        item, work_of.failure(name) or how_ended(work_of.root, [job]).get(job, "")
+                    )
             progress.tick()
             if going:
                 time.sleep(POLL_SECONDS)

@@ -11,8 +11,8 @@ from pathlib import Path
 from widthopt.errors import InputError
 
 
-MAX_FILES = 5_000
-"""More files than this are no code: a folder was named by mistake."""
+MAX_FILES, MAX_MEGABYTES = 5_000, 200
+"""More than this is no code: a folder was named by mistake, or a package has data in it."""
 
 _NO_CODE = {"__pycache__", "node_modules"}
 
@@ -68,10 +68,11 @@ def _files(packages: Sequence[str], folders: Sequence[str]) -> dict[str, Path]:
             )
         for path in _code(folder):
             files.setdefault(str(path.relative_to(folder)), path)
-        if len(files) > MAX_FILES:
+        size = sum(path.stat().st_size for path in files.values())
+        if len(files) > MAX_FILES or size > MAX_MEGABYTES * 1e6:
             raise InputError(
-                f"hydra.launcher.code is {folder}, but it has more than {MAX_FILES} files of code; "
-                "start in the folder of your own modules, or name it"
+                f"hydra.launcher.code is {folder}, but it has more than {MAX_FILES} files or "
+                f"{MAX_MEGABYTES} MB of code; start in the folder of your own modules, or name it"
             )
     return files
 

@@ -29,7 +29,7 @@ STOPPED = 75
 """Exit code of what was told to stop and could not be put back (EX_TEMPFAIL)."""
 
 GRACE_SECONDS = 3600
-"""How long processes wait for their end after the job was put back; SLURM needs seconds."""
+"""How long processes wait for their end after a warning; SLURM needs seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +57,11 @@ def work(order: Order) -> None:
     Raises:
         Exception: What went wrong; SLURM then calls the job failed.
     """
-    spec = Path(order.spec)
-    rank = _take_part()
-    os.chdir(order.home)
-    _write_into(spec.parent / (f"log-{rank}.txt" if rank else "log.txt"))
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if rank == 0:
-        _note(spec.parent / "attempts.jsonl", restarts)
-    if restarts > order.max_requeues:
-        sys.exit(f"widthopt: this job was put back {restarts} times, which is too often")
     warning = _Warning()
+    rank = _take_part()
     try:
-        module, _, name = order.perform.rpartition(".")
-        getattr(import_module(module), name)(spec)
+        _work(order, Path(order.spec), rank)
+        _take_no_warning()  # from here on it would only spoil the end
     except BaseException as error:
         if warning.came:
             _put_back(order, rank)
@@ -77,6 +69,18 @@ def work(order: Order) -> None:
             sys.stderr.write(f"widthopt: {error}\n")
             sys.exit(2)
         raise
+
+
+def _work(order: Order, spec: Path, rank: int) -> None:
+    os.chdir(order.home)
+    _write_into(spec.parent / (f"log-{rank}.txt" if rank else "log.txt"))
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if rank == 0:
+        _note(spec.parent / "attempts.jsonl", restarts)
+    if restarts > order.max_requeues:
+        sys.exit(f"widthopt: this job was put back {restarts} times, which is too often")
+    module, _, name = order.perform.rpartition(".")
+    getattr(import_module(module), name)(spec)
 
 
 def _take_part() -> int:
@@ -140,22 +144,24 @@ def _take_no_warning() -> None:
 def _put_back(order: Order, rank: int) -> None:
     """Put the job back into the queue and wait for its end; the process ends here."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if rank == 0 and order.requeue:
+    if rank:
+        # The first process may still save, and ends all of them when it ends.
+        time.sleep(GRACE_SECONDS)
+    elif order.requeue:
         job = this_job()
-        done = subprocess.run(  # noqa: S603
-            ["scontrol", "requeue", job],  # noqa: S607
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode == 0:
+        try:
+            command = ["scontrol", "requeue", job]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+            why = done.stderr.strip() if done.returncode else ""
+        except FileNotFoundError:  # as in a container that has none of SLURM's commands
+            why = "there is no scontrol where it runs"
+        if not why:
             sys.stdout.write(f"stopped; job {job} goes on when SLURM has room for it\n")
             sys.stdout.flush()
             time.sleep(GRACE_SECONDS)
         sys.stderr.write(
-            f"widthopt: job {job} could not be put back ({done.stderr.strip()}); give the same "
-            "sweep again\n"
+            f"widthopt: job {job} could not be put back ({why}); give the same sweep again\n"
         )
-    elif rank and order.requeue:
-        time.sleep(GRACE_SECONDS)
     else:
         sys.stderr.write("widthopt: stopped before its end; give the same sweep again\n")
     sys.stderr.flush()

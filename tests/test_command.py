@@ -83,6 +83,13 @@ def everything(folder):
             "projection is 0.5, but a group takes the name of a choice; see widthopt --help",
         ),
         (
+            ("hydra/launcher=slurm",),
+            (
+                "hydra/launcher is slurm, but that starts sweeps, and this is a single run in this "
+                "process; add -m"
+            ),
+        ),
+        (
             ("root=file/runs", "recipe=smoke"),
             (
                 "root is file/runs, but it cannot be written (Not a directory); name a folder "

@@ -1,13 +1,17 @@
 """Several processes that train together do what one does: gloo on this machine's CPU."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from commands import ENVIRONMENT, NETWORK, TINY, widthopt
 from small import RUNTIME, Chunks, Small, SmallNetwork, Synthetic
 from torch import nn
 
@@ -423,3 +427,67 @@ def test_processes_that_see_different_folders_are_stopped(tmp_path):
 
     found = together(apart, 2, tmp_path / "two")
     assert any("another training" in one["said"] or "same folder" in one["said"] for one in found)
+
+
+# ------------------------------------------------------------------- the command, under torchrun
+
+
+def torchrun(folder, *words):
+    """The command in two processes, as torchrun starts them."""
+    both = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return subprocess.run(  # noqa: S603 (our own words)
+        [sys.executable, *both, "-m", "widthopt", *words],
+        cwd=folder,
+        env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def record(folder, root):
+    (path,) = (folder / root).glob("*/record.json")
+    (one,) = json.loads(path.read_text())["records"]
+    return one
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_do_a_whole_run_as_one_does(tmp_path):
+    (tmp_path / "my_network.py").write_text(NETWORK)
+    words = (*TINY, "methods=[transfer]", "runtime.backend=slice")
+    done = torchrun(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    alone = widthopt(*words, "recipe.accumulation=2", "root=alone", folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    ours, theirs = record(tmp_path, "runs"), record(tmp_path, "alone")
+    assert ours["found"]["channels"] == theirs["found"]["channels"]
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+    for key in ("train_macs", "proxy", "target"):
+        assert ours[key] == theirs[key]
+    # Nothing is done again, by one process or by several; and only one of them reports.
+    assert done.stdout.count("What this takes") == 1
+    again = torchrun(tmp_path, *words)
+    assert again.returncode == 0, again.stderr
+    assert "epoch" not in again.stderr
+    assert record(tmp_path, "runs") == ours
+
+
+@pytest.mark.slow
+def test_the_failure_of_one_process_of_torchrun_is_the_commands(tmp_path):
+    failing = """
+
+import os
+
+
+def failing(num_classes, width=16):
+    if os.environ["RANK"] == "1":
+        raise ValueError("the second has no luck")
+    return MyNetwork(num_classes, width)
+"""
+    (tmp_path / "my_network.py").write_text(NETWORK + failing)
+    words = [word.replace("my_network.MyNetwork", "my_network.failing") for word in TINY]
+    done = torchrun(tmp_path, *words)
+    assert done.returncode == 1
+    assert "ValueError: the second has no luck" in done.stderr
+    assert not list(tmp_path.glob("runs/stages/*/result.json"))

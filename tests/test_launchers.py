@@ -119,7 +119,7 @@ def test_a_process_that_ends_well_without_a_result_has_failed(tmp_path):
     assert told.of("wait_for_ever") == ["of_x"]
 
 
-@pytest.mark.parametrize("parallel", [0, -1])
+@pytest.mark.parametrize("parallel", [0, -1, "two"])
 def test_no_run_at_a_time_is_refused(parallel):
     with pytest.raises(InputError, match=rf"^hydra.launcher.max_parallel is {parallel}, but"):
         Pool("work.perform", max_parallel=parallel, threads=None)

@@ -66,6 +66,9 @@ def test_a_package_comes_before_a_users_module_of_its_name(mine, tmp_path):
 def test_a_folder_that_is_no_code_is_refused(mine, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^hydra.launcher.code is nowhere, but there is no such"):
         snapshot([], ["nowhere"], into=tmp_path)
-    monkeypatch.setattr(module, "MAX_FILES", 2)
-    with pytest.raises(InputError, match=r"but it has more than 2 files of code; start in"):
-        snapshot([], [str(mine)], into=tmp_path)
+    for bound in ("MAX_FILES", "MAX_MEGABYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, bound, 0)
+            with pytest.raises(InputError, match=r"but it has more than .* of code; start in"):
+                snapshot([], [str(mine)], into=tmp_path)
+    snapshot([], [str(mine)], into=tmp_path)

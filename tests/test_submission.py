@@ -1,10 +1,15 @@
 """How runs are put into arrays, without a cluster: what is sent, and what each waits for."""
 
+import errno
+import os
+from dataclasses import replace
+
 import pytest
 from work import FileWork
 
 from launchers import queue, slurm
 from launchers.slurm import Slurm
+from widthopt.errors import InputError
 
 
 RESOURCES = {
@@ -71,3 +76,23 @@ def test_what_was_done_while_another_submitter_was_at_it_is_not_sent(tmp_path, s
     (work.freeze("s").parent / "done").touch()
     assert launcher().submit(work) == 1
     assert sent == [(["t"], "")]
+
+
+def test_a_root_without_locks_is_one_line(tmp_path, sent, monkeypatch):
+    def flock(_file, _how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(slurm.fcntl, "flock", flock)
+    with pytest.raises(
+        InputError, match=f"^root is {tmp_path}, but it cannot be written \\(No loc"
+    ):
+        launcher().submit(FileWork(tmp_path, {"s": ((), "well")}))
+    assert sent == []
+
+
+def test_a_warning_that_leaves_no_time_to_work_is_refused(tmp_path, sent):
+    work = FileWork(tmp_path, {"s": ((), "well")})
+    with pytest.raises(InputError, match=r"^hydra.launcher.warn_seconds is 151, but of a time lim"):
+        replace(launcher(), warn_seconds=151).submit(work)
+    assert sent == []
+    assert replace(launcher(), warn_seconds=150).submit(work) == 1

@@ -16,7 +16,7 @@ from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, prepare, wid
 from widthopt.errors import InputError
 from widthopt.pipeline import recorded
 from widthopt.store import Store
-from widthopt.sweeps import manifests, perform
+from widthopt.sweeps import manifests, perform, why
 
 
 SWEEP = (
@@ -376,6 +376,25 @@ def test_a_run_that_cannot_even_begin_says_why(folder):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "FAILED (network.factory is my_network.MyNetwork, but my_network cannot be" in said
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        ("widthopt: this job was put back 3 times", "this job was put back 3 times"),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory",
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        ("2026-01-02 03:04:05,678 INFO search: epoch 3 of 5, loss 1.2", ""),
+        ("submitit WARNING (2026-01-02 03:04:05,678) - Bypassing signal SIGTERM", ""),
+    ],
+)
+def test_only_a_reason_is_told_as_one(tmp_path, last, reason):
+    stage = Store(tmp_path).stage("search", {})
+    stage.folder.mkdir()
+    (stage.folder / "log.txt").write_text(f"2026-01-02 03:04:05, job 7\n{last}\n")
+    assert why(stage) == reason
 
 
 def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -149,6 +150,13 @@ def _run(config: DictConfig) -> None:
     from widthopt.report import report  # noqa: PLC0415
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if launcher != "inprocess":
+        _end(
+            f"hydra/launcher is {launcher}, but that starts sweeps, and this is a single run in "
+            "this process; add -m",
+            WRONG_INPUT,
+        )
     try:
         asked = request(config)
         with together(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):

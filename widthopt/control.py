@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ logger = logging.getLogger("widthopt")
 
 FOLLOW_SECONDS = 0.5
 """Time between two looks at a log that is followed."""
+
+ASK_SECONDS = 10.0
+"""Time between two questions to the queue meanwhile."""
 
 GONE_SECONDS = 120
 """How long jobs may take to end that were cancelled."""
@@ -45,7 +48,13 @@ def live(root: Path) -> Mapping[str, str]:
 
     A queue that does not answer is said so, and known jobs count as ended.
     """
-    if not (root / "jobs").is_dir() or not queue.there():
+    if not (root / "jobs").is_dir():
+        return {}
+    if not queue.there():
+        logger.warning(
+            "there is no squeue on this machine, so that runs in a queue count as ended; ask on a "
+            "login node"
+        )
         return {}
     from launchers.slurm import adopt  # noqa: PLC0415 (imports submitit)
 
@@ -83,11 +92,17 @@ def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
     tables = status(root, sweeps, jobs)
     rows = [row for table in tables for row in table["runs"]]
     ended = {row["job"] for row in rows if row["state"] in ENDED and not row["why"] and row["job"]}
-    causes = queue.ended(ended) if ended and queue.there() else {}
+    causes = _how_ended(root, ended) if ended and queue.there() else {}
     for row in rows:
         row["why"] = row["why"] or (causes.get(row["job"]) if row["state"] in ENDED else None)
         row["queue"] = jobs.get(row["job"]) if row["state"] in {"queued", "running"} else None
     return tables
+
+
+def _how_ended(root: Path, jobs: Collection[str]) -> Mapping[str, str]:
+    from launchers.slurm import how_ended  # noqa: PLC0415 (imports submitit)
+
+    return how_ended(root, jobs)
 
 
 def show(root: Path, name: str) -> dict[str, Any]:
@@ -132,22 +147,29 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
     """
     stage = find(root, name).stage
     path = stage.folder / (f"log-{rank}.txt" if rank else "log.txt")
-    submission = stage.submission() or {}
-    if "log" in submission:
-        for kind in ("err", "out"):
-            early = root / f"{submission['log']}_{rank}_log.{kind}"
-            if early.exists():
-                yield early.read_text("utf-8", "replace")
-    if not path.exists() and not follow:
-        if "log" in submission:
-            return
+    early = (stage.submission() or {}).get("log")
+    for kind in ("err", "out") if early else ():
+        said = root / f"{early}_{rank}_log.{kind}"
+        if said.exists():
+            yield said.read_text("utf-8", "replace")
+    if follow:
+        yield from _followed(path, root, stage)
+    elif path.exists():
+        yield path.read_text("utf-8", "replace")
+    elif not early:
         raise InputError(
             f"KEY is {stage.folder.name}, but process {rank} of it has printed nothing; see "
             f"widthopt show {stage.folder.name}"
         )
-    read = 0
+
+
+def _followed(path: Path, root: Path, stage: Stage) -> Iterator[str]:
+    """What is in a log, and what comes, until the run has ended."""
+    read, jobs, asked = 0, live(root), time.monotonic()
     while True:
-        ended = stage.state(live(root)) not in {"queued", "running"}
+        if time.monotonic() > asked + ASK_SECONDS:
+            jobs, asked = live(root), time.monotonic()
+        ended = stage.state(jobs) not in {"queued", "running"}
         if path.exists():
             with path.open("rb") as file:
                 file.seek(read)
@@ -155,7 +177,7 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
             read += len(new)
             if new:
                 yield new.decode("utf-8", "replace")
-        if not follow or ended:
+        if ended:
             return
         time.sleep(FOLLOW_SECONDS)
 
@@ -189,11 +211,25 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
                 continue
             wanted[run] = job
     if wanted:
-        queue.cancel(list(wanted.values()))
-        until = time.monotonic() + GONE_SECONDS
-        while set(wanted.values()) & set(queue.live()) and time.monotonic() < until:
-            time.sleep(FOLLOW_SECONDS)
+        _end(set(wanted.values()))
     return sorted(wanted)
+
+
+def _end(jobs: Collection[str]) -> None:
+    """End jobs, and wait until they are gone."""
+    refused = None
+    try:
+        queue.cancel(jobs)
+    except InputError as error:  # for one of them, which may have ended meanwhile
+        refused = error
+    until = time.monotonic() + GONE_SECONDS
+    while left := set(jobs) & set(queue.live()):
+        if time.monotonic() > until:
+            raise refused or InputError(
+                f"scancel has ended {len(jobs) - len(left)} jobs of {len(jobs)}, but not yet "
+                f"{', '.join(sorted(left))}; see squeue"
+            )
+        time.sleep(FOLLOW_SECONDS)
 
 
 def retry(root: Path, name: str) -> None:

@@ -332,6 +332,9 @@ def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool, every: bo
             counts = Counter(run["state"] for run in one["runs"] if run["kind"] == kind)
             result.add_row(word, *(str(counts[state]) for state in states))
         console.print(result)
+        waiting = Counter(row["queue"] for row in one["runs"] if row["state"] == "queued")
+        for how, count in waiting.items():
+            console.print(f"queued: {count} {how}")
         for row in one["runs"]:
             if every or row["state"] in {"failed", "stale", "running"}:
                 why = f": {' '.join(row['why'].split())}" if row["why"] else ""

@@ -6,6 +6,7 @@ Launchers know `Sweep` and `perform` by name alone (``conf/hydra/launcher``).
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,10 @@ ENDED: tuple[State, ...] = ("failed", "stale")
 
 ASK_GPU_HOURS = 24.0
 """Accelerator hours from which a sweep asks before it starts."""
+
+
+_REASON = re.compile(r"(widthopt: )?(?P<text>(?(1).*|[\w.]*(Error|Exception|Interrupt)\b.*))")
+"""What a process says last: one of our own messages, or the exception below a traceback."""
 
 
 class _Staged:
@@ -261,10 +266,11 @@ def why(stage: Stage) -> str:
     if found is not None:
         rank = f"process {found['rank']}: " if found.get("rank") else ""
         return rank + (" ".join(str(found["message"]).split()) or str(found["type"]))
-    # It ended before it began: the last line that its process left says why.
+    # It ended before it began: the last line that its process left says why, if it is a reason.
     log = stage.folder / "log.txt"
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
-    return lines[-1].removeprefix("widthopt: ") if len(lines) > 1 else ""
+    said = _REASON.fullmatch(lines[-1]) if lines else None
+    return said["text"] if said else ""
 
 
 def _title(points: Sequence[Sequence[str]]) -> str:

@@ -84,9 +84,11 @@ class Cluster:
         for command in ("munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd"):
             if shutil.which(command) is None:
                 return f"{command} is not installed, but a cluster needs it; run `make test-slurm`"
-        named = ["unshare", "--uts", "true"]
+        named = ["unshare", "--uts", "--mount", "mount", "-t", "tmpfs", "none", "/tmp"]  # noqa: S108
         if subprocess.run(named, capture_output=True, check=False).returncode:  # noqa: S603 (ours)
-            return "a process may not have a host name of its own here, but each node needs one"
+            return (
+                "a process may not have a host name or mounts of its own here, but nodes need both"
+            )
         return ""
 
     @property
@@ -94,6 +96,11 @@ class Cluster:
         """Where everything of it is, its ``log`` among it; only while it is started."""
         assert self._folder is not None, "this cluster is not started"
         return self._folder
+
+    @property
+    def scratch(self) -> Path:
+        """A folder that is another one on each node, and on the login node."""
+        return self.folder / "scratch"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -152,7 +159,14 @@ class Cluster:
             raise ClusterError(
                 f"TMPDIR is {self.folder.parent}, but unix sockets need a short path; set another"
             )
-        for name in ("etc", "run", "log", "dev", *(f"spool/{node}" for node in self.nodes)):
+        for name in (
+            "etc",
+            "run",
+            "log",
+            "dev",
+            "scratch",
+            *(f"spool/{node}" for node in self.nodes),
+        ):
             (self.folder / name).mkdir(parents=True, mode=0o755)
         for name in ("munge", "database", "state"):
             (self.folder / name).mkdir(mode=0o700)
@@ -240,13 +254,17 @@ class Cluster:
         working = {"idle", "mixed", "allocated", "completing"}
         self._wait_until(lambda: self.states()[self.nodes.index(name)] in working)
 
-    def restart_controller(self) -> None:
+    def restart_controller(self, *, away_seconds: float = 0.0) -> None:
         """Kill the controller, and start it again with the state that it had saved.
 
         It is given the time to save all, for otherwise it forgets the last jobs.
+
+        Args:
+            away_seconds: How long nobody answers meanwhile.
         """
         time.sleep(_SAVING_SECONDS)
         self._kill(lambda process: process.name in {"slurmctld", "slurmscriptd"})
+        time.sleep(away_seconds)
         self._start_controller()
         self._wait_until(lambda: not any(state.startswith("unk") for state in self.states()))
 
@@ -320,12 +338,13 @@ class Cluster:
         Args:
             command: The program and its words.
             host: What the host is called for it. SLURM's daemons listen on the address of their
-                own host's name, and `hostname` in a job says that of its slurmd.
+                own host's name, and `hostname` in a job says that of its slurmd. It has a scratch
+                folder of its own.
             environment: What it has in addition.
         """
         if host is not None:
-            named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host)
-            command = (*named, *command)
+            script = f'hostname "$0" && mount -t tmpfs none {self.scratch} && exec "$@"'
+            command = ("unshare", "--uts", "--mount", "sh", "-c", script, host, *command)
         with (self.folder / "log" / "launch.log").open("a") as log:
             done = subprocess.run(  # noqa: S603 (our own words)
                 command,

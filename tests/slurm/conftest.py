@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from login import Folder
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -30,6 +31,12 @@ def cluster():
 def bare():
     """A node, without accounting."""
     yield from _started(nodes=1, accounting=False)
+
+
+@pytest.fixture
+def folder(tmp_path, cluster):
+    """A person's on the login node of the cluster with accounting."""
+    return Folder(tmp_path, cluster)
 
 
 @pytest.fixture(autouse=True)

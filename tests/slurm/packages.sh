@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Install what the loopback cluster needs, where that is possible: Debian's SLURM, without its services.
+# Install what the loopback cluster needs, where that is possible: Debian's SLURM, without its services,
+# and modules, which sites have.
 set -euo pipefail
-packages=(slurm-wlm slurmdbd munge mariadb-server-core mariadb-client-core)
+packages=(slurm-wlm slurmdbd munge mariadb-server-core mariadb-client-core environment-modules)
 missing=()
 for one in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$one" 2>/dev/null | grep -q 'ok installed' || missing+=("$one")

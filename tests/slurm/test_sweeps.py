@@ -3,132 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, NETWORK, command, one_line
-
-
-BASE = (
-    "network=custom", "network.factory=my_network.MyNetwork", "recipe=smoke",
-    "algorithm=morphnet", "algorithm.strength=5", "target.resolution=12", "runtime.device=cpu",
-    "methods=[transfer]", "runtime.backend=slice", "runtime.memory_format=contiguous",
-    "tracking=disabled",
-)  # fmt: skip
-SWEEP = ("-m", *BASE, "hydra/launcher=slurm", "hydra.launcher.resources.cpus_per_task=1")
-ONE = (*SWEEP, "projection.width=0.5", "seeds=[0]")
-"""One search and one training."""
-LONG = "recipe.search_epochs=150"
-"""A search of some ten seconds, long enough to be disturbed."""
-PATIENCE_SECONDS = 240
-
-
-class Folder:
-    """A person's folder and shell on the cluster's login node."""
-
-    def __init__(self, path, cluster):
-        self.path, self.cluster = path, cluster
-        self.environment = {**ENVIRONMENT, **cluster.environment}
-        (path / "my_network.py").write_text(NETWORK)
-
-    def start(self, *words, **more):
-        return subprocess.Popen(  # noqa: S603
-            command(*words), cwd=self.path, env={**self.environment, **more}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def widthopt(self, *words, **more):
-        process = self.start(*words, **more)
-        out, err = process.communicate(timeout=PATIENCE_SECONDS)
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-    def send(self, *words, submitted=None):
-        """Submit; how many runs that were."""
-        done = self.widthopt(*words)
-        assert done.returncode == 0, done.stderr
-        count = int(done.stderr.splitlines()[-1].split(" ", 1)[0].replace("all", "0"))
-        assert submitted in (None, count), done.stderr
-        return count
-
-    def rows(self):
-        done = self.widthopt("status", "--json")
-        assert done.returncode == 0, done.stderr
-        return [row for table in json.loads(done.stdout) for row in table["runs"]]
-
-    def states(self):
-        return {(row["kind"], row["state"]) for row in self.rows()}
-
-    def row(self, kind):
-        (row,) = [row for row in self.rows() if row["kind"] == kind]
-        return row
-
-    def queue(self):
-        text = self.cluster.run("squeue", "-h", "-r", "-o", "%i %T")
-        return dict(line.split() for line in text.splitlines())
-
-    def until(self, fits):
-        """Wait until something holds; what it was."""
-        until = time.monotonic() + PATIENCE_SECONDS
-        while not (found := fits()):
-            assert time.monotonic() < until, (self.queue(), self.logs())
-            time.sleep(0.3)
-        return found
-
-    def until_over(self):
-        self.until(lambda: not self.queue())
-
-    def until_running(self, kind="search", epochs=3):
-        """Wait until a run of this kind trains; its row."""
-        row = self.row(kind)
-        log = self.path / "runs" / "stages" / row["name"] / "log.txt"
-        self.until(lambda: log.exists() and log.read_text().count(": epoch ") >= epochs)
-        return row
-
-    def logs(self):
-        return {
-            str(path): path.read_text()[-2000:] for path in self.path.glob("runs/stages/*/log*.txt")
-        }
-
-    def attempts(self, name):
-        path = self.path / "runs" / "stages" / name / "attempts.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    def results(self, root="runs"):
-        """What each run found, without the seconds it took."""
-        found = {}
-        for path in self.path.glob(f"{root}/stages/*/result.json"):
-            found[path.parent.name] = _timeless(json.loads(path.read_text())["result"])
-        return found
-
-
-def _timeless(value):
-    if isinstance(value, dict):
-        return {key: _timeless(one) for key, one in value.items() if "seconds" not in key}
-    return [_timeless(one) for one in value] if isinstance(value, list) else value
-
-
-@pytest.fixture
-def folder(tmp_path, cluster):
-    return Folder(tmp_path, cluster)
-
-
-def done_alone(folder, *words):
-    """The results of the same points, undisturbed and without a cluster."""
-    words = [word for word in words if not word.startswith("hydra")]
-    done = folder.widthopt(*words, "root=alone")
-    assert done.returncode == 0, done.stderr
-    return folder.results("alone")
-
-
-def whole(folder, *words):
-    """All is done, nothing was lost, and it is what comes out undisturbed."""
-    assert {row["state"] for row in folder.rows()} == {"done"}
-    assert folder.results() == done_alone(folder, *words)
-    return True
+from commands import NETWORK, one_line
+from login import LONG, ONE, PATIENCE_SECONDS, SWEEP, Folder, patched, preempted, whole
 
 
 # ------------------------------------------------------------------------------- as it should go
@@ -182,6 +63,7 @@ def test_commands_know_a_run_from_any_shell(folder):
     assert set(ended.stdout.split()) == {row["name"] for row in folder.rows()}
     assert folder.queue() == {}
     assert {row["state"] for row in folder.rows()} == {"stale"}
+    assert folder.row("search")["why"].startswith("SLURM: CANCELLED")
     again = folder.widthopt("retry", "sweep")
     assert again.stderr.startswith("2 runs submitted"), again.stderr
     followed = folder.widthopt("logs", "-f", search["name"])
@@ -189,6 +71,20 @@ def test_commands_know_a_run_from_any_shell(folder):
     folder.until_over()
     assert len(folder.attempts(search["name"])) == 2
     assert whole(folder, *words)
+
+
+def test_what_another_sweep_needs_is_not_cancelled(folder):
+    later = "+hydra.launcher.options.begin=now+600"
+    folder.send(*ONE, later, submitted=2)
+    (first,) = (folder.path / "runs" / "sweeps").iterdir()
+    search, mine = folder.row("search")["name"], folder.row("train")["name"]
+    folder.send(*ONE, "recipe.epochs=3", later, submitted=1)
+    done = folder.widthopt("cancel", first.stem)
+    assert done.stdout.split() == [mine]
+    assert f"{search} goes on, since another sweep needs it; --force ends it too" in done.stderr
+    assert len(folder.queue()) == 2
+    assert folder.widthopt("cancel", first.stem, "--force").stdout.split() == [search]
+    folder.until_over()  # what needed it goes with it
 
 
 def test_one_run_is_done_by_hand(folder):
@@ -211,27 +107,10 @@ def test_a_sweep_waits_for_its_end_if_it_is_to(folder):
     assert failing.stderr.splitlines()[-1].startswith("widthopt: 0 of 2 runs are done and 2 are")
 
 
-@pytest.mark.parametrize("way", ["gpus-per-node", "gres"])
-def test_resources_are_those_of_each_kind_of_run(folder, way):
-    folder.send(
-        *ONE, f"hydra.launcher.gpus_as={way}", "+resources.search.minutes=7",
-        "+resources.train.gpus_per_node=3",
-        "+hydra.launcher.options.begin=now+600",
-    )  # fmt: skip
-    found = {
-        row["kind"]: folder.cluster.run("scontrol", "-o", "show", "job", row["job"])
-        for row in folder.rows()
-    }
-    assert "TimeLimit=00:07:00" in found["search"]
-    assert "gpu:3" not in found["search"]
-    assert "TimeLimit=01:00:00" in found["train"]
-    assert "gres:gpu:3" in found["train"]
-
-
 def test_arrays_are_no_longer_than_the_cluster_allows(folder):
     words = (*SWEEP, "projection.width=0.5,0.6,0.75,1", "seeds=[0]")
     small = "import launchers.queue as q; q.array_size = lambda: 3"
-    _patched(folder, small, *words, "+hydra.launcher.options.begin=now+600")
+    patched(folder, small, *words, "+hydra.launcher.options.begin=now+600")
     jobs = sorted(folder.queue())
     assert len(jobs) == 8
     arrays = {}
@@ -240,23 +119,7 @@ def test_arrays_are_no_longer_than_the_cluster_allows(folder):
     assert max(map(len, arrays.values())) == 3
 
 
-def _patched(folder, patch, *words):
-    """The command with something in it replaced, so that it can be ended at one instant."""
-    script = f"{textwrap.dedent(patch)}\nimport sys, widthopt.__main__\nwidthopt.__main__.main()"
-    return subprocess.run(  # noqa: S603
-        [sys.executable, "-c", script, *words], cwd=folder.path, env=folder.environment,
-        capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
-    )  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------ disturbed
-
-
-def preempted(folder, _row):
-    folder.cluster.run(
-        "sbatch", "-p", "high", "-N3", "--gpus-per-node=8", "--output=/dev/null",
-        "--wrap", "sleep 2",
-    )  # fmt: skip
 
 
 def requeued(folder, row):
@@ -389,7 +252,7 @@ KILLED_AFTER = """
 
 def test_jobs_whose_submitter_was_killed_before_it_noted_them_are_adopted(folder):
     words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
-    killed = _patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
+    killed = patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(folder.queue()) == 2
     rows = folder.rows()
@@ -405,7 +268,7 @@ def test_jobs_whose_submitter_was_killed_before_it_noted_them_are_adopted(folder
 def test_jobs_whose_orders_were_never_put_in_place_are_sent_again(folder):
     words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
     patch = KILLED_AFTER.format(name="_submit_command", kind="submitit.SlurmExecutor")
-    killed = _patched(folder, patch, *words)
+    killed = patched(folder, patch, *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder.send(*words, submitted=2)  # the orphans are in the queue, and known
     folder.until_over()
@@ -516,6 +379,12 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
         ("+resources.train.hours=3", "resources.train.hours is no key, but resources are"),
         ("+resources.train.minutes=long", "resources.train.minutes is long, but it is a number"),
         ("hydra.launcher.code=[elsewhere]", "hydra.launcher.code is elsewhere, but there is no"),
+        ("+hydra.launcher.minutes=9", "hydra.launcher.minutes is 9, but a launcher of SLURM's has"),
+        (
+            "+hydra.launcher.options.job_name=a",
+            "hydra.launcher.options.job_name is a, but the laun",
+        ),
+        ("hydra.launcher.warn_seconds=1801", "hydra.launcher.warn_seconds is 1801, but of a time"),
     ],
 )
 def test_a_wrong_value_is_one_line(folder, word, said):

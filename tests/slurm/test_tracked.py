@@ -1,0 +1,128 @@
+"""Runs that are tracked on a real SLURM: every row once, and no key anywhere."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from login import LONG, ONE, SWEEP, preempted, whole
+from test_wandb import assert_same_rows, inspected, logged
+from wandb_server import KEY, Server
+
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="W&B is not installed"
+)
+
+
+def tracked(words, mode):
+    """The same words, but tracked, with a row for every second step."""
+    return (*(one for one in words if not one.startswith("tracking")),
+            f"tracking={mode}", "tracking.every=2")  # fmt: skip
+
+
+def lasting(stage):
+    """What the rows of a stage say, but for what depends on the clock."""
+    return {
+        step: {k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")}
+        for step, row in logged(stage).items()
+    }
+
+
+def test_a_run_that_is_put_back_has_every_row_once(folder):
+    words = (
+        *tracked(SWEEP, "offline"), "projection.width=0.5,1", "seeds=[0]",
+        "recipe.search_epochs=60", "hydra.launcher.resources.gpus_per_node=8",
+    )  # fmt: skip
+    folder.environment["HOME"] = str(folder.path)
+    folder.send(*words, submitted=4)
+    stages = {row["name"]: folder.path / "runs" / "stages" / row["name"] for row in folder.rows()}
+    searches = [stages[name] for name in stages if name.startswith("search")]
+    for stage in searches:
+        metrics = stage / "metrics.jsonl"
+        folder.until(lambda metrics=metrics: metrics.exists() and len(logged(metrics.parent)) > 5)
+    preempted(folder, None)
+    folder.until_over()
+    assert [len(folder.attempts(stage.name)) for stage in searches] == [2, 2]
+    assert whole(folder, *words)
+    for name, stage in stages.items():
+        lines = (stage / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == sorted(set(steps))
+        # Not one row less or another one than the same run has that nothing disturbed.
+        assert lasting(stage) == lasting(folder.path / "alone" / "stages" / name)
+        (segment,) = stage.glob("wandb/offline-run-*/run-*.wandb")
+        found = [one["history"]["item"] for one in inspected(segment) if one["type"] == "history"]
+        assert [row["_step"] for row in found] == steps
+    with Server() as server:
+        folder.environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        done = folder.widthopt("sync", "--pause", "0")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == "4 sent, 0 had been sent before, 0 still run"
+        assert server.runs.keys() == stages.keys()
+        for name, run in server.runs.items():
+            assert_same_rows(run, stages[name])
+            assert (run.complete, run.exit_code) == (True, 0)
+
+
+def processes():
+    """The command lines of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes().decode("latin-1"))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_key_in_the_environment_is_found_nowhere(folder):
+    words = (*tracked(ONE, "online"), "recipe.search_epochs=40")
+    with Server() as server:
+        folder.environment |= {
+            "HOME": str(folder.path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY,
+        }  # fmt: skip
+        done = folder.widthopt(*words)
+        said = [done.stdout, done.stderr, *processes()]
+        folder.until_running()
+        lines = processes()
+        for row in folder.rows():
+            said.append(folder.cluster.run("scontrol", "-dd", "show", "job", row["job"]))
+            said.append(folder.cluster.run("scontrol", "write", "batch_script", row["job"], "-"))
+            said += [folder.widthopt(name, row["name"]).stdout for name in ("show", "logs")]
+        folder.until_over()
+        names = {row["name"] for row in folder.rows()}
+        # It was there to be found: the jobs had it from their submitter, and used it.
+        assert server.runs.keys() == names
+        assert {row["state"] for row in folder.rows()} == {"done"}
+    # They were seen while they ran: the job's own process, and W&B's.
+    assert any("submitit.core._submit" in one for one in lines)
+    assert any("wandb-core" in one for one in lines)
+    logs = [*folder.path.rglob("*"), *(folder.cluster.folder / "log").iterdir()]
+    files = {str(one): one.read_bytes().decode("latin-1") for one in logs if one.is_file()}
+    for kind in (".sh", ".pkl", "spec.json", "_log.err", "log.txt", ".wandb", "slurmctld.log"):
+        assert any(name.endswith(kind) for name in files), kind
+    assert [name for name, text in files.items() if KEY in text] == []
+    assert [one[:200] for one in (*said, *lines) if KEY in one] == []
+
+
+def kept(folder):
+    """Everything below a folder, as far as it is files."""
+    return b"".join(one.read_bytes() for one in folder.rglob("*") if one.is_file())
+
+
+def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_slurm(folder):
+    folder.environment["WANDB_API_KEY"] = KEY
+    folder.send(*ONE, "+hydra.launcher.options.begin=now+600", submitted=2)
+    state = folder.cluster.folder / "state"
+    assert KEY.encode() in kept(state)  # where only SLURM itself may look
+    folder.widthopt("cancel", "sweep")
+    folder.until(lambda: KEY.encode() not in kept(state))
+    folder.send(
+        *ONE, LONG, "+hydra.launcher.options.export=NONE",
+        'hydra.launcher.setup=["unset SLURM_EXPORT_ENV"]', submitted=2,
+    )  # fmt: skip
+    folder.until_running()
+    assert KEY.encode() not in kept(folder.cluster.folder)
+    folder.until_over()
+    assert whole(folder, *ONE, LONG)
