@@ -60,13 +60,12 @@ hydra:
 CHILD = textwrap.dedent("""
     import json, logging, sys, time
     from pathlib import Path
-    from widthopt.config import compose
-    from widthopt.tracking import About, tracked
+    from widthopt.tracking import About, Tracking, tracked
 
     options = json.loads(sys.argv[1])
     logging.basicConfig(format="%(levelname)s %(message)s")
-    tracking = compose([f"tracking={options['mode']}", "tracking.start_seconds=8",
-                        "tracking.finish_seconds=4"]).tracking
+    tracking = Tracking(mode=options["mode"], project="width-transfer", entity=None, tags=(),
+                        salt="", every=50, start_seconds=8, finish_seconds=4)
     axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
 
     def one(name, wait_at):
@@ -881,8 +880,7 @@ def test_only_the_first_of_several_processes_tracks(tmp_path):
         import sys
         from pathlib import Path
         import torch
-        from widthopt.config import compose
-        from widthopt.tracking import About, tracked
+        from widthopt.tracking import About, Tracking, tracked
         rank = int(sys.argv[1])
         torch.distributed.init_process_group(
             "gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
@@ -890,7 +888,9 @@ def test_only_the_first_of_several_processes_tracks(tmp_path):
         about = About(id="train-x", kind="train", network="n", dataset="d", algorithm="dmcp",
                       method="direct", seed=0, source=axes, target=axes, figures=(), tags=(),
                       fields={{}})
-        with tracked(compose([]).tracking, about, Path("{tmp_path}/stages") / str(rank)) as log:
+        tracking = Tracking(mode="offline", project="p", entity=None, tags=(), salt="", every=50,
+                            start_seconds=60, finish_seconds=60)
+        with tracked(tracking, about, Path("{tmp_path}/stages") / str(rank)) as log:
             if log is not None:
                 log.row(1, {{"loss": 1.0}})
         print(rank, log is None, "wandb" in sys.modules)
