@@ -9,6 +9,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; \
 	then echo $$p; break; fi; done)
 
+# Tests that run at once. Each file is one process's, so that what its tests share is made once.
+JOBS ?= 2
+APART := -n $(JOBS) --dist loadfile
+
 .PHONY: help install demo test test-slow test-slurm check format bench wheel clean
 
 help:  ## show this
@@ -26,10 +30,10 @@ demo: install  ## width transfer, whole, on real digits: 5 minutes or less on 2 
 	$(BIN)/widthopt experiment=demo
 
 test: install  ## the default tests
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest $(APART) -m "not slow and not gpu and not slurm"
 
 test-slow: install  ## the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"
+	$(BIN)/python -m pytest $(APART) -m "slow and not gpu and not slurm"
 
 test-slurm: install  ## the tests on a real SLURM, which is installed if need be (Debian, as root)
 	bash tests/slurm/packages.sh

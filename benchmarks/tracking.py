@@ -19,7 +19,8 @@ from train_step import CLASSES, RECIPE, RUNTIME
 
 import widthopt.operators  # noqa: F401 (before torchvision)
 from widthopt.config import compose
-from widthopt.tracking import About, Tracker
+from widthopt.pipeline import Point
+from widthopt.tracking import Tracker
 from widthopt.training import Loop
 
 
@@ -27,21 +28,8 @@ from widthopt.training import Loop
 import torchvision
 
 
-AXES = {"width": 1.0, "depth": 1, "resolution": 32, "fraction": 1.0}
-ABOUT = About(
-    id="search-x",
-    kind="search",
-    network="resnet18",
-    dataset="noise",
-    algorithm="dmcp",
-    method="direct",
-    seed=0,
-    source=AXES,
-    target=None,
-    figures=(),
-    tags=(),
-    fields={},
-)
+POINT = Point(compose([]), images=False)
+ABOUT = POINT.about("search", "transfer", 0, POINT.search_stage("transfer", 0))
 ROW = {f"loss_{name}": 0.5 for name in range(12)}
 """As many numbers as a search has in a row."""
 

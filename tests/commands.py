@@ -52,6 +52,13 @@ class MyNetwork(nn.Module):
 '''
 
 
+def prepare(folder, experiment):
+    """Put the network into a folder, and an experiment of its own (``--config-dir conf``)."""
+    (folder / "my_network.py").write_text(NETWORK)
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    (folder / "conf" / "experiment" / "mine.yaml").write_text(experiment)
+
+
 def command(*words):
     return [sys.executable, "-m", "widthopt", *words]
 

@@ -9,7 +9,7 @@ from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
 
 from widthopt.algorithms import Conditions
 from widthopt.algorithms.autoslim import AutoSlim
-from widthopt.algorithms.greedy import path_macs
+from widthopt.algorithms.greedy import path_macs, slim
 from widthopt.algorithms.sandwich import step_macs
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
@@ -43,6 +43,7 @@ DEFAULT = {
     "reduction": "sum",
     "validation_images": 10240,
     "chunk": 2048,
+    "calibration_images": 0,
 }
 SMALL = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
 BASE = Blueprint(SMALL).graph
@@ -105,6 +106,27 @@ def test_slimming_goes_on_from_the_moves_that_were_kept(tmp_path):
     assert result(search(tmp_path)) == result(whole)
 
 
+def test_statistics_may_be_those_of_training_images(tmp_path, monkeypatch):
+    """As many as asked for, or all of an epoch; the same for every process and in every search."""
+    seen = []
+
+    def slimming(*args, calibration, **kwargs):
+        seen.append(calibration)
+        return slim(*args, calibration=calibration, **kwargs)
+
+    monkeypatch.setattr("widthopt.algorithms.autoslim.slim", slimming)
+    own = search(tmp_path / "own")
+    some = search(tmp_path / "some", calibration_images=40)
+    search(tmp_path / "all", calibration_images=1000)
+    assert seen[0] is None
+    images = torch.cat([one for one, _ in Synthetic().epoch(0)])
+    assert torch.equal(seen[1], images[:40])
+    assert torch.equal(seen[2], images)
+    assert some.details["slimming_macs"] > own.details["slimming_macs"]
+    with pytest.raises(InputError, match=r"slimming.json, but it is of another search"):
+        search(tmp_path / "own", calibration_images=40)
+
+
 def test_one_seed_gives_one_result_and_another_gives_another(tmp_path):
     assert result(search(tmp_path / "a")) == result(search(tmp_path / "b"))
     assert result(search(tmp_path / "a")) != result(search(tmp_path / "c", seed=1))
@@ -143,7 +165,8 @@ def test_the_overhead_of_training_is_what_the_layers_did_and_slimming_is_added(t
     assert found.overhead_macs == watched.trained + slimming
 
 
-def test_the_overhead_is_that_of_the_closed_form(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"calibration_images": 32, "chunk": 32}])
+def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
     """Within a hundredth along the path that was taken; before it is known, within a tenth."""
     recipe = dataclasses.replace(RECIPE, batch_size=8, search_epochs=3)
     dataset, where = digits(), Setting(SmallNetwork(), 10, 2.0, 1, 8, 0.6)
@@ -152,14 +175,17 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path):
         device=torch.device("cpu"),
     )  # fmt: skip
     counts = search_counts(Sizes.of(dataset), fraction=0.6, validation=0.2, batch_size=8)
-    found = search(tmp_path, recipe=recipe, data=data, where=where)
-    budget, algorithm = Blueprint(where).graph.macs(), AutoSlim(**DEFAULT)
+    found = search(tmp_path, recipe=recipe, data=data, where=where, **options)
+    budget, algorithm = Blueprint(where).graph.macs(), AutoSlim(**(DEFAULT | options))
     graph = Supernet(Blueprint(where), enlarge=1.5, seed=0).graph
-    options = algorithm.options(graph)
-    trained = counts.per_epoch * 3 * step_macs(graph, options, random_subnets=2)
+    grids = algorithm.options(graph)
+    trained = counts.per_epoch * 3 * step_macs(graph, grids, random_subnets=2)
     path = [move["variable"] for move in found.details["moves"]]
     images = algorithm.images(counts.evaluation)
-    slimmed = path_macs(graph, options, path, images=images, chunk=algorithm.chunk)
+    slimmed = path_macs(
+        graph, grids, path,
+        images=images, chunk=algorithm.chunk, calibration=algorithm.calibration_images,
+    )  # fmt: skip
     assert slimmed > trained / 4
     assert found.overhead_macs == pytest.approx(trained + slimmed, rel=0.01)
     foretold = algorithm.overhead_macs(where, counts, recipe=recipe, budget_macs=budget)
@@ -176,6 +202,8 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path):
         ({"random_subnets": -1}, "algorithm.random_subnets is -1, but it is a whole number from 0"),
         ({"validation_images": 8}, "algorithm.validation_images is 8, but batch statistics need"),
         ({"chunk": 8}, "algorithm.chunk is 8, but batch statistics need at least 32 images"),
+        ({"calibration_images": 8}, "algorithm.calibration_images is 8, but statistics need at"),
+        ({"calibration_images": -1}, "algorithm.calibration_images is -1, but statistics need at"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,16 @@ LIBRARY = pytest.mark.skipif(
 )
 
 
+def environment(folder):
+    """What a process finds: modules in the folder first, and no home but that."""
+    modules = os.pathsep.join([str(folder), str(Path(__file__).parents[1]), *sys.path])
+    return {**os.environ, "PYTHONPATH": modules, "HOME": str(folder)}
+
+
 @pytest.fixture(scope="module")
 def paper():
     """The dashboard of the paper's figures."""
-    figures = {
-        one.name: (one.name, one.title, type(one).__name__)
-        for name in PAPER
-        for one in compose([f"experiment={name}"]).figures
-    }
+    figures = {one.name: one for name in PAPER for one in compose([f"experiment={name}"]).figures}
     return sections(figures.values())
 
 
@@ -44,16 +47,55 @@ def logged(tmp_path_factory):
     sys.path.append(str(folder))
     words = [one for one in TINY if not one.startswith("algorithm")]
     words += ["network.factory=network_of_the_dashboard.MyNetwork", f"root={folder}"]
+    figures = tuple(compose(["experiment=fig3_width"]).figures)
     for name in ("morphnet", "autoslim", "dmcp"):
-        run(Point(compose([*words, f"algorithm={name}", "tracking.every=10"])))
+        asked = compose([*words, f"algorithm={name}", "tracking.every=10"])
+        run(Point(replace(asked, figures=figures)))
     sys.path.remove(str(folder))
     return {key for path in folder.rglob("metrics.jsonl") for row in rows(path) for key in row}
 
 
 def test_every_line_of_the_dashboard_is_of_what_runs_log(paper, logged):
-    lines = [panel for one in paper for panel in one.panels if panel.kind == "line"]
-    shown = {name for panel in lines for name in (*panel.y, panel.x)}
-    assert shown - logged == {"perf/gpu_memory_gib"}  # on an accelerator
+    shown = set()
+    for one in paper:
+        for panel in one.panels:
+            if panel.kind == "line":
+                shown |= {name.replace(f"/{one.figure}/", "/fig3_width/") for name in panel.y}
+                shown.add(panel.x.replace(f"/{one.figure}/", "/fig3_width/"))
+    mine = {
+        re.sub("/(resnet18|mobilenet_v2)/", "/network_of_the_dashboard.MyNetwork/", name)
+        for name in shown
+    }
+    assert mine - logged == {"perf/gpu_memory_gib"}  # on an accelerator
+
+
+@pytest.mark.parametrize(
+    ("figure", "by"),
+    [
+        ("fig3_width", "algorithm"), ("fig3_depth", "algorithm"), ("fig4", "extrapolation"),
+        ("fig5_resolution", "algorithm"), ("fig5_fraction", "algorithm"), ("fig6", "algorithm"),
+    ],
+)  # fmt: skip
+def test_a_figure_of_the_paper_has_its_panels_and_its_lines(figure, by, paper):
+    """Two networks; a line for each algorithm, but for each strategy in figure 4."""
+    (one,) = [section for section in paper if section.figure == figure]
+    assert [
+        (panel.x, *panel.y, panel.by) for panel in one.panels if panel.kind == "line"
+    ] == [
+        (f"figures/{figure}/saved_pct", f"figures/{figure}/{network}/top1", by)
+        for network in ("resnet18", "mobilenet_v2")
+    ]  # fmt: skip
+
+
+def test_what_tells_lines_apart_is_in_a_runs_configuration(paper):
+    words = ("target.depth=2", "projection.depth=1", "extrapolation=stack_last_block")
+    point = Point(compose([*words]), images=False)
+    config = point.about("train", "transfer", 0, point.train_stage("transfer", 0)).config
+    keys = {panel.by for one in paper for panel in one.panels if panel.kind == "line"}
+    assert keys == {"algorithm", "extrapolation"}
+    assert {key: config[key] for key in keys} == {
+        "algorithm": "dmcp", "extrapolation": "stack_last_block",
+    }  # fmt: skip
 
 
 def test_every_point_of_the_dashboard_is_of_a_declared_outcome(paper):
@@ -106,14 +148,20 @@ def test_the_dashboard_has_a_section_for_each_figure_table_1_and_health(paper):
     assert [one.name for one in paper if not one.figure] == [one.name for one in HEALTH]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("wandb_workspaces") is not None, reason="wandb-workspaces is there"
-)
-def test_without_the_package_one_line_says_what_to_install(tmp_path):
-    assert one_line(widthopt("dashboard", "show", "table1", folder=tmp_path), 2) == (
+@pytest.mark.parametrize("words", [("show",), ("push", "table1", "--entity", "me")])
+def test_without_the_package_one_line_says_what_to_install(words, tmp_path):
+    lacking = tmp_path / "lacking"
+    lacking.mkdir()
+    (lacking / "wandb_workspaces.py").write_text("raise ImportError('No such module')")
+    done = subprocess.run(  # noqa: S603 (our own words)
+        command("dashboard", *words),
+        cwd=tmp_path, env=environment(lacking), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert one_line(done, 2) == (
         "widthopt dashboard needs wandb-workspaces, but it is not installed; run pip install "
         "'wandb-workspaces>=0.4.13,<0.5'"
     )
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_dashboard_is_sent_to_someone(tmp_path):
@@ -140,15 +188,20 @@ def test_the_workspace_is_built_without_a_server_and_reads_back(paper):
 
 
 @LIBRARY
+def test_a_dashboard_that_cannot_be_sent_is_one_line(tmp_path):
+    with Server() as server:
+        env = {**environment(tmp_path), "WANDB_BASE_URL": server.url}
+        done = subprocess.run(  # noqa: S603 (our own words)
+            command("dashboard", "push", "table1", "--entity", "loop"),
+            cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert one_line(done, 1).startswith("the dashboard was not sent (No API key configured")
+
+
+@LIBRARY
 def test_a_dashboard_that_is_sent_again_changes_the_one_that_is_there(tmp_path):
     with Server() as server:
-        env = {
-            **os.environ,
-            "WANDB_BASE_URL": server.url,
-            "WANDB_API_KEY": KEY,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
-            "HOME": str(tmp_path),
-        }
+        env = {**environment(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         for _ in range(2):
             done = subprocess.run(  # noqa: S603 (our own words)
                 command("dashboard", "push", "fig3_width", "--entity", "loop"),

@@ -51,6 +51,7 @@ DEFAULT = {
     "final_learning_rate": 0.1,
     "momentum": 0.9,
     "alpha_init": "auto",
+    "scale_site": "norm",
 }
 STEPS = 4 * RECIPE.search_epochs
 BASE = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)).graph
@@ -66,10 +67,13 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=None, budget=None,
     )
 
 
-def architecture(*, steps=STEPS, seed=0, budget=None, **options):
+def architecture(*, steps=STEPS, seed=0, budget=None, network=None, **options):
     """The objective of a search on its own supernet, in float64."""
     algorithm = DMCP(**(DEFAULT | options))
-    blueprint = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0))
+    where = (
+        (SmallNetwork(), 4, 1.0, 1, 8, 1.0) if network is None else (network, 4, 0.25, 1, 32, 1.0)
+    )
+    blueprint = Blueprint(Setting(*where))
     supernet = Supernet(blueprint, enlarge=algorithm.enlarge, seed=0)
     supernet.model.double()
     return _Architecture(
@@ -156,6 +160,28 @@ def test_a_step_of_the_chains_follows_the_loss_and_the_regulariser():
         objective.after_step(STEPS // 2 + number, [(images, labels)])
         # The factors are float32 on the way to the network.
         assert torch.allclose(chains.alpha, alpha.detach() * chains.real, rtol=1e-5, atol=1e-6)
+
+
+def test_chains_act_where_they_are_told_to():
+    """It makes a difference to ReLU6 alone, and only where that clips."""
+
+    def moved(network, site, scale):
+        objective = architecture(network=network, budget=10**7, scale_site=site)
+        for module in objective.supernet.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.data.mul_(scale)
+        draws = torch.Generator().manual_seed(0)
+        images = torch.randn(16, 3, 32, 32, generator=draws, dtype=torch.float64)
+        objective.after_step(STEPS - 1, [(images, torch.arange(16) % 4)])
+        return objective.chains.alpha
+
+    for network, scale, same in (
+        (TorchvisionNetwork("mobilenet_v2"), 5.0, False),
+        (TorchvisionNetwork("mobilenet_v2"), 0.1, True),
+        (TorchvisionNetwork("resnet18"), 5.0, True),
+    ):
+        there, behind = (moved(network, site, scale) for site in ("norm", "activation"))
+        assert torch.allclose(there, behind, rtol=1e-9, atol=1e-12) == same
 
 
 def test_micro_batches_give_the_same_step_where_batchnorm_sees_the_same():

@@ -4,13 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from small import SmallNetwork, Synthetic
+from small import Small, SmallNetwork, Synthetic
 
 from widthopt.algorithms import Conditions
 from widthopt.config import compose
 from widthopt.data import Split
 from widthopt.setting import Runtime, Setting
 from widthopt.surgery import Blueprint
+from widthopt.tracking import About, tracked
+from widthopt.tracking.lines import rows
+from widthopt.training import train
 
 
 pytestmark = [
@@ -47,6 +50,26 @@ def test_a_search_on_the_accelerator_costs_what_it_costs_on_the_cpu(tmp_path, na
     there = search(tmp_path / "there", name, device="cpu")
     assert here.multipliers.keys() == there.multipliers.keys()
     assert here.overhead_macs == pytest.approx(there.overhead_macs, rel=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA tells of its memory")
+def test_the_memory_in_a_trainings_rows_is_its_own_peak(tmp_path):
+    """At least its weights, their gradients and momenta; not what was in use before it."""
+    torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    request = compose(["recipe=smoke", "recipe.batch_size=16", "tracking=disabled"])
+    axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
+    about = About(
+        id="train-0", kind="train", network="small", dataset="noise", algorithm="dmcp",
+        method="direct", seed=0, source=axes, target=axes, figures=(), tags=(), fields={},
+    )  # fmt: skip
+    model = Small(4)
+    with tracked(request.tracking, about, tmp_path) as log:
+        train(
+            model, Synthetic(), recipe=request.recipe, epochs=1, seed=0, runtime=RUNTIME, log=log
+        )  # fmt: skip
+    weights = sum(one.nbytes for one in model.parameters())
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert 3 * weights / 2**30 < row["perf/gpu_memory_gib"] < 1
 
 
 def test_slices_and_masks_move_the_chains_alike(tmp_path):

@@ -120,12 +120,17 @@ def searched(supernet, grids=None, chunks=None, *, budgets=None, **options):
     return slim(supernet, grids, chunks, budgets_macs=budgets, runtime=RUNTIME, **options)
 
 
-def mistakes_of_a_standalone_network(supernet, channels, images, labels):
+def mistakes_of_a_standalone_network(supernet, channels, images, labels, calibration):
     """A network of its own at these counts, its weights the leading ones of the supernet."""
     alone = blueprint(Tiny).build(channels, seed=9).double().train()
     given = dict(supernet.model.named_parameters())
     for name, parameter in alone.named_parameters():
         parameter.data.copy_(given[name][tuple(map(slice, parameter.shape))])
+    if calibration is not None:
+        for module in alone.modules():
+            module.momentum = None  # of BatchNorm: the mean over all batches, of which there is one
+        alone(calibration)
+        alone.eval()
     return sum(
         one.argmax().item() != label for one, label in zip(alone(images), labels, strict=True)
     )
@@ -133,15 +138,20 @@ def mistakes_of_a_standalone_network(supernet, channels, images, labels):
 
 @pytest.mark.parametrize("engine", ["fast", "naive"])
 @pytest.mark.parametrize("labels", ["random", "constant"])
-def test_the_path_is_that_of_networks_built_for_every_candidate(engine, labels):
-    """14: with constant labels, which the network never says, every candidate is as bad."""
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_path_is_that_of_networks_built_for_every_candidate(engine, labels, calibrated):
+    """14, 2: with constant labels, which the network never says, every candidate is as bad."""
     supernet = made(Tiny)
     grids = grids_of(supernet)
     images, truth = images_and_labels()
     if labels == "constant":
         truth[:] = 0
         supernet.model.fc.bias.data[0] = -1e6
-    found = searched(supernet, grids, [(images, truth)], engine=engine)
+    calibration = 2 * images_and_labels(2, seed=7)[0] + 1 if calibrated else None
+    chunks = (
+        [(images, truth)] if not calibrated else [(images[:7], truth[:7]), (images[7:], truth[7:])]
+    )
+    found = searched(supernet, grids, chunks, engine=engine, calibration=calibration)
     channels = dict(supernet.graph.channels)
     order = list(supernet.graph.free)
     assert order != sorted(order)
@@ -151,7 +161,9 @@ def test_the_path_is_that_of_networks_built_for_every_candidate(engine, labels):
             lower = [entry for entry in grids[name] if entry < channels[name]]
             if lower:
                 candidate = {**channels, name: lower[-1]}
-                errors[name] = mistakes_of_a_standalone_network(supernet, candidate, images, truth)
+                errors[name] = mistakes_of_a_standalone_network(
+                    supernet, candidate, images, truth, calibration
+                )
         assert move.errors == errors
         fewest = min(errors.values())
         first = next(name for name in order if errors.get(name) == fewest)
@@ -384,7 +396,8 @@ def attributes(model):
 
 
 @pytest.mark.parametrize("engine", ["fast", "naive"])
-def test_a_search_leaves_the_supernet_as_it_was(engine):
+@pytest.mark.parametrize("calibration", [None, images_and_labels(8, 32)[0]])
+def test_a_search_leaves_the_supernet_as_it_was(engine, calibration):
     """18."""
     supernet = made("shufflenet_v2_x0_5", resolution=32)
     model = supernet.model
@@ -394,13 +407,15 @@ def test_a_search_leaves_the_supernet_as_it_was(engine):
     nn.functional.cross_entropy(model(images), labels).backward()
     tensors = itertools.chain(model.parameters(), model.buffers())
     before = [(one, one.detach().clone(), copy.deepcopy(one.grad)) for one in tensors]
-    kept = attributes(model)
+    kept, buffers = attributes(model), dict(model.named_buffers())
     every = grids_of(supernet, 2)
     grids = {one: every[one][-1 - (place % 8 == 0) :] for place, one in enumerate(every)}
     searched(
-        supernet, grids, [(images, labels)], budgets=[supernet.graph.macs() - 1], engine=engine
-    )
+        supernet, grids, [(images, labels)],
+        budgets=[supernet.graph.macs() - 1], engine=engine, calibration=calibration,
+    )  # fmt: skip
     assert attributes(model) == kept
+    assert dict(model.named_buffers()).keys() == buffers.keys()
     for now, value, grad in before:
         assert torch.equal(now, value)
         assert grad is None or torch.equal(now.grad, grad)
@@ -512,9 +527,12 @@ def test_the_macs_are_those_of_every_convolution_that_ran(monkeypatch, engine, n
         monkeypatch.setattr(nn.functional, function, counting(original, positions))
     chunks = [images_and_labels(12, resolution, seed) for seed in (1, 2)]
     budgets = [round(0.9 * supernet.graph.macs())]
-    for used in (chunks, chunks[:1]):
+    for used, calibration in ((chunks, None), (chunks[:1], None), (chunks, chunks[0][0][:8])):
         ran = 0
-        found = searched(supernet, grids, used, budgets=budgets, engine=engine, cache_bytes=limit)
+        found = searched(
+            supernet, grids, used,
+            budgets=budgets, engine=engine, cache_bytes=limit, calibration=calibration,
+        )  # fmt: skip
         assert found.macs == ran > 0
 
 

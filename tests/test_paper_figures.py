@@ -828,6 +828,16 @@ def test_the_page_holds_every_cell_of_every_table():
         assert words_ in seen.text
 
 
+def test_the_page_says_what_the_paper_claims_once():
+    """A table of its own has it as a note; other notes stay."""
+    grid = KIND.table(RECORDS)
+    assert grid.notes[0] == KIND.claim
+    section = Section("one", "One", KIND.claim, [PNG], [grid], [])
+    seen = Reader(page("Page", [section]))
+    assert seen.text.count(KIND.claim) == 1
+    assert all(note in seen.text for note in grid.notes)
+
+
 def test_the_page_needs_nothing_but_itself():
     text = page("Width Transfer", SECTIONS)
     for word in ("http", "//", "<script", "<link", "@import", "url("):

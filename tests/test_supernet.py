@@ -542,6 +542,64 @@ def test_a_mixture_multiplies_what_every_batch_norm_returns(name):
     assert (derivative.abs() > 1e-12 * derivative.abs().max()).double().mean() > 0.5
 
 
+@pytest.mark.parametrize("site", ["norm", "activation"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_mixture_acts_before_or_behind_relu6(site, inplace):
+    """T13: by hand, where many values are clipped; a ReLU6 that reads no BatchNorm is let be."""
+
+    class Clipped(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, bias=False)
+            self.bn0 = nn.BatchNorm2d(4)
+            self.act0 = nn.ReLU6(inplace)
+            self.deep = nn.Conv2d(4, 4, 3, groups=4, bias=False)
+            self.bn1 = nn.BatchNorm2d(4)
+            self.act1 = nn.ReLU6(inplace)
+            self.wide = nn.Conv2d(4, 5, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(5)
+            self.act2 = nn.ReLU6()
+            self.head = nn.Linear(5, classes)
+
+        def forward(self, x):
+            x = self.act0(self.bn0(self.stem(x)))
+            x = self.act1(self.bn1(self.deep(x)))
+            return self.head(self.act2(2 * self.bn2(self.wide(x))).mean((2, 3)))
+
+    supernet = Supernet(blueprint(Home(Clipped), resolution=8), enlarge=1.5, seed=0)
+    varied(supernet)
+    model = supernet.model
+    for norm in (model.bn0, model.bn1, model.bn2):
+        norm.weight.data.mul_(5)
+    draws = torch.Generator().manual_seed(4)
+    factors = torch.rand(6 + 8, generator=draws, dtype=torch.float64).requires_grad_()
+    assert classes_of(supernet.graph) == 14
+    stem, wide = (one[:, None, None] for one in factors.split([6, 8]))
+    clipped = 0
+
+    def relu6(z, s):
+        nonlocal clipped
+        clipped += int((z > 6).sum())
+        return s * functional.relu6(z) if site == "activation" else functional.relu6(s * z)
+
+    pixels = images(6, side=8)
+    x = relu6(model.bn0(model.stem(pixels)), stem)
+    x = relu6(model.bn1(model.deep(x)), stem)
+    x = functional.relu6(2 * wide * model.bn2(model.wide(x)))
+    expected = model.head(x.mean((2, 3)))
+    assert clipped > 100
+    found = supernet.mixture(pixels, factors, site=site)
+    assert_close(found, expected, 1e-9)
+    wanted, got = (
+        torch.autograd.grad(functional.cross_entropy(one, LABELS), factors)[0]
+        for one in (expected, found)
+    )
+    assert_close(got, wanted, 1e-9)
+    with torch.no_grad():
+        plain = supernet.mixture(pixels, torch.ones(14, dtype=torch.float64))
+        assert_close(plain, supernet.full(pixels), 1e-12)
+
+
 def test_the_gradient_of_a_mixture_is_that_of_central_differences():
     """T14, on a network with an identity block and a depthwise layer."""
     supernet = small()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, widthopt
+from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, prepare, widthopt
 
 from widthopt.errors import InputError
 from widthopt.pipeline import recorded
@@ -80,9 +80,7 @@ def folder(tmp_path):
 def whole(tmp_path_factory):
     """An undisturbed sweep: its folder, and what the command said."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "my_network.py").write_text(NETWORK)
-    (folder / "conf" / "experiment").mkdir(parents=True)
-    (folder / "conf" / "experiment" / "mine.yaml").write_text(FIGURES)
+    prepare(folder, FIGURES)
     (folder / "my_figure.py").write_text(MY_FIGURE)
     done = widthopt(
         "--config-dir", "conf", *SWEEP, "experiment=mine", "hydra/launcher=local", folder=folder

@@ -4,11 +4,11 @@ import json
 import resource
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from commands import one_line, widthopt
+from commands import NETWORK, TINY, one_line, widthopt
 from small import RUNTIME, Small, SmallNetwork, Synthetic
 
 from widthopt.algorithms import Conditions
@@ -16,14 +16,14 @@ from widthopt.algorithms.sandwich import Sandwich
 from widthopt.config import compose, frozen, request
 from widthopt.data import Split
 from widthopt.errors import InputError
-from widthopt.pipeline import Point
+from widthopt.pipeline import Point, run
 from widthopt.setting import Setting
 from widthopt.surgery import Blueprint
 from widthopt.tracking import About, Tracker, tracked
 from widthopt.tracking.lines import Lines, rows
 from widthopt.tracking.metrics import known
 from widthopt.tracking.secrets import HIDDEN, hidden
-from widthopt.training import Diverged, Interrupted, train
+from widthopt.training import Diverged, Interrupted, Loop, _Rows, train
 
 
 TRACKING = replace(compose(["tracking=disabled"]).tracking, every=3)
@@ -119,6 +119,40 @@ def test_a_training_is_the_same_to_the_bit_whether_it_is_tracked_or_not(tmp_path
     logged = trained(tmp_path / "logged", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path))
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, logged.state_dict()[name]), name
+
+
+def test_accuracies_in_an_epochs_row_are_those_of_its_own_images(tmp_path, monkeypatch):
+    """At this learning rate the network stands still, so they can be found one by one."""
+    monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, learning_rate=1e-30))
+    torch.manual_seed(2)
+    model = Small(10)
+    log = Tracker(TRACKING, ABOUT, tmp_path)
+    train(
+        model, Synthetic(), recipe=RECIPE, epochs=4, seed=0, runtime=RUNTIME, folder=tmp_path,
+        log=log,
+    )  # fmt: skip
+    last, places = rows(tmp_path / "metrics.jsonl")[-1], []
+    for images, labels in Synthetic().epoch(3):
+        for scores, label in zip(model(images).tolist(), labels.tolist(), strict=True):
+            places.append(sum(one > scores[label] for one in scores))
+    assert last["train/top1"] == 100 * sum(place < 1 for place in places) / 64
+    assert last["train/top5"] == 100 * sum(place < 5 for place in places) / 64
+    assert 0 < last["train/top1"] < last["train/top5"] < 100
+
+
+def test_the_accelerators_memory_is_the_peak_since_the_training_began(tmp_path, monkeypatch):
+    """A processor stands in for an accelerator; `test_gpu.py` has a real one."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: told.append("begin"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**29)
+    loop = Loop(
+        Small(4), recipe=RECIPE, steps_per_epoch=4, epochs=4, seed=0, runtime=RUNTIME
+    )  # fmt: skip
+    loop.device = torch.device("cuda")
+    _Rows(loop, Synthetic(), Tracker(TRACKING, ABOUT, tmp_path)).epoch()
+    assert told == ["begin"]
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert row["perf/gpu_memory_gib"] == 1.5
 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
@@ -224,6 +258,52 @@ def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
     assert seen == [(4, False), (8, False), (12, False), (16, False)]
 
 
+def test_a_run_that_ended_before_its_training_began_keeps_its_rows(tmp_path):
+    with pytest.raises(Interrupted):
+        trained(tmp_path, Synthetic(interrupt=10), Tracker(TRACKING, ABOUT, tmp_path))
+    before = rows(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError), tracked(TRACKING, ABOUT, tmp_path):
+        raise InputError("the images are not there today")
+    assert rows(tmp_path / "metrics.jsonl") == before != []
+
+
+def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
+    """A job may be taken away while it waits."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "network_of_results.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    seen, close = [], Tracker.close
+
+    def watching(self):
+        seen.append(sorted(one.parent.name[:6] for one in tmp_path.glob("*/stages/*/result.json")))
+        close(self)
+
+    monkeypatch.setattr(Tracker, "close", watching)
+    words = [one for one in TINY if not one.startswith("network.factory")]
+    words += ["network.factory=network_of_results.MyNetwork", "methods=[transfer]"]
+    run(Point(compose(words)))
+    assert seen == [["search"], ["search", "train-"]]
+
+
+def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch, caplog):
+    """An algorithm of one's own may call something ``moves`` that is none of slimming's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "network_of_moves.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [one for one in TINY if not one.startswith("network.factory")]
+    asked = compose([*words, "network.factory=network_of_moves.MyNetwork", "methods=[transfer]"])
+
+    class Own(type(asked.algorithm)):
+        def search(self, *args, **options):
+            found = super().search(*args, **options)
+            return replace(found, details={"moves": ["a knight's"]})
+
+    values = {one.name: getattr(asked.algorithm, one.name) for one in fields(asked.algorithm)}
+    (record,) = run(Point(replace(asked, algorithm=Own(**values))))
+    assert record.top1 > 0
+    assert [one for one in caplog.records if "cannot be written" in one.message]
+
+
 # The file.
 
 
@@ -263,6 +343,46 @@ def test_what_a_full_disk_would_not_take_is_one_warning_and_is_written_later(tmp
     warnings = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (")
+
+
+def test_rows_that_had_no_place_at_the_start_are_written_once_there_is_one(tmp_path, caplog):
+    folder = tmp_path / "stages" / "train-0"
+    (tmp_path / "stages").write_text("no folder")
+    log = Tracker(TRACKING, ABOUT, folder)
+    log.resume(0)
+    log.row(1, {"loss": 1.0})
+    (tmp_path / "stages").unlink()
+    log.row(2, {"loss": 1.0})
+    log.close()
+    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2]
+    assert [one.levelname for one in caplog.records].count("WARNING") == 1
+
+
+def test_a_row_that_found_no_room_is_written_at_the_end(tmp_path):
+    log = Tracker(TRACKING, ABOUT, tmp_path)
+    log.resume(0)
+    with files_no_longer_than(10):
+        log.row(1, {"loss": 1.0})
+    assert rows(tmp_path / "metrics.jsonl") == []
+    log.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_numbers_of_any_kind_are_written_and_what_is_none_hurts_no_run(tmp_path, caplog):
+    log = Tracker(TRACKING, ABOUT, tmp_path)
+    log.row(1, {"loss": torch.tensor(0.5), "top1": 3})
+    log.row(2, {"loss": "much"})
+    log.row(3, {"loss": 1.0})
+    log.summary({"flags/cut": [object()]})
+    log.close()
+    found = [
+        {name: one for name, one in row.items() if name != "time"}
+        for row in rows(tmp_path / "metrics.jsonl")
+    ]
+    assert found == [
+        {"step": 1, "train/loss": 0.5, "train/top1": 3}, {"step": 3, "train/loss": 1.0},
+    ]  # fmt: skip
+    assert [one.levelname for one in caplog.records].count("WARNING") == 1
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
@@ -446,7 +566,8 @@ def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypa
 def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     code = (
         "import sys, widthopt; widthopt.trace; import widthopt.sweeps;"
-        "import widthopt.tracking.sync; sys.exit('wandb' in sys.modules)"
+        "import widthopt.tracking.sync, widthopt.tracking.dashboard;"
+        "sys.exit(any(one.startswith('wandb') for one in sys.modules))"
     )
     import subprocess  # noqa: PLC0415
 

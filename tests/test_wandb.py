@@ -1,21 +1,29 @@
 """W&B's real client: its files read back with its own tool, and against a stand-in server."""
 
+import fcntl
 import importlib.util
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, NETWORK, TINY, command
+from commands import ENVIRONMENT, NETWORK, TINY, command, prepare
 from wandb_server import KEY, Server
 
+from widthopt.tracking import About
+from widthopt.tracking.client import End, Kept
 from widthopt.tracking.lines import rows
 
 
@@ -60,21 +68,24 @@ CHILD = textwrap.dedent("""
     tracking = compose([f"tracking={options['mode']}", "tracking.start_seconds=8",
                         "tracking.finish_seconds=4"]).tracking
     axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
-    about = About(id="train-x", kind="train", network="n", dataset="d", algorithm="dmcp",
-                  method="direct", seed=0, source=axes, target=axes, figures=("fig3",), tags=(),
-                  fields=options.get("fields", {}))
-    folder = Path(options["folder"])
-    with tracked(tracking, about, folder) as log:
-        log.resume(options.get("from", -1))
-        for step in range(options.get("from", 0) + 1, options["steps"] + 1):
-            log.row(step, {"loss": 1 / step, "epoch": step / 10})
-            if step == options.get("wait_at"):
-                print("waiting", flush=True)
-                sys.stdin.readline()
-            time.sleep(options.get("nap", 0))
-        log.widths({"conv": 3}, {"conv": 1.0})
-        log.summary({"alpha": 1.5})
-        print(f"closing {time.time()}", flush=True)
+
+    def one(name, wait_at):
+        about = About(id=name, kind="train", network="n", dataset="d", algorithm="dmcp",
+                      method="direct", seed=0, source=axes, target=axes, figures=("fig3",),
+                      tags=(), fields=options.get("fields", {}))
+        with tracked(tracking, about, Path(options["folder"]) / name) as log:
+            log.resume(options.get("from", -1))
+            for step in range(options.get("from", 0) + 1, options["steps"] + 1):
+                log.row(step, {"loss": 1 / step, "epoch": step / 10})
+                if step == wait_at:
+                    print("waiting", flush=True)
+                    sys.stdin.readline()
+            log.widths({"conv": 3}, {"conv": 1.0})
+            log.summary({"alpha": 1.5})
+            print(f"closing {time.time()}", flush=True)
+
+    for name in options.get("names", ["train-x"]):
+        one(name, options.get("wait_at") if name == "train-x" else None)
     print(f"closed {time.time()}", flush=True)
 """)
 
@@ -91,7 +102,7 @@ def environment(server=None, key=KEY, **others):
 
 def child(folder, env, **options):
     """A process that tracks a run of some rows."""
-    given = {"folder": str(folder / "stages" / "train-x"), "mode": "online", "steps": 20, **options}
+    given = {"folder": str(folder / "stages"), "mode": "online", "steps": 20, **options}
     return subprocess.Popen(  # noqa: S603 (our own words)
         [sys.executable, "-c", CHILD, json.dumps(given)],
         cwd=folder, env={**env, "HOME": str(folder)}, text=True, stdin=subprocess.PIPE,
@@ -150,9 +161,7 @@ def assert_same_rows(run, folder):
 def swept(tmp_path_factory):
     """A sweep with a job that fails; offline, in a namespace without a network if there may be."""
     folder = tmp_path_factory.mktemp("swept")
-    (folder / "my_network.py").write_text(NETWORK)
-    (folder / "conf" / "experiment").mkdir(parents=True)
-    (folder / "conf" / "experiment" / "mine.yaml").write_text(FIGURE)
+    prepare(folder, FIGURE)
     prefix = ("unshare", "-rn") if ISOLATED else ()
     with Server() as server:
         done = start(folder, *SWEEP, env=environment(server), prefix=prefix)
@@ -210,8 +219,12 @@ def names_asked(folder, *words):
     not ISOLATED or shutil.which("ip") is None, reason="no namespaces here, or no tools for them"
 )
 def test_offline_looks_up_no_name_from_the_first_call_to_the_last(tmp_path):
-    options = {"folder": str(tmp_path / "stages" / "train-x"), "mode": "offline", "steps": 3}
+    options = {"folder": str(tmp_path / "stages"), "mode": "offline", "steps": 3}
     assert names_asked(tmp_path, "-c", CHILD, json.dumps(options)) == 0
+    # Nor where it goes on behind what was sent, which W&B's own tool is asked for.
+    (segment,) = tmp_path.glob("stages/train-x/wandb/offline-run-*/run-*.wandb")
+    segment.with_name(f"{segment.name}.synced").touch()
+    assert names_asked(tmp_path, "-c", CHILD, json.dumps({**options, "from": 3, "steps": 9})) == 0
     # The listener hears what there is to hear.
     ask = (
         "import socket, contextlib\nwith contextlib.suppress(OSError): socket.getaddrinfo('a.b', 1)"
@@ -252,6 +265,45 @@ def test_a_run_offline_reads_back_as_what_it_was(swept):
         ) == 0
 
 
+def test_curves_are_seen_in_a_terminal_without_an_account(swept):
+    """The README's command, as a person gives it."""
+    folder, _, _ = swept
+    (stage, *_) = [
+        one for one in stages(folder) if one.name.startswith("train") and list(one.glob("wandb"))
+    ]
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    env = {**environment(None, key=""), "HOME": str(folder), "TERM": "xterm-256color"}
+    process = subprocess.Popen(  # noqa: S603 (our own words)
+        [sys.executable, "-m", "wandb", "leet", str(stage / "wandb")],
+        env=env, stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+    )  # fmt: skip
+    os.close(inner)
+    seen, until = b"", time.monotonic() + 60
+    wanted = (b"State: Finished", stage.name.encode(), b"layer/channels")
+    while time.monotonic() < until and not all(one in seen for one in wanted):
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 65536)
+    os.write(terminal, b"q")
+    with suppress(OSError):  # which is how the end of a terminal reads
+        while os.read(terminal, 65536):
+            pass
+    os.close(terminal)
+    assert process.wait(timeout=30) == 0
+    assert [one for one in wanted if one not in seen] == []
+
+
+def test_the_file_of_widths_is_not_copied_to_a_folder_of_w_and_bs(swept):
+    """Which the machine that sends it may not have."""
+    folder, _, _ = swept
+    for stage in stages(folder):
+        if (stage / "result.json").exists():
+            widths = (stage / "widths.json").read_bytes()
+            everywhere = [one for one in (folder / "runs").rglob("*") if one.is_file()]
+            same = [one for one in everywhere if one.read_bytes() == widths]
+            assert [one.parent.resolve() for one in same] == [stage.resolve()]
+
+
 def test_the_widths_shown_are_those_of_the_result(swept):
     folder, _, _ = swept
     for stage in stages(folder):
@@ -282,10 +334,12 @@ def check_server(server, folder):
             names = {one["_step"] for one in run.history}
             assert len(names) == len(run.history)
     assert sorted(codes.values()) == [0, 0, 0, 0, 1, 1]
-    widths = {
+    widths = sorted(
         one["runName"] for one in server.artifacts.values() if one["artifactTypeName"] == "widths"
-    }
-    assert widths == {name for name, code in codes.items() if code == 0}
+    )
+    assert widths == sorted(name for name, code in codes.items() if code == 0)
+    tables = [one["runName"] for one in server.artifacts.values() if one["runName"] in figures]
+    assert tables == figures  # its one table
     assert {one["state"] for one in server.artifacts.values()} == {"COMMITTED"}
     for name in widths:
         mine = (folder / "runs" / "stages" / name / "widths.json").read_bytes()
@@ -338,13 +392,120 @@ def test_w_and_bs_own_tool_sends_a_sweep_too(swept, tmp_path):
         assert done.stderr.splitlines()[-1] == "0 sent, 7 had been sent before, 0 still run"
 
 
-def test_what_would_be_sent_is_named_without_sending_it(swept):
+def test_what_would_be_sent_is_named_without_sending_it(swept, tmp_path):
     folder, _, _ = swept
-    done = start(folder, "sync", "--dry-run", env=environment(None, key=""))
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    waiting_runs(tmp_path, "train-other")
+    done = start(tmp_path, "sync", "--dry-run", env=environment(None, key=""))
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
-    named = start(folder, "sync", "--dry-run", "mine", env=environment(None, key=""))
-    assert len(named.stdout.splitlines()) == 6  # the runs of the sweep of this name
+    named = start(tmp_path, "sync", "--dry-run", "mine", env=environment(None, key=""))
+    mine = named.stdout.splitlines()  # the runs of the sweep of this name, and its figures
+    assert len(mine) == 7
+    assert sorted(done.stdout.splitlines()) == sorted([*mine, "train-other"])
+
+
+def waiting_runs(folder, *names):
+    """Runs that are done and wait to be sent; no client of W&B's has seen them."""
+    axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
+    for name in names:
+        kept = Kept(folder / "runs" / "stages" / name)
+        about = About(
+            id=name, kind="train", network="n", dataset="d", algorithm="dmcp", method="direct",
+            seed=0, source=axes, target=axes, figures=(), tags=(), fields={},
+        )  # fmt: skip
+        kept.begin(about, project="width-transfer", entity=None)
+        kept.metrics.write_text('{"step": 1, "time": 1.5, "train/loss": 1.0}\n')
+        kept.end(End())
+
+
+def test_a_run_that_a_server_refuses_holds_up_no_other(tmp_path):
+    """Such as one that was deleted there, whose name is never given again."""
+    waiting_runs(tmp_path, "train-a", "train-b", "train-c")
+    with Server() as server:
+        server.deleted = {"train-a"}
+        done = synced(tmp_path, server)
+        assert (done.returncode, done.stdout) == (1, "")
+        refused, *sent, total, end = done.stderr.splitlines()
+        assert refused.startswith("train-a was not sent (")
+        assert sent == ["train-b", "train-c"]
+        assert total == "2 sent, 0 had been sent before, 0 still run"
+        assert end == "widthopt: 1 were not sent; the same command goes on with the rest"
+        assert sorted(server.runs) == ["train-b", "train-c"]
+
+
+@pytest.mark.slow
+def test_a_run_that_works_is_left_for_the_next_time(tmp_path):
+    process = child(tmp_path, environment(None, key=""), mode="offline", wait_at=10)
+    assert process.stdout.readline() == "waiting\n"
+    with Server() as server:
+        words = ("sync", "--root", ".")
+        done = start(tmp_path, *words, env=environment(server))
+        assert done.stderr.splitlines() == ["0 sent, 0 had been sent before, 1 still run"]
+        assert server.requests == []
+        ended(process)
+        done = start(tmp_path, *words, env=environment(server))
+        assert done.stderr.splitlines()[-1] == "1 sent, 0 had been sent before, 0 still run"
+        assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_three_runs_in_a_row_is_left_alone(tmp_path):
+    names = [f"train-{letter}" for letter in "abcde"]
+    waiting_runs(tmp_path, *names)
+    with Server() as server:
+        server.deleted = set(names)
+        done = synced(tmp_path, server)
+    assert [line.partition(" ")[0] for line in done.stderr.splitlines()[:-2]] == names[:3]
+    assert done.stderr.splitlines()[-2] == "0 sent, 0 had been sent before, 0 still run"
+
+
+def test_figures_are_sent_again_when_they_are_other_ones_and_without_what_is_gone(tmp_path):
+    waiting_runs(tmp_path, "figures-x")
+    report = tmp_path / "runs" / "report"
+    (tmp_path / "runs" / "stages").rename(report)
+    kept = Kept(report / "figures-x")
+    kept.metrics.unlink()
+    (report / "mine.csv").write_text("top1\n71\n")
+    kept.end(End(media={"figures/mine": "../mine.png", "tables/mine": "../mine.csv"}))
+    with Server() as server:
+        assert synced(tmp_path, server).returncode == 0
+        (run,) = server.runs.values()
+        assert [sorted(one for one in row if one[0] != "_") for row in run.history] == [
+            ["tables/mine"]
+        ]
+        assert kept.whole
+        (report / "mine.csv").write_text("top1\n72\n")
+        assert not kept.whole
+        assert synced(tmp_path, server).returncode == 0
+        assert run.steps == [0, 1]
+        assert run.complete
+
+
+@pytest.mark.slow
+def test_a_report_is_tracked_as_the_sweep_was(swept, tmp_path):
+    """On a cluster nothing but `widthopt report` draws a sweep's figures."""
+    folder, _, _ = swept
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs" / "report")
+    with Server() as server:
+        env = environment(server)
+        assert start(tmp_path, "report", env=env).returncode == 0
+        assert server.requests == []
+        assert synced(tmp_path, server).returncode == 0
+        (figures,) = [one for one in server.runs.values() if one.fields["jobType"] == "figures"]
+        (row,) = figures.history
+        assert {"figures/mine", "tables/mine"} < row.keys()
+        # The same figures are not told again; others are.
+        for command_again, steps in ((None, [0]), ("drop", [0, 1])):
+            if command_again:
+                (stage, *_) = [
+                    one for one in stages(tmp_path)
+                    if one.name.startswith("train") and (one / "result.json").exists()
+                ]  # fmt: skip
+                (stage / "result.json").unlink()
+            assert start(tmp_path, "report", env=env).returncode == 0
+            assert synced(tmp_path, server).returncode == 0
+            assert figures.steps == steps
 
 
 @pytest.mark.slow
@@ -374,12 +535,16 @@ def test_a_sync_that_was_killed_and_given_again_doubles_nothing(tmp_path):
         assert_same_rows(server.runs["train-x"], stage)
 
 
-def test_a_server_that_cannot_be_reached_is_one_line_and_nothing_is_lost(swept, tmp_path):
+def test_without_a_key_nothing_is_sent_and_that_is_said(swept, tmp_path):
     folder, _, _ = swept
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     done = start(tmp_path, "sync", env=environment(None, key=""))
     assert done.returncode == 1
-    assert "was not sent (No API key configured" in done.stderr.splitlines()[-1]
+    *refused, total, end = done.stderr.splitlines()
+    assert len(refused) == 3
+    assert all("was not sent (No API key configured" in line for line in refused)
+    assert total == "0 sent, 0 had been sent before, 0 still run"
+    assert end == "widthopt: 3 were not sent; the same command goes on with the rest"
 
 
 # Interrupted, killed and requeued.
@@ -466,7 +631,9 @@ def test_a_run_that_was_sent_before_it_was_done_goes_on_behind_what_was_sent(net
         assert len(run.history) > 0
         done = one_run(network, None, "tracking=offline", *LONG, key="")
         assert done.returncode == 0, done.stderr
-        assert synced(network, server).returncode == 0
+        # Its file has what is new alone: W&B's own tool would double the rest.
+        own = start_wandb_sync(network, server)
+        assert own.returncode == 0, own.stderr
         assert run.steps == sorted(logged(stage))
         assert (run.complete, run.exit_code) == (True, 0)
 
@@ -534,6 +701,68 @@ def test_a_server_that_fails_in_the_middle_is_one_warning_and_a_bounded_end(faul
 
 
 @pytest.mark.slow
+def test_a_server_that_hangs_at_the_very_end_is_one_warning_and_a_bounded_end(tmp_path):
+    with Server() as server:
+        process = child(tmp_path, environment(server), wait_at=30, steps=30)
+        assert process.stdout.readline() == "waiting\n"
+        assert server.wait_for(
+            lambda: server.runs.get("train-x") and 30 in server.runs["train-x"].steps
+        )
+        server.silent = True
+        wrong, seconds = ended(process)
+        (warning,) = warned(wrong)
+        assert "tracking=online went wrong" in warning
+        assert seconds < 15
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_process_that_waits_for_a_server(tmp_path):
+    with Server() as server:
+        process = child(tmp_path, environment(server), wait_at=30, steps=30)
+        assert process.stdout.readline() == "waiting\n"
+        assert server.wait_for(lambda: "train-x" in server.runs)
+        server.silent = True
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith("closing")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        before = time.monotonic()
+        _, wrong = process.communicate(timeout=60)
+        assert wrong.splitlines()[-1] == "KeyboardInterrupt"
+        assert time.monotonic() - before < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_w_and_bs_process_may_die_and_the_runs_after_it_are_tracked(mode, tmp_path):
+    """A signal to all of a job's processes reaches it too."""
+    with Server() as server:
+        env = environment(server) if mode == "online" else environment(None, key="")
+        names = ["train-x", "train-y"]
+        process = child(tmp_path, env, mode=mode, wait_at=10, steps=30, names=names)
+        assert process.stdout.readline() == "waiting\n"
+        assert server.wait_for(
+            lambda: any("wandb-core" in words for _, words in children(process.pid))
+        )
+        for pid, words in children(process.pid):
+            if "wandb-core" in words:
+                os.kill(pid, signal.SIGKILL)
+        wrong, _ = ended(process)
+        (warning,) = warned(wrong)
+        assert f"tracking={mode} went wrong" in warning
+        assert wrong.splitlines() == [warning]
+        for name in names:
+            assert len(logged(tmp_path / "stages" / name)) == 31
+        done = start(tmp_path, "sync", "--root", ".", env=environment(server))
+        assert done.returncode == 0, done.stderr
+        sent = 2 if mode == "offline" else 1
+        assert done.stderr.splitlines()[-1].startswith(f"{sent} sent, {2 - sent} had been sent")
+        for name in names:
+            assert_same_rows(server.runs[name], tmp_path / "stages" / name)
+
+
+@pytest.mark.slow
 def test_processes_of_w_and_bs_do_not_outlive_a_run_that_had_to_leave_them(tmp_path):
     with Server() as server:
         process = child(tmp_path, environment(server), wait_at=3, steps=5)
@@ -566,7 +795,7 @@ def children(parent):
 def test_a_full_disk_is_one_warning_and_the_run_is_well(tmp_path):
     """A disk of 300 kB that no checkpoint is written to, so that only tracking meets its end."""
     options = {
-        "folder": str(tmp_path / "disk" / "stages" / "train-x"), "mode": "offline", "steps": 8000,
+        "folder": str(tmp_path / "disk" / "stages"), "mode": "offline", "steps": 8000,
     }  # fmt: skip
     (tmp_path / "disk").mkdir()
     script = tmp_path / "child.py"
@@ -582,6 +811,26 @@ def test_a_full_disk_is_one_warning_and_the_run_is_well(tmp_path):
     (warning,) = warned(wrong)
     assert "metrics.jsonl cannot be written (" in warning
     assert seconds < 15
+
+
+# Where a person has logged in, with `wandb login --host`.
+
+
+def test_a_run_goes_to_the_server_that_a_person_has_logged_in_to(tmp_path):
+    """The server's address is in one file below the home folder, the key in another."""
+    with Server() as server:
+        settings = tmp_path / ".config" / "wandb" / "settings"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(f"[default]\nbase_url = {server.url}\n")
+        netrc = tmp_path / ".netrc"
+        netrc.write_text(f"machine {server.url[7:]}\n  login user\n  password {KEY}\n")
+        netrc.chmod(0o600)
+        wrong, _ = ended(child(tmp_path, environment(None, key="")))
+        assert warned(wrong) == []
+        assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
+    # And nothing else is put there.
+    mine = {one for one in tmp_path.rglob("*") if one.is_file() and "stages" not in one.parts}
+    assert {one for one in mine if ".wandb" not in one.parts} == {settings, netrc}
 
 
 # Secrets.

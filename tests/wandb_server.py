@@ -88,6 +88,7 @@ class Server:
         alerts: In the order of their arrival.
         requests: Paths, in the order of their arrival.
         refuse: Operations that are answered with an error.
+        deleted: Names of runs that were deleted, and are refused.
         silent: Whether every request is left without an answer.
         dead: Whether every connection is closed at once.
         quota: Whether what is streamed is refused, as where storage is used up.
@@ -96,7 +97,8 @@ class Server:
     def __init__(self):
         self.runs, self.artifacts, self.views, self.blobs = {}, {}, {}, {}
         self.alerts, self.requests, self.operations, self.unknown = [], [], [], []
-        self.refuse, self.silent, self.dead, self.quota = set(), False, False, False
+        self.refuse, self.deleted = set(), set()
+        self.silent, self.dead, self.quota = False, False, False
         self.lock = threading.RLock()
         self._ended = threading.Event()
 
@@ -342,11 +344,14 @@ class Handler(BaseHTTPRequestHandler):
             found = re.search(r"(?:query|mutation)\s+(\w+)", query)
             operation = asked.get("operationName") or (found[1] if found else "?")
             server.operations.append(operation)
-            if operation in server.refuse:
+            given = asked.get("variables") or {}
+            name = {**given, **(given.get("input") or {})}.get("name")
+            deleted = operation == "UpsertBucket" and name in server.deleted
+            if deleted or operation in server.refuse:
                 self._answer(200, {"data": None, "errors": [{"message": f"no {operation}"}]})
                 return
             with server.lock:
-                data = server.answer(operation, asked.get("variables") or {})
+                data = server.answer(operation, given)
             self._answer(200, {"data": data})
             return
         streamed = re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -333,13 +333,14 @@ def _dashboard(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
     from widthopt.config import compose  # noqa: PLC0415 (imports torch)
     from widthopt.tracking import dashboard  # noqa: PLC0415
+    from widthopt.tracking.client import reason  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER
-    figures: dict[str, tuple[str, str, str]] = {}
+    figures: dict[str, Any] = {}
     for name in experiments:
         asked = compose([f"experiment={name}"], config_dir=arguments.config_dir)
         for one in asked.figures:
-            figures.setdefault(one.name, (one.name, one.title, type(one).__name__))
+            figures.setdefault(one.name, one)
     shown = dashboard.sections(figures.values())
     tracking = compose([]).tracking
     project: str = arguments.project or tracking.project
@@ -352,7 +353,15 @@ def _dashboard(words: Sequence[str]) -> None:
     if entity is None:
         raise InputError("--entity is missing, but a dashboard belongs to one; add --entity=...")
     kept = arguments.root / "dashboard.json"
-    for url in dashboard.push(shown, project=project, entity=entity, kept=kept):
+    try:
+        urls = dashboard.push(shown, project=project, entity=entity, kept=kept)
+    except InputError:
+        raise
+    except Exception as error:
+        raise Failed(
+            f"the dashboard was not sent ({reason(error)}); the same command sends it again"
+        ) from error
+    for url in urls:
         logger.info("%s", url)
 
 
@@ -374,27 +383,28 @@ def _sync(words: Sequence[str]) -> None:
 
     root, names = arguments.root, None
     if arguments.sweeps:
-        from widthopt.sweeps import manifests  # noqa: PLC0415
+        from widthopt.sweeps import figures_run, manifests  # noqa: PLC0415
 
-        names = {run for one in manifests(root, arguments.sweeps) for run in one.runs}
+        chosen = manifests(root, arguments.sweeps)
+        names = {name for one in chosen for name in (*one.runs, figures_run(one))}
     if arguments.dry_run:
-        chosen = [one for one in tracked(root) if names is None or one.folder.name in names]
-        left = [one.folder.name for one in chosen if not one.whole]
+        asked = [one for one in tracked(root) if names is None or one.folder.name in names]
+        left = [one.folder.name for one in asked if not one.whole]
         for name in left:
             sys.stdout.write(f"{name}\n")
-        logger.info("%d of %d runs are to be sent", len(left), len(chosen))
+        logger.info("%d of %d runs are to be sent", len(left), len(asked))
         return
-    counts = {"sent": 0, "known": 0, "running": 0}
+    counts = {"sent": 0, "known": 0, "running": 0, "refused": 0}
     for one in sync(root, names=names, pause_seconds=arguments.pause):
-        if one.why:
-            raise Failed(
-                f"{one.name} was not sent ({one.why}); {counts['sent']} were, and the same command "
-                "goes on with the rest"
-            )
         counts[one.state] += 1
         if one.state == "sent":
             logger.info("%s", one.name)
-    logger.info("%d sent, %d had been sent before, %d still run", *counts.values())
+        elif one.state == "refused":
+            logger.warning("%s was not sent (%s)", one.name, one.why)
+    sent, known, running, refused = counts.values()
+    logger.info("%d sent, %d had been sent before, %d still run", sent, known, running)
+    if refused:
+        raise Failed(f"{refused} were not sent; the same command goes on with the rest")
 
 
 def _plan(words: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ from widthopt.errors import InputError
 from widthopt.pipeline import Request, Target, found
 from widthopt.records import Found
 from widthopt.setting import Resources, Runtime
+from widthopt.tracking import Tracking
 
 
 CONFIG_MODULE = "conf"
@@ -268,6 +269,18 @@ def figures(values: Any) -> tuple[Any, ...]:
         kind = _kind(key, one)
         result.append(kind(**_typed(kind, key, one)))
     return tuple(result)
+
+
+def tracking(values: Any) -> Tracking:
+    """How runs are tracked, from what `frozen` made of it.
+
+    Raises:
+        InputError: The values are something else.
+    """
+    kind = _kind("tracking", values)
+    made = kind(**_typed(kind, "tracking", values))
+    assert isinstance(made, Tracking)
+    return made
 
 
 def _kind(group: str, values: Any) -> type[Any]:

@@ -94,7 +94,7 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, *, runtime: Runtime) 
             for pixels, labels in batches:
                 with autocast(runtime, device):
                     logits = model(pixels.to(device).contiguous(memory_format=layout))
-                counts[:2] += _right(logits, labels.to(device))
+                counts[:2] += right_at_1_and_5(logits, labels.to(device))
                 counts[2] += len(labels)
     finally:
         for module, mode in modes:
@@ -177,8 +177,13 @@ def _over_processes(norms: Sequence[_BatchNorm], images: int, device: torch.devi
     return int(total)
 
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of a batch are right at the first place and within five, left on the device."""
+def right_at_1_and_5(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of a batch are right at the first place and within five, left on the device.
+
+    Args:
+        logits: ``batch classes``.
+        labels: The class of each, int64.
+    """
     places = logits.topk(min(5, logits.shape[1])).indices
     hits = (places == labels[:, None]) & ~logits.isnan().any(1, keepdim=True)
     return torch.stack([hits[:, 0].sum(), hits.sum()])

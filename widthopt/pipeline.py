@@ -208,12 +208,12 @@ class Point:
             fields={
                 "stage": stage.fields,
                 "budget_macs": self.budget_macs if train else self.search_budget(method),
-                "extrapolation": self.strategy(method),
                 "search": None
                 if not train or method == "uniform"
                 else self.search_stage(method, seed).folder.name,
                 "job": this_job(),
             },
+            extrapolation=self.strategy(method) if train else "",
         )
 
     def search_data(self, setting: Setting, seed: int) -> Split:
@@ -457,9 +457,10 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
                     conditions=point.conditions(seed, stage.folder, tracker),
                 )
                 if tracker is not None:
-                    _show_search(tracker, point, method, result)
-            if distributed.rank() == 0:
-                stage.finish(asdict(result))
+                    with tracker.careful():
+                        _show_search(tracker, point, method, result)
+                if distributed.rank() == 0:  # before W&B is waited for
+                    stage.finish(asdict(result))
             return result
     return SearchResult(**done)
 
@@ -505,7 +506,8 @@ def _record_of(point: Point, found: Found, stage: Stage, tracker: Tracker | None
         stages=stages,
     )
     if tracker is not None:
-        _show_training(tracker, record)
+        with tracker.careful():
+            _show_training(tracker, record)
     if distributed.rank() == 0:
         stage.finish(asdict(record))
     return asdict(record)
@@ -586,7 +588,16 @@ def _show_training(tracker: Tracker, record: Record) -> None:
     found = record.found
     tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
     tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
-    saved = 100 * found.saved
+    saved, figures = 100 * found.saved, tracker.about.figures
+    tracker.rows(  # a row is what lines of W&B are drawn from
+        [
+            {
+                f"figures/{name}/saved_pct": saved,
+                f"figures/{name}/{record.network}/top1": record.top1,
+            }
+            for name in figures
+        ]
+    )
     tracker.summary(
         {
             "test/top1": record.top1,
@@ -599,8 +610,8 @@ def _show_training(tracker: Tracker, record: Record) -> None:
             "overhead_saved_pct": saved,
             "seconds": record.train_seconds,
             **{f"flags/{name}": one for name, one in found.flags.items()},
-            **{f"figures/{name}/saved_pct": saved for name in tracker.about.figures},
-            **{f"figures/{name}/top1": record.top1 for name in tracker.about.figures},
+            **{f"figures/{name}/saved_pct": saved for name in figures},
+            **{f"figures/{name}/top1": record.top1 for name in figures},
         }
     )
 

@@ -8,10 +8,11 @@ the same run share it, so that it is done once.
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from widthopt import identity
+from widthopt.config import frozen
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, Request
 from widthopt.store import Stage, State, Store, blocked
@@ -235,12 +236,14 @@ class Manifest:
             and the ``figures`` that show it.
         runs: By name: ``kind`` and ``fields`` of the stage, ``needs``, ``what`` and ``macs``.
         figures: By name, what a report draws, as ``figures`` in ``conf/experiment`` has it.
+        tracking: How the figures are tracked, as ``conf/tracking`` has it; not at all if empty.
     """
 
     name: str
     points: Sequence[Mapping[str, Any]]
     runs: Mapping[str, Mapping[str, Any]]
     figures: Mapping[str, Mapping[str, Any]]
+    tracking: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, *, title: str) -> "Manifest":
@@ -281,7 +284,8 @@ class Manifest:
                 }
             )
         key = identity.key("sweep", sorted(plan.runs))
-        return cls(f"{title}-{key}", points, runs, figures)
+        tracking = frozen(plan.points[0].point.request)["tracking"]
+        return cls(f"{title}-{key}", points, runs, figures, tracking)
 
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""

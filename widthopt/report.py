@@ -256,7 +256,7 @@ _NOTEWORTHY = ("running", "queued", "failed", "blocked", "stale")
 
 def show_figures(
     drawn: Sequence[tuple[Kind, Sequence[Record], Sequence[str]]], *, into: Path
-) -> dict[str, str]:
+) -> dict[str, dict[str, str]]:
     """Draw figures and tables, and one page with all of them; print where they are.
 
     Args:
@@ -264,27 +264,28 @@ def show_figures(
         into: The folder they go to: PNG and PDF, CSV and Markdown, ``index.html``.
 
     Returns:
-        The names of the pictures' and tables' files, by ``figures/...`` and ``tables/...``.
+        Of each, the names of its pictures' and tables' files, by ``figures/...`` and
+        ``tables/...``.
 
     Raises:
         InputError: The folder cannot be written.
     """
     console, sections = _console(), []
-    media: dict[str, str] = {}
+    media: dict[str, dict[str, str]] = {}
     with writing(into):
         into.mkdir(parents=True, exist_ok=True)
     for kind, records, missing in drawn:
-        images = []
+        images, files_of = [], media.setdefault(kind.name, {})
         for stem, figure in kind.draw(records).items():
             files = {suffix: _saved(figure, suffix) for suffix in _METADATA}
             for suffix, content in files.items():
                 write_atomically(into / f"{stem}.{suffix}", content)
             images.append(files["png"])
-            media[f"figures/{stem}"] = f"{stem}.png"
+            files_of[f"figures/{stem}"] = f"{stem}.png"
         grid = kind.table(records)
         write_atomically(into / f"{kind.name}.csv", grid.csv())
         write_atomically(into / f"{kind.name}.md", grid.markdown())
-        media[f"tables/{kind.name}"] = f"{kind.name}.csv"
+        files_of[f"tables/{kind.name}"] = f"{kind.name}.csv"
         sections.append(Section(kind.name, kind.title, kind.claim, images, [grid], list(missing)))
         seen = f"{len(records)} records" + (f", {len(missing)} points missing" if missing else "")
         console.print(f"{kind.name}: {kind.title} ({seen})")

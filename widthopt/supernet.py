@@ -17,8 +17,9 @@ specifications of AutoSlim, 1.3 and 1.4, and of DMCP, 1.4 and 4.2.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from widthopt.setting import Backend
 from widthopt.surgery import Blueprint, selected_entries, selection_name, tensor_axes
 from widthopt.widthgraph import Axis, WidthGraph
 
+
+ScaleSite = Literal["norm", "activation"]
+"""Where the factors of a mixture act: behind BatchNorm, or behind the activation after it."""
 
 Extent = int | Tensor
 """What an axis keeps: its first so many entries, or the entries at these places."""
@@ -141,22 +145,27 @@ class Supernet:
         masked = (backend or self.backend) == "mask"
         return _Masked(self, channels) if masked else _Sliced(self, channels)
 
-    def mixture(self, images: Tensor, factors: Tensor) -> Tensor:
+    def mixture(self, images: Tensor, factors: Tensor, *, site: ScaleSite = "norm") -> Tensor:
         """Logits of the whole supernet with every channel times a factor, ``batch classes``.
 
-        A factor acts behind every BatchNorm that its channel passes, before the activation.
-        Gradients go to the factors alone; those of the weights are not computed.
+        A factor acts behind every BatchNorm that its channel passes. Gradients go to the factors
+        alone; those of the weights are not computed.
 
         Args:
             images: ``batch 3 height width``.
             factors: One for each class of the searchable variables, in the order of
-                `WidthGraph.searchable`.
+                `WidthGraph.searchable`; at most 1 if they act behind activations.
+            site: Whether they act before an activation or behind it. It is the same but for
+                ReLU6, which clips what it gets; it has to be a module that reads a BatchNorm.
 
         Source: Guo et al., 2020, "DMCP", section 3.2; specification of DMCP, 1.4 and D7.
         """
         weights = {name: slot.parameter.detach() for name, slot in self._slots.items()}
         self._draw_nothing()
-        with self.replaced({**weights, **self.folded(factors, learn=False)}):
+        with (
+            self.replaced({**weights, **self.folded(factors, learn=False)}),
+            self._clipping(factors if site == "activation" else None),
+        ):
             logits: Tensor = self.model(images)
         return logits
 
@@ -167,9 +176,8 @@ class Supernet:
             factors: As for `mixture`.
             learn: Whether gradients go to the scales and shifts too.
         """
-        self._places = self._places.to(factors.device)
         # All norms at once: one product in the place of two for every layer.
-        spread = torch.cat([factors, factors.new_ones(1)])[self._places]
+        spread = self._spread(factors)
         tensors: dict[str, Tensor] = {}
         for kind in ("weight", "bias"):
             names = [f"{name}.{kind}" for name in self._norms]
@@ -178,6 +186,49 @@ class Supernet:
             sizes = [one.numel() for one in own]
             tensors |= zip(names, (flat * spread.to(flat.dtype)).split(sizes), strict=True)
         return tensors
+
+    def _spread(self, factors: Tensor) -> Tensor:
+        """The factor of every entry of every BatchNorm scale, one norm after the other."""
+        self._places = self._places.to(factors.device)
+        return torch.cat([factors, factors.new_ones(1)])[self._places]
+
+    @contextmanager
+    def _clipping(self, factors: Tensor | None) -> Iterator[None]:
+        """Let a ReLU6 behind a BatchNorm clip at its factors' part of 6.
+
+        So ``min(relu(s z), 6 s) = s relu6(z)``: the factors act behind it, though they are folded.
+
+        Args:
+            factors: As for `mixture`; none to let it clip as ever.
+        """
+        if factors is None:
+            yield
+            return
+        sizes = [self._slots[f"{name}.weight"].parameter.numel() for name in self._norms]
+        limits = (6 * self._spread(factors)).split(sizes)
+        normalised: list[tuple[Tensor, Tensor]] = []  # the last that came from a BatchNorm
+
+        def note(limit: Tensor, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            normalised[:] = [(output, limit.view(-1, *[1] * (output.dim() - 2)))]
+
+        def clip(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            found = [limit for one, limit in normalised if one is inputs[0]]
+            return torch.minimum(output, found[0].to(output.dtype)) if found else output
+
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(partial(note, limit))
+            for name, limit in zip(self._norms, limits, strict=True)
+        ]
+        hooks += [
+            module.register_forward_hook(clip)
+            for module in self.model.modules()
+            if isinstance(module, nn.ReLU6)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def extents(self, channels: Mapping[str, int]) -> dict[Axis, Extent]:
         """What every channel axis keeps at these counts: the leading classes of each variable."""

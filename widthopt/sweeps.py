@@ -19,14 +19,14 @@ from omegaconf import OmegaConf
 
 from launchers.sweeper import EXPERIMENT
 from launchers.work import Item
-from widthopt import distributed, report
-from widthopt.config import figures, frozen, request, requests
+from widthopt import distributed, identity, report
+from widthopt.config import figures, frozen, request, requests, tracking
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, logged, recorded, run, searched, trained
 from widthopt.planning import GPU_MACS_PER_SECOND, Manifest, Plan, Run
 from widthopt.records import Record
 from widthopt.store import Stage, State, Store, this_job, writable, write_atomically, writing
-from widthopt.tracking import About, tracked
+from widthopt.tracking import About, show_media
 from widthopt.training import Interrupted
 
 
@@ -183,32 +183,9 @@ class Sweep(_Staged):
                     report.draw(records, gathered.folder / "figures")
                 folders.append(gathered.folder)
         if self.manifest.figures:
-            self._show(draw(self.root, [self.manifest]))
+            draw(self.root, [self.manifest])
         elif folders:
             report.compare(folders, into=self.root / "report")
-
-    def _show(self, media: Mapping[str, str]) -> None:
-        """Track the figures and tables as a run of their own."""
-        request = self.plan.points[0].point.request
-        about = About(
-            id=f"figures-{self.manifest.name}",
-            kind="figures",
-            network="",
-            dataset="",
-            algorithm="",
-            method="",
-            seed=0,
-            source={},
-            target=None,
-            figures=tuple(self.manifest.figures),
-            tags=request.tracking.tags,
-            fields={"sweep": self.manifest.name},
-        )
-        if request.tracking.mode != "disabled":
-            folder = self.root / "report" / about.id
-            with tracked(request.tracking, about, folder) as tracker:
-                if tracker is not None:
-                    tracker.media({name: f"../{file}" for name, file in media.items()})
 
 
 class Kept(_Staged):
@@ -428,15 +405,14 @@ def manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
     return [Manifest.from_json(one.read_text("utf-8"), name=str(one)) for one in chosen]
 
 
-def draw(root: Path, sweeps: Sequence[Manifest]) -> dict[str, str]:
+def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
     """Draw the figures and tables of sweeps from the records there are, and one page of all.
+
+    Where the sweeps are tracked, so is what is drawn.
 
     Args:
         root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
         sweeps: One or more; those that have the same figure share it.
-
-    Returns:
-        As `widthopt.report.show_figures`.
     """
     store = Store(root / "stages")
     store.check(write=False)
@@ -466,7 +442,43 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> dict[str, str]:
         (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
         for one in figures(list(kinds.values()))
     ]
-    return report.show_figures(drawn, into=root / "report")
+    media = report.show_figures(drawn, into=root / "report")
+    for sweep in sweeps:
+        files: dict[str, str] = {}
+        for name in sweep.figures:
+            files |= media[name]
+        _track(root, sweep, files)
+
+
+def figures_run(sweep: Manifest) -> str:
+    """The name of the tracked run that shows a sweep's figures."""
+    salt = sweep.tracking.get("salt")
+    return f"figures-{sweep.name}" + (f"-{identity.key('salt', salt)}" if salt else "")
+
+
+def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
+    """Track a sweep's figures and tables as a run of their own."""
+    if not sweep.tracking or not media:
+        return
+    how = tracking(sweep.tracking)
+    if how.mode == "disabled":
+        return
+    about = About(
+        id=figures_run(sweep),
+        kind="figures",
+        network="",
+        dataset="",
+        algorithm="",
+        method="",
+        seed=0,
+        source={},
+        target=None,
+        figures=tuple(sweep.figures),
+        tags=how.tags,
+        fields={"sweep": sweep.name},
+    )
+    files = {name: f"../{file}" for name, file in media.items()}
+    show_media(how, about, root / "report" / about.id, files)
 
 
 def show(root: Path, sweeps: Sequence[Manifest]) -> None:

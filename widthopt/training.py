@@ -28,6 +28,7 @@ from torch.nn import functional
 from widthopt import checkpoints, distributed
 from widthopt.devices import autocast, memory_format, place, resolve_device
 from widthopt.errors import InputError
+from widthopt.evaluation import right_at_1_and_5
 from widthopt.identity import canonical
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
@@ -266,10 +267,12 @@ class _Tally:
     epoch_images: int = 0
     epoch_loss: float = 0.0
     epoch_right: int = 0
+    epoch_right5: int = 0  # among the first five
 
     def begin_epoch(self) -> None:
         """Forget the epoch before."""
-        self.epoch_images, self.epoch_loss, self.epoch_right = 0, 0.0, 0
+        self.epoch_images, self.epoch_loss = 0, 0.0
+        self.epoch_right, self.epoch_right5 = 0, 0
 
     @property
     def loss(self) -> float:
@@ -280,6 +283,11 @@ class _Tally:
     def top1(self) -> float:
         """Accuracy of the epoch so far, in per cent."""
         return 100 * self.epoch_right / max(1, self.epoch_images)
+
+    @property
+    def top5(self) -> float:
+        """The same, among the first five."""
+        return 100 * self.epoch_right5 / max(1, self.epoch_images)
 
 
 class Loop:
@@ -409,15 +417,16 @@ class Loop:
         if not self._unread:
             return
         unread, self._unread = self._unread, []
-        sums = torch.stack([torch.stack([loss, right.float()]) for *_, loss, right in unread])
+        sums = torch.stack([torch.cat([loss[None], right.float()]) for *_, loss, right in unread])
         distributed.add([sums])
-        for (step, images, *_), (loss, right) in zip(unread, sums.tolist(), strict=True):
+        for (step, images, *_), (loss, right, right5) in zip(unread, sums.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}", step)
             self.tally.images += images
             self.tally.epoch_images += images
             self.tally.epoch_loss += loss * images
             self.tally.epoch_right += int(right)
+            self.tally.epoch_right5 += int(right5)
             self.seen = {"loss": loss, "learning_rate": self.learning_rate(step)}
         if self._gradient_norm is not None:
             self.seen["gradient_norm"] = float(self._gradient_norm)
@@ -465,15 +474,18 @@ class Loop:
     def _gradients(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, images: int
     ) -> tuple[Tensor, Tensor]:
-        """Fill the gradients; the mean loss and how many images were right, on the device."""
+        """Fill the gradients; the mean loss, and how many images were right, on the device.
+
+        Those are two numbers: right at the first place, and among the first five.
+        """
         total = torch.zeros((), device=self.device)
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        right = torch.zeros(2, dtype=torch.int64, device=self.device)
         for pixels, classes in micro_batches:
             share = len(classes) / images
             with autocast(self._runtime, self.device):
                 loss, logits = self.objective.backward(self.model, pixels, classes, share=share)
             total += share * loss
-            right += (logits.argmax(1) == classes).sum()
+            right += right_at_1_and_5(logits, classes)
         return total, right
 
     def _moving(self) -> dict[str, Tensor]:
@@ -847,6 +859,8 @@ class _Rows:
         self._per_epoch = batches.steps_per_epoch
         self._since = (loop.tally.images, loop.tally.seconds)
         if log is not None:
+            if loop.device.type == "cuda":  # its peak is this training's, not one's before
+                torch.cuda.reset_peak_memory_stats(loop.device)
             # A look at an accelerator waits for it: rows come when there is one anyway.
             loop.row_every = math.ceil(log.every / loop.read_every) * loop.read_every
             log.resume(loop.tally.step)
@@ -861,7 +875,7 @@ class _Rows:
         """Write the row that an epoch ends with."""
         if self._log is not None:
             tally = self._loop.tally
-            more = {"epoch_loss": tally.loss, "top1": tally.top1}
+            more = {"epoch_loss": tally.loss, "top1": tally.top1, "top5": tally.top5}
             self._row(self._log, more | self._loop.objective.epoch_measures())
 
     def keep(self) -> None:

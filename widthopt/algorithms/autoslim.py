@@ -9,6 +9,7 @@ Numbers"; paper section 3.2 and appendix A; the decisions D1-D20 of its specific
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -51,6 +52,8 @@ class AutoSlim:
         reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
         validation_images: Held-out images at most that mistakes are counted on.
         chunk: Images at most in one pass of slimming, whose statistics BatchNorm takes.
+        calibration_images: Training images at most that it takes them from instead, anew for
+            every candidate, in slimming; 0 for none.
     """
 
     name: str
@@ -63,6 +66,7 @@ class AutoSlim:
     reduction: Reduction
     validation_images: int
     chunk: int
+    calibration_images: int
 
     def __post_init__(self) -> None:
         for key, holds, rule in (
@@ -84,6 +88,11 @@ class AutoSlim:
                 "chunk",
                 self.chunk >= LEAST_IMAGES,
                 f"batch statistics need at least {LEAST_IMAGES} images",
+            ),
+            (
+                "calibration_images",
+                self.calibration_images == 0 or self.calibration_images >= LEAST_IMAGES,
+                f"statistics need at least {LEAST_IMAGES} images, and 0 means none",
             ),
         ):
             if not holds:
@@ -141,6 +150,7 @@ class AutoSlim:
             list(sample.share(distributed.rank(), distributed.ranks())),
             budgets_macs=[budget_macs],
             runtime=conditions.runtime,
+            calibration=self._calibration(data),
             rules=setting.network.rules,
             log=conditions.folder / "slimming.json",
             identity={
@@ -192,7 +202,15 @@ class AutoSlim:
         trained = round(counts.per_epoch * recipe.search_epochs * step)
         images = self.images(counts.evaluation)
         path = assumed_path(graph, options, budget_macs)
-        return trained + path_macs(graph, options, path, images=images, chunk=self.chunk)
+        slimmed = path_macs(
+            graph,
+            options,
+            path,
+            images=images,
+            chunk=self.chunk,
+            calibration=min(self.calibration_images, counts.per_epoch),
+        )
+        return trained + slimmed
 
     def _checked(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
         """The supernet's graph, if the network can be searched under this budget."""
@@ -229,6 +247,18 @@ class AutoSlim:
             )
         images = min(held_out, self.validation_images)
         return images - images % self.chunk if images > self.chunk else images
+
+    def _calibration(self, data: Split) -> Tensor | None:
+        """The first training images of an epoch, as they are trained on.
+
+        Reading: the original takes the mean of the statistics of a few batches; these are those
+        of the batches' images together.
+        """
+        if self.calibration_images == 0:
+            return None
+        batches = -(-self.calibration_images // data.train.batch_size)
+        first = itertools.islice(data.train.epoch(0), batches)
+        return torch.cat([images for images, _ in first])[: self.calibration_images]
 
 
 def _digest(model: nn.Module) -> str:

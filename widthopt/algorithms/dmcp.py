@@ -33,7 +33,7 @@ from widthopt.data import Counts, Split
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed, generator
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import Supernet, enlarged
+from widthopt.supernet import ScaleSite, Supernet, enlarged
 from widthopt.surgery import Blueprint
 from widthopt.training import train
 from widthopt.widthgraph import WidthGraph, listed
@@ -75,6 +75,8 @@ class DMCP:
         momentum: Nesterov momentum of the chains' parameters.
         alpha_init: ``zero``: probabilities start at one half; ``budget``: at 1.25 times the
             budget; ``auto``: ``zero`` where there are steps enough to reach the budget from it.
+        scale_site: Where probabilities multiply channels: ``norm``, behind BatchNorm, or
+            ``activation``, behind the activation after it. Only ReLU6 tells them apart.
     """
 
     name: str
@@ -90,6 +92,7 @@ class DMCP:
     final_learning_rate: float
     momentum: float
     alpha_init: Literal["auto", "zero", "budget"]
+    scale_site: ScaleSite
 
     def __post_init__(self) -> None:
         for key, holds, rule in (
@@ -324,7 +327,8 @@ class _Architecture(Sandwich):
         self._architecture = torch.zeros((), device=marginals.device)
         for pixels, labels in micro_batches:
             factors = self.chains.factors(marginals).to(torch.float32)
-            loss = self.loss(self.supernet.mixture(pixels, factors), labels)
+            logits = self.supernet.mixture(pixels, factors, site=self._algorithm.scale_site)
+            loss = self.loss(logits, labels)
             self.backpropagate(loss, share=len(labels) / images)
             self._architecture += loss.detach() * (len(labels) / images)
         self._learning = step - self._first

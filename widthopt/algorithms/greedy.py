@@ -3,7 +3,8 @@
 From its widest on, the supernet loses one *bin* at a time: the channels between a width
 variable's count and the next lower entry of its *grid*. A *candidate* is the subnet after one
 such step; the one with the fewest top-1 mistakes on the evaluation images is the *move* that
-is made. Images come in *chunks*, the batches whose statistics BatchNorm takes.
+is made. Images come in *chunks*, the batches whose statistics BatchNorm takes; or it takes, anew
+for every candidate, those of other images, which then go ahead of every chunk (*calibration*).
 
 Two engines count the mistakes. ``naive`` runs every candidate as a subnet. ``fast`` makes the
 same decisions from less arithmetic: a bin is taken away by zeros in the columns of the dense
@@ -30,6 +31,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthopt import distributed
 from widthopt.devices import autocast, memory_format
@@ -52,7 +54,7 @@ Grids = Mapping[str, Sequence[int]]
 """Channel counts that each free width variable may have, ascending up to the supernet's."""
 
 Chunk = tuple[Tensor, Tensor]
-"""Images, ``batch 3 height width``, and their labels."""
+"""Images, ``batch 3 height width``, and the labels of the last of them, or of all."""
 
 FORMAT = 1
 """Version of the search log."""
@@ -120,6 +122,7 @@ def slim(
     identity: Mapping[str, Any] | None = None,
     engine: Engine = "fast",
     cache_bytes: int = 8_000_000_000,
+    calibration: Tensor | None = None,
 ) -> Slimmed:
     """The subnets of a supernet that greedy slimming finds for each budget.
 
@@ -143,6 +146,8 @@ def slim(
         engine: How mistakes are counted.
         cache_bytes: Memory for the fast engine's values of the base; what exceeds it is
             computed again.
+        calibration: Images, ``batch 3 height width``, that BatchNorm takes its statistics from
+            in the place of the chunks'; those of all processes are the same.
 
     Raises:
         InputError: A budget is out of reach or above the widest subnet, or the log is that of
@@ -151,6 +156,11 @@ def slim(
     Source: specification of AutoSlim, section 1.7 and decisions D8, D13 and D15.
     """
     graph = supernet.graph
+    first = 0 if calibration is None else len(calibration)
+    if calibration is not None:
+        chunks = [
+            (torch.cat([calibration.to(images), images]), labels) for images, labels in chunks
+        ]
     channels = _widest(graph, grids)
     budgets = sorted(budgets_macs, reverse=True)
     _check_budgets(graph, grids, budgets)
@@ -170,7 +180,7 @@ def slim(
         solutions += _met(budgets[len(solutions) :], entry.move.macs, channels)
     if len(solutions) < len(budgets):
         begin = shown = time.perf_counter()
-        with _evaluating(supernet.model):
+        with _evaluating(supernet.model, first):
             naive = _Naive(supernet, chunks, runtime)
             counter: _Counter = naive
             if engine == "fast":
@@ -250,7 +260,13 @@ def assumed_path(graph: WidthGraph, grids: Grids, budget_macs: int) -> list[str]
 
 
 def path_macs(
-    graph: WidthGraph, grids: Grids, path: Iterable[str], *, images: int, chunk: int
+    graph: WidthGraph,
+    grids: Grids,
+    path: Iterable[str],
+    *,
+    images: int,
+    chunk: int,
+    calibration: int = 0,
 ) -> int:
     """MACs that the fast engine runs to find a path, in closed form.
 
@@ -264,6 +280,7 @@ def path_macs(
         path: The variable that loses a bin, of each move.
         images: Evaluation images, of all chunks together.
         chunk: Images in one chunk, at most.
+        calibration: Images ahead of every chunk, for BatchNorm's statistics.
     """
     channels = _widest(graph, grids)
     again = {name: _run_again(graph, name) for name in grids}
@@ -282,7 +299,7 @@ def path_macs(
         channels[name] = steps[name]
         if images <= chunk:
             fresh = set(_run_again(graph, name, writers=True))
-    return total * images
+    return total * (images + calibration * -(-images // chunk))
 
 
 def _run_again(graph: WidthGraph, name: str, *, writers: bool = False) -> list[int]:
@@ -429,14 +446,32 @@ def _short(value: Any, most: int = 40) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run passes without gradients in evaluation mode, and leave every module in its own."""
+def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
+    """Run passes without gradients in evaluation mode, and leave every module in its own.
+
+    Args:
+        model: The supernet's.
+        first: Images of a batch that BatchNorm takes its statistics from; 0 for all of them.
+    """
     before = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and first]
+
+    def calibrate(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen = inputs[0][:first].to(torch.promote_types(inputs[0].dtype, torch.float32))
+        others = [dim for dim in range(seen.dim()) if dim != 1]
+        # As running statistics are: the variance of the images at large, not of these alone.
+        module.running_var, module.running_mean = torch.var_mean(seen, others)
+
+    hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]
     try:
         model.eval()
         with torch.no_grad():
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
+        for norm in norms:
+            norm.running_mean = norm.running_var = None
         for module, training in before:
             module.training = training
 
@@ -494,7 +529,11 @@ class _Naive:
 
 
 def _mistakes(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many images are not recognised; an image with a NaN among its logits is not."""
+    """How many images are not recognised; an image with a NaN among its logits is not.
+
+    Images that have no label were only seen by BatchNorm.
+    """
+    logits = logits[-len(labels) :]
     return ((logits.argmax(1) != labels) | logits.isnan().any(1)).sum()
 
 
@@ -920,7 +959,7 @@ _SHARING_MODULES: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 
 _PER_CHANNEL_MODULES: tuple[type[nn.Module], ...] = (
-    *_SHARING_MODULES, nn.modules.batchnorm._BatchNorm,  # noqa: SLF001 (their base)
+    *_SHARING_MODULES, _BatchNorm,
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
     nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.LogSigmoid, nn.PReLU,

@@ -4,6 +4,7 @@ import base64
 import html
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from widthopt.figures.grid import Grid
@@ -98,7 +99,11 @@ def _section(section: Section) -> str:
         more = f", picture {number}" if len(section.images) > 1 else ""
         words = html.escape(section.title + more)
         lines.append(f'<img src="data:image/png;base64,{data}" alt="{words}">')
-    lines += [grid.html() for grid in section.grids]
+    # The claim is a note of a table by itself, but here it has been said.
+    lines += [
+        replace(grid, notes=tuple(one for one in grid.notes if one != section.claim)).html()
+        for grid in section.grids
+    ]
     if section.missing:
         points = "".join(f"<li>{html.escape(one)}</li>" for one in section.missing)
         lines.append(

@@ -22,7 +22,7 @@ from widthopt.tracking.client import Client, End, Kept, Where, reason
 from widthopt.tracking.lines import Lines, Row
 
 
-__all__ = ["About", "Row", "Tracker", "Tracking", "tracked"]
+__all__ = ["About", "Row", "Tracker", "Tracking", "show_media", "tracked"]
 
 logger = logging.getLogger("widthopt")
 
@@ -111,15 +111,16 @@ class Tracker:
         self._begun, self._last, self._warned = False, -1, False
         self.end = End()
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: float) -> None:
         """The training goes on after so many steps, from 0: rows behind them are void."""
         kept: list[Row] = []
-        with self._careful():
+        if math.isfinite(step):
+            self._last = int(step)
+        with self.careful():
             self._kept.folder.mkdir(parents=True, exist_ok=True)
             kept = self._lines.cut(step)
-        self._last = kept[-1]["step"] if kept else -1
         if self._client is not None and not self._begun:
-            with self._careful():
+            with self.careful():
                 self._kept.begin(self.about, project=self._project, entity=self._entity)
                 self._client.begin(kept)
         self._begun = True
@@ -135,17 +136,19 @@ class Tracker:
         """
         if not self._begun:
             self.resume(-1)
-        named = {
-            name if "/" in name or name == "epoch" else f"{self._prefix}/{name}": value
-            for name, value in values.items()
-            if math.isfinite(value)
-        }
-        row = {"step": step, "time": round(time.time(), 3), **named}
         self._last = step
-        with self._careful():
+        with self.careful():
+            named = {
+                name if "/" in name or name == "epoch" else f"{self._prefix}/{name}": (
+                    value if isinstance(value, int) else float(value)
+                )
+                for name, value in values.items()
+                if math.isfinite(value)
+            }
+            row = {"step": step, "time": round(time.time(), 3), **named}
+            if self._client is not None:
+                self._client.row(row)
             self._lines.add(row)
-        if self._client is not None:
-            self._client.row(row)
 
     def rows(self, table: Sequence[Mapping[str, float]]) -> None:
         """Write a table behind all steps, one row each."""
@@ -154,7 +157,7 @@ class Tracker:
 
     def keep(self) -> None:
         """See that what was written lasts; called before a checkpoint says that it is done."""
-        with self._careful():
+        with self.careful():
             self._lines.keep()
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -185,29 +188,22 @@ class Tracker:
         self.summary(
             {"widths/variables": list(channels), "widths/channels": list(channels.values())}
         )
-        with self._careful():
+        with self.careful():
             write_atomically(self._kept.folder / WIDTHS, json.dumps(content, indent=2) + "\n")
             self.end.widths = WIDTHS
 
-    def media(self, files: Mapping[str, str]) -> None:
-        """Show pictures (PNG) and tables (CSV).
-
-        Args:
-            files: Their paths, relative to the run's folder, by name.
-        """
-        self.end.media |= files
-
     def close(self) -> None:
         """Write the end; waits for W&B no longer than it may."""
-        if not self._begun:
-            self.resume(-1)
-        with self._careful():
-            self._lines.keep()
+        if not self._begun:  # it ended before it came to its training: that will go on
+            self.resume(math.inf)
+        with self.careful():
             self._lines.close()
         if self._client is not None:
-            with self._careful():
+            with self.careful():
                 self._kept.end(self.end)
-            wrong = self._client.end(self.end, hurry=self.end.preempted)
+            wrong = ""
+            with self.careful():
+                wrong = self._client.end(self.end, hurry=self.end.preempted)
             if wrong:
                 self._warn(
                     f"tracking={self._mode} went wrong ({wrong}); the run itself is well, and "
@@ -215,11 +211,11 @@ class Tracker:
                 )
 
     @contextmanager
-    def _careful(self) -> Iterator[None]:
-        """Turn what the disk refuses into one warning."""
+    def careful(self) -> Iterator[None]:
+        """Turn whatever goes wrong as something is written or shown into one warning."""
         try:
             yield
-        except (OSError, InputError) as error:
+        except Exception as error:  # noqa: BLE001 (nothing that is written may hurt the work)
             self._warn(f"{self._kept.metrics} cannot be written ({reason(error)}); the run goes on")
 
     def _warn(self, text: str) -> None:
@@ -267,3 +263,20 @@ def tracked(
         raise
     finally:
         tracker.close()
+
+
+def show_media(tracking: Tracking, about: About, folder: Path, files: Mapping[str, str]) -> None:
+    """Track pictures (PNG) and tables (CSV) as a run of their own, unless a server has just these.
+
+    Args:
+        tracking: How.
+        about: What it is.
+        folder: Its own.
+        files: Their paths, relative to the folder, by name.
+    """
+    kept = Kept(folder)
+    if kept.whole and kept.ended is not None and kept.ended.media == dict(files):
+        return
+    with tracked(tracking, about, folder) as tracker:
+        if tracker is not None:
+            tracker.end.media = dict(files)

@@ -31,6 +31,7 @@ class About:
         figures: Names of the figures that show it.
         tags: More tags.
         fields: What else is worth knowing of it, as plain data.
+        extrapolation: How widths are carried to another depth; empty where there is no need.
     """
 
     id: str
@@ -45,6 +46,7 @@ class About:
     figures: tuple[str, ...]
     tags: tuple[str, ...]
     fields: Mapping[str, Any]
+    extrapolation: str = ""
 
     @property
     def cell(self) -> str:
@@ -91,6 +93,7 @@ class About:
             "method": self.method,
             "seed": self.seed,
             "figures": list(self.figures),
+            "extrapolation": self.extrapolation,
         }
         flat |= {f"source_{name}": value for name, value in self.source.items()}
         flat |= {f"target_{name}": value for name, value in (self.target or {}).items()}

@@ -6,6 +6,7 @@ it, and no row is lost or sent twice.
 """
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -39,6 +41,9 @@ FLUSH_SECONDS = 2.0
 
 HURRY_SECONDS = 10.0
 """Time at most for the end of a run whose job is being taken away."""
+
+_TEARDOWN_SECONDS = 5.0
+"""Time at most for W&B to take note that its own process was ended."""
 
 SYNCED = ".synced"
 """What W&B adds to the name of a file that it has sent."""
@@ -118,7 +123,7 @@ class Kept:
 
     def sent(self, step: int) -> None:
         """Write down that a server has all rows up to this step, and the end as it is."""
-        self._write("sent.json", {"step": step, "end": self._read("end.json")})
+        self._write("sent.json", {"step": step, "end": self._fingerprint()})
 
     @property
     def about(self) -> About | None:
@@ -141,12 +146,13 @@ class Kept:
     @property
     def whole(self) -> bool:
         """Whether a server has everything there is."""
-        found, end = self._read("sent.json"), self._read("end.json")
+        found = self._read("sent.json")
         if found is None:  # by W&B's own tool, perhaps
             mine = self.segments(synced=True)
-            return bool(mine) and end is not None and not self.segments(synced=False)
+            return bool(mine) and self.ended is not None and not self.segments(synced=False)
         told = lines.rows(self.metrics)
-        return found["end"] == end and (not told or told[-1]["step"] <= found["step"])
+        same = found["end"] == self._fingerprint()
+        return same and (not told or told[-1]["step"] <= found["step"])
 
     @property
     def sent_step(self) -> int:
@@ -189,6 +195,15 @@ class Kept:
                 flock(lock, LOCK_UN)
         finally:
             os.close(lock)
+
+    def _fingerprint(self) -> str:
+        """Of the end, and of the files that it shows: a figure is drawn again under its name."""
+        end = self.ended or End()
+        shown = [json.dumps(self._read("end.json"), sort_keys=True).encode()]
+        for name in (*end.media.values(), *filter(None, [end.widths])):
+            path = self.folder / name
+            shown.append(path.read_bytes() if path.is_file() else b"")
+        return hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in shown)).hexdigest()
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
@@ -238,11 +253,13 @@ class Client:
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Start telling, beginning with these rows as far as they are not known already."""
+        _set_environment(self._where, self._kept.folder)  # here: others read it meanwhile
         started = threading.Event()
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._work, args=(list(rows), started), name="tracking", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread
         if self._where.mode == "offline":  # takes no longer than it must; then nothing is forked
             started.wait(self._where.start_seconds)
 
@@ -263,20 +280,23 @@ class Client:
         self._queue.put(end)
         seconds = self._where.finish_seconds
         seconds = min(seconds, HURRY_SECONDS) if hurry else seconds
-        self._thread.join(seconds + 5)
-        if self._thread.is_alive():
-            # It may wait for ever, and W&B would do so again when the process ends.
-            _abandon()
-            return f"no end within {seconds:g} s"
-        return self._failure
+        ended = False
+        try:
+            self._thread.join(seconds + 5)
+            ended = not self._thread.is_alive()
+        finally:
+            if self._failure or not ended:  # also where Ctrl-C ends the waiting
+                # It may wait for ever, and W&B would do so again when the process ends.
+                _abandon()
+        return self._failure if ended else f"no end within {seconds:g} s"
 
     def _work(self, rows: list[Row], started: threading.Event) -> None:
         """All that is told, in the thread."""
         try:
             with self._kept.alone(wait=True):
                 self._tell(rows, started)
-        except Exception as error:  # nothing of W&B's may hurt the work
-            logger.debug("W&B", exc_info=True)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (nothing of W&B's may hurt the work)
+            logger.debug("W&B: %s", hidden(traceback.format_exc()))
             self._failure = reason(error)
         finally:
             started.set()
@@ -322,13 +342,12 @@ class Client:
         import wandb  # noqa: PLC0415 (takes a second)
 
         if end.media:
-            media = {
-                name: _media(wandb, self._kept.folder / one) for name, one in end.media.items()
-            }
+            paths = {name: self._kept.folder / one for name, one in end.media.items()}
+            media = {name: _media(wandb, one) for name, one in paths.items() if one.is_file()}
             self._last += 1
             run.log(media, step=self._last)
         run.summary.update(end.summary)
-        if end.widths is not None:
+        if end.widths is not None and (self._kept.folder / end.widths).is_file():
             artifact = wandb.Artifact(f"widths-{self._about.id}", type="widths")
             # Not copied to W&B's own folder, which the sending machine may not have.
             path = str(self._kept.folder / end.widths)
@@ -350,8 +369,8 @@ def _media(wandb: Any, path: Path) -> Any:
     return wandb.Table(columns=header, data=data)
 
 
-def _init(where: Where, folder: Path, about: About, *, refused: Callable[[], None]) -> Any:
-    """Begin a run with W&B.
+def _set_environment(where: Where, folder: Path) -> None:
+    """Set what W&B, its process and its tools find in the environment.
 
     Telemetry is off, and offline is offline from the very first call on: W&B's process looks up
     a server's name otherwise.
@@ -361,8 +380,12 @@ def _init(where: Where, folder: Path, about: About, *, refused: Callable[[], Non
     os.environ["WANDB_MODE"] = where.mode
     os.environ["WANDB_SILENT"] = "true"
     os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
-    for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # else below the home folder
+    for name in ("DATA", "CACHE", "ARTIFACT"):  # else below the home folder, as its settings are
         os.environ.setdefault(f"WANDB_{name}_DIR", str(own / name.lower()))
+
+
+def _init(where: Where, folder: Path, about: About, *, refused: Callable[[], None]) -> Any:
+    """Begin a run with W&B."""
     import wandb  # noqa: PLC0415 (takes a second)
 
     run = wandb.init(
@@ -414,8 +437,15 @@ def _abandon() -> None:
                 os.kill(int(status.parent.name), signal.SIGKILL)
     wandb = sys.modules.get("wandb")
     if wandb is not None:
-        with suppress(Exception, SystemExit):  # it would end ours with its own's exit code
-            wandb.teardown()
+        # In a thread, since it may hang, or end the process with its own's exit code.
+        thread = threading.Thread(target=_teardown, args=(wandb,), daemon=True)
+        thread.start()
+        thread.join(_TEARDOWN_SECONDS)
+
+
+def _teardown(wandb: Any) -> None:
+    with suppress(Exception):
+        wandb.teardown()
 
 
 def reason(error: BaseException) -> str:

@@ -6,12 +6,16 @@ by W&B from its own copy; the figures to print are drawn from records (``widthop
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from widthopt.errors import InputError
+from widthopt.figures.average import AverageWidths
+from widthopt.figures.grid import Kind
+from widthopt.figures.transfer import Transfer
 
 
 NAME = "Width transfer"
@@ -32,12 +36,14 @@ class Panel:
         title: What a person reads above it.
         y: Names of what it shows, of `widthopt.tracking.metrics`.
         x: What it is drawn over; empty where there is no axis.
+        by: What tells lines apart, a key of a run's configuration; other runs are averaged.
     """
 
     kind: Literal["line", "scatter", "media", "table", "scalar"]
     title: str
     y: tuple[str, ...]
     x: str = ""
+    by: str = "algorithm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,9 @@ HEALTH = (
         "Trainings",
         (
             Panel("line", "Loss", ("train/loss", "train/epoch_loss"), "epoch"),
-            Panel("line", "Accuracy while training (%)", ("train/top1",), "epoch"),
+            Panel(
+                "line", "Accuracy while training (%)", ("train/top1", "train/top5"), "epoch",
+            ),
             Panel("line", "Learning rate", ("train/learning_rate",), "epoch"),
             Panel("line", "Gradient norm", ("train/gradient_norm",), "epoch"),
             Panel("scatter", "Top-1 against the matching factor", ("test/top1",), "alpha"),
@@ -106,30 +114,36 @@ HEALTH = (
 )  # fmt: skip
 
 
-def sections(figures: Iterable[tuple[str, str, str]]) -> list[Section]:
+def sections(figures: Iterable[Kind]) -> list[Section]:
     """The whole dashboard.
 
     Args:
-        figures: Name, title and kind (the class's name) of each figure.
+        figures: What a report draws.
     """
     result = []
-    for name, title, kind in figures:
+    for one in figures:
         panels = []
-        if kind == "Transfer":
-            panels.append(
+        if isinstance(one, Transfer):
+            saved = f"figures/{one.name}/saved_pct"
+            panels += [
                 Panel(
-                    "scatter", "Top-1 (%) against overhead saved (%)",
-                    (f"figures/{name}/top1",), f"figures/{name}/saved_pct",
+                    "line", f"{network}: top-1 (%) against overhead saved (%)",
+                    (f"figures/{one.name}/{network}/top1",), saved, one.series,
                 )
-            )  # fmt: skip
-        elif kind == "AverageWidths":
+                for network in one.panels
+            ]  # fmt: skip
+            panels.append(
+                Panel("scatter", "All runs, a point each", (f"figures/{one.name}/top1",), saved)
+            )
+        elif isinstance(one, AverageWidths):
             panels.append(Panel("line", "Channels by layer", ("layer/channels",), "layer/index"))
             panels.append(
                 Panel("line", "Multipliers by layer", ("layer/multiplier",), "layer/index")
             )
-        panels.append(Panel("media", "As the report draws it", (f"figures/{name}",)))
-        panels.append(Panel("table", "Its numbers", (f"tables/{name}",)))
-        result.append(Section(title, tuple(panels), ("train", "baseline", "figures"), name))
+        panels.append(Panel("media", "As the report draws it", (f"figures/{one.name}",)))
+        panels.append(Panel("table", "Its numbers", (f"tables/{one.name}",)))
+        kinds = ("train", "baseline", "figures")
+        result.append(Section(one.title, tuple(panels), kinds, one.name))
     return [*result, *HEALTH]
 
 
@@ -197,6 +211,7 @@ def push(shown: Sequence[Section], *, project: str, entity: str | None, kept: Pa
     Raises:
         InputError: The package that builds them is not installed.
     """
+    os.environ["WANDB_ERROR_REPORTING"] = "false"  # no telemetry
     before: Mapping[str, Any] = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
     place = f"{entity or ''}/{project}"
     names: dict[str, str] = dict(before.get(place, {}))
@@ -222,7 +237,7 @@ def _panel(wr: Any, panel: Panel) -> Any:
             title=title,
             x=panel.x,
             y=names,
-            groupby=wr.Config("algorithm"),
+            groupby=wr.Config(panel.by),
             groupby_aggfunc="mean",
             groupby_rangefunc="stddev",
             smoothing_type="none",

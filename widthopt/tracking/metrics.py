@@ -13,6 +13,7 @@ BY_STEP: Mapping[str, str] = {
     "gradient_norm": "length of the step's gradient, before the update",
     "epoch_loss": "mean loss of the epoch",
     "top1": "accuracy on the epoch's own images, in per cent",
+    "top5": "the same, among the first five",
 }
 """What every training logs, ``train/...`` or ``search/...``; ``epoch`` stands alone."""
 
@@ -64,9 +65,9 @@ OUTCOME: Mapping[str, str] = {
 
 CURVES: Mapping[str, str] = {
     "figures/*/saved_pct": "what was saved, for the figures that show the run",
-    "figures/*/top1": "accuracy, for the same",
+    "figures/*/top1": "accuracy, for the same; with the network's name behind theirs too",
 }
-"""In the summary too, once for each figure, so that a panel shows its own runs and no others."""
+"""Once for each figure, so that a panel shows its own runs and no others."""
 
 MEDIA: Mapping[str, str] = {
     "figures/*": "a figure, as the report draws it",

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from widthopt.tracking import lines
-from widthopt.tracking.client import Client, End, Kept, Where
+from widthopt.tracking.client import Client, End, Kept, Where, reason
 
 
 WAITS = (5.0, 20.0, 60.0)
 """Seconds before a run that a server did not take is tried again."""
+
+REFUSED_IN_A_ROW = 3
+"""Runs that are not taken, one after another, after which no further one is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class Sent:
 
     Attributes:
         name: The name of its folder.
-        state: ``sent``; ``known``: a server had it; ``running``: its time has not come.
+        state: ``sent``; ``known``: a server had it; ``running``: its time has not come;
+            ``refused``: it was not taken.
         why: What went wrong; empty where nothing did.
     """
 
@@ -52,8 +56,9 @@ def sync(
 ) -> Iterator[Sent]:
     """Send what a server lacks, one run after another.
 
-    A run that is not taken is tried again after a while, if others were taken before; when it is
-    still not taken, no further one is tried.
+    A run that is not taken is tried again after a while, if the one before was taken. Then it is
+    the next one's turn, since a server may refuse a single run, such as one that was deleted
+    there. After three in a row no further one is tried.
 
     Args:
         root: The folder that runs are kept in.
@@ -62,28 +67,32 @@ def sync(
         wait: Waits for so many seconds.
         finish_seconds: Time at most for one run.
     """
-    reached = False
+    tried, refused = False, 0
     for kept in tracked(root):
         name = kept.folder.name
         if names is not None and name not in names:
             continue
-        with kept.alone(wait=False) as free:
-            state = "running" if not free else "known" if kept.whole else ""
+        try:
+            with kept.alone(wait=False) as free:
+                state = "running" if not free else "known" if kept.whole else ""
+        except OSError as error:  # somebody else's
+            yield Sent(name, "refused", reason(error))
+            continue
         if state:
             yield Sent(name, state)
             continue
-        if reached:
+        if tried:
             wait(pause_seconds)
         why = _tell(kept, finish_seconds)
-        for seconds in WAITS if reached else ():
+        for seconds in WAITS if tried and not refused else ():
             if not why:
                 break
             wait(seconds)
             why = _tell(kept, finish_seconds)
-        yield Sent(name, "" if why else "sent", why)
-        if why:
+        yield Sent(name, "refused" if why else "sent", why)
+        tried, refused = True, refused + 1 if why else 0
+        if refused == REFUSED_IN_A_ROW:
             return
-        reached = True
 
 
 def _tell(kept: Kept, finish_seconds: float) -> str:
