@@ -64,14 +64,14 @@ def test_a_persons_habits_hide_no_job_from_us(folder):
 def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
     folder.environment |= {
         "SBATCH_PARTITION": "short", "SBATCH_TIMELIMIT": "1", "SBATCH_JOB_NAME": "mine",
-        "SBATCH_SIGNAL": "INT@5", "SBATCH_COMMENT": "theirs", "SUBMITIT_PREEMPT_SIGNAL": "USR1",
+        "SBATCH_SIGNAL": "INT@5", "SBATCH_CONSTRAINT": "volta32gb", "SUBMITIT_PREEMPT_SIGNAL": "USR1",
     }  # fmt: skip
     folder.send(*ONE, LATER, "hydra.launcher.options.partition=main", submitted=2)
     said = told(folder, "search")
     assert "Partition=main" in said
     assert "TimeLimit=01:00:00" in said
     assert "JobName=widthopt-" in said
-    assert "Comment=theirs" in said
+    assert "Features=volta32gb" in said
     script = folder.cluster.run(
         "scontrol", "write", "batch_script", folder.row("search")["job"], "-"
     )
