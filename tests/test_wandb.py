@@ -458,6 +458,7 @@ def test_a_server_that_refuses_three_runs_in_a_row_is_left_alone(tmp_path):
     assert done.stderr.splitlines()[-2] == "0 sent, 0 had been sent before, 0 still run"
 
 
+@pytest.mark.slow
 def test_figures_are_sent_again_when_they_are_other_ones_and_without_what_is_gone(tmp_path):
     waiting_runs(tmp_path, "figures-x")
     report = tmp_path / "runs" / "report"
