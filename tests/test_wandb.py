@@ -706,7 +706,7 @@ def test_a_server_that_hangs_at_the_very_end_is_one_warning_and_a_bounded_end(tm
         process = child(tmp_path, environment(server), wait_at=30, steps=30)
         assert process.stdout.readline() == "waiting\n"
         assert server.wait_for(
-            lambda: server.runs.get("train-x") and 30 in server.runs["train-x"].steps
+            lambda: server.runs.get("train-x") and server.runs["train-x"].history
         )
         server.silent = True
         wrong, seconds = ended(process)
