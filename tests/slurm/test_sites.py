@@ -64,7 +64,8 @@ def test_a_persons_habits_hide_no_job_from_us(folder):
 def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
     folder.environment |= {
         "SBATCH_PARTITION": "short", "SBATCH_TIMELIMIT": "1", "SBATCH_JOB_NAME": "mine",
-        "SBATCH_SIGNAL": "INT@5", "SBATCH_CONSTRAINT": "volta32gb", "SUBMITIT_PREEMPT_SIGNAL": "USR1",
+        "SBATCH_SIGNAL": "INT@5", "SBATCH_CONSTRAINT": "volta32gb",
+        "SUBMITIT_PREEMPT_SIGNAL": "USR1",
     }  # fmt: skip
     folder.send(*ONE, LATER, "hydra.launcher.options.partition=main", submitted=2)
     said = told(folder, "search")
