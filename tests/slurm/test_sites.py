@@ -242,10 +242,10 @@ def test_a_limit_that_is_met_in_the_midst_loses_nothing(folder):
 
 
 def test_a_command_that_waits_outlives_the_controllers_absence(folder):
-    process = folder.start(*ONE, LONG, "hydra.launcher.wait=true")
+    process = folder.start(*ONE, "recipe.search_epochs=600", "hydra.launcher.wait=true")
     folder.until(lambda: (folder.path / "runs" / "sweeps").exists() and folder.rows()[0]["job"])
     folder.until_running()
-    folder.cluster.restart_controller(away_seconds=12)
+    folder.cluster.restart_controller(away_seconds=30)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "asking again" in said

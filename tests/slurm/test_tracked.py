@@ -113,7 +113,7 @@ def kept(folder):
 
 def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_slurm(folder):
     folder.environment["WANDB_API_KEY"] = KEY
-    folder.send(*ONE, "+hydra.launcher.options.begin=now+600", submitted=2)
+    folder.send(*ONE, LONG, "+hydra.launcher.options.begin=now+600", submitted=2)
     state = folder.cluster.folder / "state"
     assert KEY.encode() in kept(state)  # where only SLURM itself may look
     folder.widthopt("cancel", "sweep")
