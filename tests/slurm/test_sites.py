@@ -64,7 +64,8 @@ def test_a_persons_habits_hide_no_job_from_us(folder):
 def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
     folder.environment |= {
         "SBATCH_PARTITION": "short", "SBATCH_TIMELIMIT": "1", "SBATCH_JOB_NAME": "mine",
-        "SBATCH_SIGNAL": "INT@5", "SBATCH_CONSTRAINT": "volta32gb", "SUBMITIT_PREEMPT_SIGNAL": "USR1",
+        "SBATCH_SIGNAL": "INT@5", "SBATCH_CONSTRAINT": "volta32gb",
+        "SUBMITIT_PREEMPT_SIGNAL": "USR1",
     }  # fmt: skip
     folder.send(*ONE, LATER, "hydra.launcher.options.partition=main", submitted=2)
     said = told(folder, "search")
@@ -241,10 +242,10 @@ def test_a_limit_that_is_met_in_the_midst_loses_nothing(folder):
 
 
 def test_a_command_that_waits_outlives_the_controllers_absence(folder):
-    process = folder.start(*ONE, LONG, "hydra.launcher.wait=true")
+    process = folder.start(*ONE, "recipe.search_epochs=600", "hydra.launcher.wait=true")
     folder.until(lambda: (folder.path / "runs" / "sweeps").exists() and folder.rows()[0]["job"])
     folder.until_running()
-    folder.cluster.restart_controller(away_seconds=12)
+    folder.cluster.restart_controller(away_seconds=30)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "asking again" in said
