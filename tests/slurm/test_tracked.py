@@ -121,7 +121,7 @@ def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_s
     folder.environment["WANDB_API_KEY"] = other
     folder.send(
         *ONE, LONG, "+hydra.launcher.options.export=NONE",
-        'hydra.launcher.setup=["unset SLURM_EXPORT_ENV"]', submitted=2,
+        'hydra.launcher.setup=["unset SLURM_EXPORT_ENV","export OMP_NUM_THREADS=1"]', submitted=2,
     )  # fmt: skip
     folder.until_running()
     assert other.encode() not in kept(folder.cluster.folder)
