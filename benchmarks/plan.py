@@ -44,7 +44,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
         root = Path(folder)
         plan = Plan.of(compose_sweep([*words, SEEDS, f"root={root}"]), images=False)
         _filled(plan)
-        manifest = Manifest.of(plan, title="paper")
+        manifest = Manifest.of(plan, title="paper", tracking={})
         begin = time.perf_counter()
         (table,) = status(root, [manifest])
         seconds = time.perf_counter() - begin

@@ -354,16 +354,16 @@ class _Sender:
             )
             for item in items
         ]
-        with _clean_environment({"job-name": name, **flags}), _inside(self._code):
-            try:
+        try:
+            with _clean_environment({"job-name": name, **flags}), _inside(self._code):
                 jobs = executor.map_array(work, orders)
-            except submitit.core.utils.FailedJobError as error:
-                intent.unlink()
-                raise InputError(
-                    f"sbatch is given {' '.join(queue.words_for(flags))}, but SLURM refuses it "
-                    f"({queue.words_of(str(error))}); {self._sent} runs were submitted before, and "
-                    "the same command sends the rest"
-                ) from error
+        except submitit.core.utils.FailedJobError as error:
+            intent.unlink()
+            raise InputError(
+                f"sbatch is given {' '.join(queue.words_for(flags))}, but SLURM refuses it "
+                f"({queue.words_of(str(error))}); {self._sent} runs were submitted before, and the "
+                "same command sends the rest"
+            ) from error
         self._sent += len(items)
         for item, job in zip(items, jobs, strict=True):
             self._jobs[item.name] = job.job_id

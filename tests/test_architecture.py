@@ -24,7 +24,7 @@ ROWS = [
     ["records"],  # what figures read and the pipeline writes
     ["pipeline", "figures", "costs"],
     ["planning"],
-    ["config", "report"],
+    ["config", "report", "dashboard"],
     ["sweeps"],
     ["control"],
     ["__main__"],

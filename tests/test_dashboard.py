@@ -15,8 +15,8 @@ from wandb_server import KEY, Server
 
 from widthopt.__main__ import PAPER
 from widthopt.config import compose
+from widthopt.dashboard import HEALTH, as_json, sections, workspace
 from widthopt.pipeline import Point, run
-from widthopt.tracking.dashboard import HEALTH, as_json, sections, workspace
 from widthopt.tracking.lines import rows
 from widthopt.tracking.metrics import BY_STEP, CURVES, MEDIA, OUTCOME, PERFORMANCE, SEARCH, known
 

@@ -147,7 +147,7 @@ def test_the_path_is_that_of_networks_built_for_every_candidate(engine, labels, 
     if labels == "constant":
         truth[:] = 0
         supernet.model.fc.bias.data[0] = -1e6
-    calibration = 2 * images_and_labels(2, seed=7)[0] + 1 if calibrated else None
+    calibration = 2 * images_and_labels(16, seed=7)[0] + 1 if calibrated else None
     chunks = (
         [(images, truth)] if not calibrated else [(images[:7], truth[:7]), (images[7:], truth[7:])]
     )

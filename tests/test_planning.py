@@ -355,7 +355,7 @@ def test_a_resnet18_training_takes_the_gpu_hours_that_follow_by_hand(paper):
 
 def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
     plan = Plan.of(asked["fig4_extrapolation"], images=False)
-    one = Manifest.of(plan, title="fig4")
+    one = Manifest.of(plan, title="fig4", tracking={})
     again = Manifest.from_json(one.to_json(), name="x")
     assert again.name == one.name
     assert again.own.keys() == plan.runs.keys()
@@ -373,7 +373,11 @@ def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
 
 def test_points_that_two_experiments_share_are_in_the_figures_of_both(asked):
     plan = Plan.of([*asked["fig3_depth"], *asked["fig4_extrapolation"]], images=False)
-    shown = [name for point in Manifest.of(plan, title="two").points for name in point["figures"]]
+    shown = [
+        name
+        for point in Manifest.of(plan, title="two", tracking={}).points
+        for name in point["figures"]
+    ]
     counts = {name: shown.count(name) for name in set(shown)}
     assert counts == {"fig3_depth": 72, "figA2_depth": 72, "fig4": 48}
 

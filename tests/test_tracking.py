@@ -566,7 +566,7 @@ def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypa
 def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     code = (
         "import sys, widthopt; widthopt.trace; import widthopt.sweeps;"
-        "import widthopt.tracking.sync, widthopt.tracking.dashboard;"
+        "import widthopt.tracking.sync, widthopt.dashboard;"
         "sys.exit(any(one.startswith('wandb') for one in sys.modules))"
     )
     import subprocess  # noqa: PLC0415

@@ -331,8 +331,8 @@ def _dashboard(words: Sequence[str]) -> None:
     parser.add_argument("--entity", help="a user or team; tracking.entity by default")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
+    from widthopt import dashboard  # noqa: PLC0415
     from widthopt.config import compose  # noqa: PLC0415 (imports torch)
-    from widthopt.tracking import dashboard  # noqa: PLC0415
     from widthopt.tracking.client import reason  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from widthopt import identity
-from widthopt.config import frozen
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, Request
 from widthopt.store import Stage, State, Store, blocked
@@ -246,12 +245,13 @@ class Manifest:
     tracking: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, *, title: str) -> "Manifest":
+    def of(cls, plan: Plan, *, title: str, tracking: Mapping[str, Any]) -> "Manifest":
         """The manifest of a plan.
 
         Args:
             plan: The plan.
             title: What its name begins with; the rest follows from its runs.
+            tracking: How its figures are tracked, as ``conf/tracking`` has it.
         """
         figures: dict[str, Mapping[str, Any]] = {}
         points, runs = [], {}
@@ -284,7 +284,6 @@ class Manifest:
                 }
             )
         key = identity.key("sweep", sorted(plan.runs))
-        tracking = frozen(plan.points[0].point.request)["tracking"]
         return cls(f"{title}-{key}", points, runs, figures, tracking)
 
     def to_json(self) -> str:

@@ -104,7 +104,8 @@ class Sweep(_Staged):
     @cached_property
     def manifest(self) -> Manifest:
         """What is kept of it beside its runs."""
-        return Manifest.of(self.plan, title=self._title)
+        tracking = frozen(self.plan.points[0].point.request)["tracking"]
+        return Manifest.of(self.plan, title=self._title, tracking=tracking)
 
     @property
     def name(self) -> str:

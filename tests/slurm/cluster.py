@@ -270,7 +270,7 @@ class Cluster:
 
     def repair(self) -> None:
         """Start again what was killed and not started again."""
-        if not any(process.name == "slurmctld" for process in self._processes()):
+        if not self._controls():
             self._start_controller()
         for node in self.nodes:
             self.start_node(node)
@@ -436,9 +436,14 @@ class Cluster:
         self._launch("slurmctld", host="localhost")
         self._wait_until(self._has_controller)
 
+    def _controls(self) -> bool:
+        return any(process.name == "slurmctld" for process in self._processes())
+
     def _has_controller(self) -> bool:
-        if not any(process.name == "slurmctld" for process in self._processes()):
-            raise ClusterError("slurmctld ended as soon as it was started")
+        if not self._controls():
+            time.sleep(0.2)  # one that is just putting itself into the background can be missed
+            if not self._controls():
+                raise ClusterError("slurmctld ended as soon as it was started")
         with suppress(ClusterError):
             return "is UP" in self.run("scontrol", "ping")
         return False

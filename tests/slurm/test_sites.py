@@ -28,7 +28,8 @@ def test_options_are_sbatchs_own(folder):
         *ONE, LATER, "hydra.launcher.options.partition=high",
         "hydra.launcher.options.constraint=volta32gb", "hydra.launcher.options.account=root",
         "hydra.launcher.options.qos=normal", "+hydra.launcher.options.exclusive=true",
-        "+hydra.launcher.options.mail_user=someone", "+hydra.launcher.options.comment=width",
+        "+hydra.launcher.options.mail_user=someone", "+hydra.launcher.options.mail_type=END",
+        "+hydra.launcher.options.comment=width",
         "hydra.launcher.resources.memory_gb=3", submitted=2,
     )  # fmt: skip
     for kind in ("search", "train"):
@@ -63,14 +64,15 @@ def test_a_persons_habits_hide_no_job_from_us(folder):
 def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
     folder.environment |= {
         "SBATCH_PARTITION": "short", "SBATCH_TIMELIMIT": "1", "SBATCH_JOB_NAME": "mine",
-        "SBATCH_SIGNAL": "INT@5", "SBATCH_COMMENT": "theirs", "SUBMITIT_PREEMPT_SIGNAL": "USR1",
+        "SBATCH_SIGNAL": "INT@5", "SBATCH_CONSTRAINT": "volta32gb",
+        "SUBMITIT_PREEMPT_SIGNAL": "USR1",
     }  # fmt: skip
     folder.send(*ONE, LATER, "hydra.launcher.options.partition=main", submitted=2)
     said = told(folder, "search")
     assert "Partition=main" in said
     assert "TimeLimit=01:00:00" in said
     assert "JobName=widthopt-" in said
-    assert "Comment=theirs" in said
+    assert "Features=volta32gb" in said
     script = folder.cluster.run(
         "scontrol", "write", "batch_script", folder.row("search")["job"], "-"
     )
@@ -240,10 +242,10 @@ def test_a_limit_that_is_met_in_the_midst_loses_nothing(folder):
 
 
 def test_a_command_that_waits_outlives_the_controllers_absence(folder):
-    process = folder.start(*ONE, LONG, "hydra.launcher.wait=true")
+    process = folder.start(*ONE, "recipe.search_epochs=600", "hydra.launcher.wait=true")
     folder.until(lambda: (folder.path / "runs" / "sweeps").exists() and folder.rows()[0]["job"])
     folder.until_running()
-    folder.cluster.restart_controller(away_seconds=12)
+    folder.cluster.restart_controller(away_seconds=30)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "asking again" in said
@@ -289,7 +291,9 @@ def test_a_value_that_is_no_list_is_one_line(folder):
 def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
     if obstacle := Cluster.obstacle():
         pytest.skip(obstacle)
-    with Cluster(nodes=1, accounting=False, settings={"SlurmctldParameters": ""}) as silent:
+    with Cluster(
+        nodes=1, accounting=False, settings={"SlurmctldParameters": "idle_on_node_suspend"}
+    ) as silent:
         folder = Folder(tmp_path, silent)
         words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
         folder.send(*words, submitted=2)

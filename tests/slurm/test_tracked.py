@@ -113,16 +113,17 @@ def kept(folder):
 
 def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_slurm(folder):
     folder.environment["WANDB_API_KEY"] = KEY
-    folder.send(*ONE, "+hydra.launcher.options.begin=now+600", submitted=2)
+    folder.send(*ONE, LONG, "+hydra.launcher.options.begin=now+600", submitted=2)
     state = folder.cluster.folder / "state"
     assert KEY.encode() in kept(state)  # where only SLURM itself may look
     folder.widthopt("cancel", "sweep")
-    folder.until(lambda: KEY.encode() not in kept(state))
+    other = KEY[::-1]
+    folder.environment["WANDB_API_KEY"] = other
     folder.send(
         *ONE, LONG, "+hydra.launcher.options.export=NONE",
-        'hydra.launcher.setup=["unset SLURM_EXPORT_ENV"]', submitted=2,
+        'hydra.launcher.setup=["unset SLURM_EXPORT_ENV","export OMP_NUM_THREADS=1"]', submitted=2,
     )  # fmt: skip
     folder.until_running()
-    assert KEY.encode() not in kept(folder.cluster.folder)
+    assert other.encode() not in kept(folder.cluster.folder)
     folder.until_over()
     assert whole(folder, *ONE, LONG)
