@@ -97,7 +97,7 @@ def calls(root: Path) -> int:
 
 
 TRAINING = (
-    "network=resnet18", "target.width=0.25", "target.resolution=16", "recipe=smoke",
+    "network=resnet18", "target.width=0.25", "target.resolution=32", "recipe=smoke",
     "methods=[uniform]", "tracking=disabled", "runtime.device=cpu", "runtime.progress=false",
 )  # fmt: skip
 
