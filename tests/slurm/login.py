@@ -130,10 +130,17 @@ def preempted(folder, _row):
     )  # fmt: skip
 
 
-def patched(folder, patch, *words):
-    """The command with something in it replaced, so that it can be ended at one instant."""
+def start_patched(folder, patch, *words):
+    """The command with something in it replaced, so that it can be met at one instant."""
     script = f"{textwrap.dedent(patch)}\nimport sys, widthopt.__main__\nwidthopt.__main__.main()"
-    return subprocess.run(  # noqa: S603
-        [sys.executable, "-c", script, *words], cwd=folder.path, env=folder.environment,
-        capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", script, *words], cwd=folder.path, env=folder.environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def patched(folder, patch, *words):
+    """The same to its end."""
+    process = start_patched(folder, patch, *words)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 from commands import NETWORK, one_line
-from login import LONG, ONE, PATIENCE_SECONDS, SWEEP, Folder, patched, preempted, whole
+from login import (
+    LONG,
+    ONE,
+    PATIENCE_SECONDS,
+    SWEEP,
+    Folder,
+    patched,
+    preempted,
+    start_patched,
+    whole,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- as it should go
@@ -227,13 +237,35 @@ def test_code_that_is_edited_while_it_waits_changes_nothing(folder):
 # --------------------------------------------------------------------------------- at submission
 
 
+HELD = """
+    import pathlib, time
+    import launchers.slurm
+    copy = launchers.slurm.snapshot
+
+    def held(*args, **kwargs):
+        pathlib.Path("held").touch()
+        while not pathlib.Path("go").exists():
+            time.sleep(0.1)
+        return copy(*args, **kwargs)
+
+    launchers.slurm.snapshot = held
+"""
+
+
 def test_two_submitters_at_once_send_each_run_once(folder):
     words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
-    both = [folder.start(*words), folder.start(*words)]
-    said = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    counts = [int(one.splitlines()[-1].split(" ", 1)[0]) for one in said]
-    assert sum(counts) == 4, said
+    first = start_patched(folder, HELD, *words)
+    folder.until((folder.path / "held").exists)  # it has seen what is in the queue: nothing
+    second = folder.start(*words)
+    said = [second.stderr.readline()]
+    while said[-1] and "waiting for it" not in said[-1]:
+        said.append(second.stderr.readline())
+    assert said[-1] == "another process submits from runs; waiting for it\n"
+    (folder.path / "go").touch()
+    ends = [one.communicate(timeout=PATIENCE_SECONDS)[1] for one in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], ends
+    assert ends[0].splitlines()[-1].startswith("4 runs submitted; see: ")
+    assert ends[1].splitlines()[-1].startswith("0 runs submitted, 4 are in the queue already; ")
     folder.until_over()
     for row in folder.rows():
         assert (row["state"], len(folder.attempts(row["name"]))) == ("done", 1)
