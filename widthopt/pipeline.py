@@ -191,10 +191,10 @@ class Point:
 
     def about(self, kind: str, method: str, seed: int, stage: Stage) -> About:
         """What a person finds a stage's tracked run by."""
-        request, salt = self.request, self.request.tracking.salt
+        request = self.request
         train = kind == "train"
         return About(
-            id=stage.folder.name + (f"-{identity.key('salt', salt)}" if salt else ""),
+            id=request.tracking.run_id(stage.folder.name),
             kind="baseline" if train and method == "uniform" else kind,
             network=request.network.name,
             dataset=request.dataset.name,

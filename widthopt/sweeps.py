@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from launchers.sweeper import EXPERIMENT
 from launchers.work import Item
-from widthopt import distributed, identity, report
+from widthopt import distributed, report
 from widthopt.config import figures, frozen, request, requests, tracking
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, logged, recorded, run, searched, trained
@@ -453,8 +453,8 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
 
 def figures_run(sweep: Manifest) -> str:
     """The name of the tracked run that shows a sweep's figures."""
-    salt = sweep.tracking.get("salt")
-    return f"figures-{sweep.name}" + (f"-{identity.key('salt', salt)}" if salt else "")
+    name = f"figures-{sweep.name}"
+    return tracking(sweep.tracking).run_id(name) if sweep.tracking else name
 
 
 def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:

@@ -385,6 +385,7 @@ def test_processes_that_are_preempted_agree_where_to_stop(folder):
         ("hydra.launcher.options.constraint=quantum", "Invalid feature"),
         ("hydra.launcher.resources.gpus_per_node=9", "node configuration"),
         ("hydra.launcher.options.account=strangers", "account"),
+        ("+resources.train.gpus_per_node=9", "node configuration"),  # searches would be taken
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word, said):

@@ -454,12 +454,13 @@ def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
         first: Images of a batch that BatchNorm takes its statistics from; 0 for all of them.
     """
     before = [(module, module.training) for module in model.modules()]
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and first]
+    norms = [one for one in model.modules() if isinstance(one, _BatchNorm)] if first else []
 
     def calibrate(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen = inputs[0][:first].to(torch.promote_types(inputs[0].dtype, torch.float32))
         others = [dim for dim in range(seen.dim()) if dim != 1]
-        # As running statistics are: the variance of the images at large, not of these alone.
+        # Over n - 1, as running statistics have it, for these images too, which training would
+        # normalise over n: of hundreds of values it is nearly the same.
         module.running_var, module.running_mean = torch.var_mean(seen, others)
 
     hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]

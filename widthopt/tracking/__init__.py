@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from widthopt import distributed
 from widthopt.errors import InputError
+from widthopt.identity import key
 from widthopt.store import write_atomically
 from widthopt.tracking.about import LONGEST_TAG, About
 from widthopt.tracking.client import Client, End, Kept, Where, reason
@@ -56,7 +57,7 @@ class Tracking:
     finish_seconds: float
 
     def __post_init__(self) -> None:
-        for key, holds, rule in (
+        for name, holds, rule in (
             ("project", 0 < len(self.project) <= 128, "it has 1 to 128 characters"),  # noqa: PLR2004
             ("every", self.every >= 1, "it is a number of steps; use a whole number from 1 up"),
             ("start_seconds", 0 < self.start_seconds < math.inf, "it is a number above 0"),
@@ -68,9 +69,13 @@ class Tracking:
             ),
         ):
             if not holds:
-                value = getattr(self, key)
+                value = getattr(self, name)
                 shown = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
-                raise InputError(f"tracking.{key} is {shown}, but {rule}; correct it")
+                raise InputError(f"tracking.{name} is {shown}, but {rule}; correct it")
+
+    def run_id(self, name: str) -> str:
+        """What W&B knows a run by: the name of its folder, and the salt if there is some."""
+        return name + (f"-{key('salt', self.salt)}" if self.salt else "")
 
     @property
     def where(self) -> Where | None:
