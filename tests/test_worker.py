@@ -51,3 +51,33 @@ def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
         "widthopt: job 7 could not be put back (there is no scontrol where it runs); give the same "
         "sweep again\n"
     )
+
+
+FORKED = """
+import os, signal, sys, time
+from launchers.worker import _Warning
+warning = _Warning()
+child = os.fork()
+if child == 0:
+    print("ready", flush=True)
+    time.sleep(1)
+    os._exit(7)
+sys.stdin.readline()
+os.kill(child, signal.SIGUSR2)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), warning.came, flush=True)
+try:
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print(warning.came)
+"""
+
+
+def test_a_warning_is_ctrl_c_here_and_nothing_in_what_was_forked():
+    """SLURM signals all processes of a job, those that load images too."""
+    done = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", FORKED], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert done.stdout.readline() == "ready\n"
+    said, _ = done.communicate("go\n", timeout=60)
+    assert said == "7 False\nTrue\n"
