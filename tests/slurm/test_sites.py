@@ -295,7 +295,9 @@ def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
         nodes=1, accounting=False, settings={"SlurmctldParameters": "idle_on_node_suspend"}
     ) as silent:
         folder = Folder(tmp_path, silent)
-        words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
+        # Longer than the ten seconds that SLURM leaves a job that it takes away.
+        longer = "recipe.search_epochs=600"
+        words = (*ONE, longer, "hydra.launcher.resources.gpus_per_node=8")
         folder.send(*words, submitted=2)
         row = folder.until_running()
         preempted(folder, row)
@@ -303,5 +305,5 @@ def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
         assert len(folder.attempts(row["name"])) == 2
         log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
         assert "goes on when SLURM has room" not in log
-        assert log.count("epoch 1 of 150") == 1
+        assert log.count("epoch 1 of 600") == 1
         assert whole(folder, *words)
