@@ -42,6 +42,38 @@ def memory_format(runtime: Runtime, device: torch.device) -> torch.memory_format
     return torch.channels_last if last else torch.contiguous_format
 
 
+def wrong_in_channels_last(module: nn.Module) -> bool:
+    """Whether a CPU computes a module's gradient wrongly where channels come last.
+
+    oneDNN does for convolutions of one pixel with a stride that read fewer channels than one of
+    its blocks holds (8 or 16): it writes beyond its work space. Gradients come out wrong by any
+    factor, the heap is damaged, or threads hang. How many channels and groups there are at the
+    moment does not matter here, for subnets and pruned networks are narrow anywhere.
+
+    Source: https://github.com/uxlfoundation/oneDNN/issues/6035 (oneDNN 3.12, torch 2.13).
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and set(module.kernel_size) == {1}
+        and set(module.stride) != {1}
+    )
+
+
+def _spare(module: nn.Module) -> None:
+    """Let a convolution work with channels first, its weight and what it is given."""
+    assert isinstance(module.weight, nn.Parameter)
+    # As `contiguous` would not: of one pixel, both orders count as that.
+    module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+    if _channels_first not in module._forward_pre_hooks.values():  # noqa: SLF001 (nothing else tells)
+        module.register_forward_pre_hook(_channels_first)
+
+
+def _channels_first(
+    _module: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    return tuple(one.contiguous() for one in inputs)
+
+
 def place(model: nn.Module, runtime: Runtime) -> tuple[torch.device, torch.memory_format]:
     """Move ``model``, in place, to where and how `Runtime` says.
 
@@ -55,6 +87,10 @@ def place(model: nn.Module, runtime: Runtime) -> tuple[torch.device, torch.memor
     layout = memory_format(runtime, device)
     model.to(device)
     model.to(memory_format=layout)  # type: ignore[call-overload]  # torch left it out
+    if device.type == "cpu" and layout == torch.channels_last:
+        for module in model.modules():
+            if wrong_in_channels_last(module):
+                _spare(module)
     return device, layout
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from widthopt.devices import wrong_in_channels_last
 from widthopt.errors import InputError
 from widthopt.setting import Backend
 from widthopt.surgery import Blueprint, selected_entries, selection_name, tensor_axes
@@ -317,6 +318,7 @@ class Supernet:
         assert isinstance(weight, Tensor)
         channels = max(weight.shape[0], weight.shape[1])
         last = channels <= _LAST_CHANNELS or weight.shape[2:].numel() == 1 or weight.shape[1] == 1
+        last = last and not wrong_in_channels_last(module)
         layout = torch.channels_last if last else torch.contiguous_format
         return tuple(one.contiguous(memory_format=layout) for one in inputs)
 
