@@ -1,7 +1,9 @@
 """AutoSlim as a search: the supernet's training and the slimming, put together."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,17 +15,18 @@ from widthopt.algorithms.greedy import path_macs, slim
 from widthopt.algorithms.sandwich import step_macs
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
+from widthopt.evaluation import evaluate
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe, Setting
 from widthopt.supernet import Supernet
 from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted
+from widthopt.training import Interrupted, train
 
 
 RECIPE = Recipe(
     batch_size=16,
     accumulation=1,
-    epochs=3,
+    epochs=5,
     search_epochs=3,
     learning_rate=0.8,  # a peak of 0.05 for 16 images
     warmup_epochs=1,
@@ -132,10 +135,36 @@ def test_one_seed_gives_one_result_and_another_gives_another(tmp_path):
     assert result(search(tmp_path / "a")) != result(search(tmp_path / "c", seed=1))
 
 
-@pytest.mark.parametrize(("changed", "named"), [({"bins": 5}, "grids"), ({"seed": 1}, "seed")])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"bins": 5}, "grids"),
+        ({"seed": 1}, "seed"),
+        ({"where": Setting(TorchvisionNetwork("resnet18"), 4, 0.1, 1, 32, 1.0)}, "grids.* more"),
+    ],
+)
 def test_checkpoints_of_another_search_are_refused(tmp_path, changed, named):
     search(tmp_path)
-    with pytest.raises(InputError, match=rf"^folder is .*, but its check.*of another .*{named}"):
+    with pytest.raises(
+        InputError, match=rf"^folder is .*, but its check.*of another .*{named}"
+    ) as error:
+        search(tmp_path, **changed)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"where": dataclasses.replace(SMALL, network=SmallNetwork(name="other"))}, "network is"),
+        ({"recipe": dataclasses.replace(RECIPE, learning_rate=0.4)}, "weights is"),
+        ({"reduction": "mean"}, r"algorithm\.reduction is"),
+    ],
+)
+def test_moves_of_another_search_are_refused_though_its_training_is_gone(tmp_path, changed, named):
+    search(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(InputError, match=rf"slimming.json, but it is of another search.*{named}"):
         search(tmp_path, **changed)
 
 
@@ -167,7 +196,10 @@ def test_the_overhead_of_training_is_what_the_layers_did_and_slimming_is_added(t
 
 @pytest.mark.parametrize("options", [{}, {"calibration_images": 32, "chunk": 32}])
 def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
-    """Within a hundredth along the path that was taken; before it is known, within a tenth."""
+    """Within a hundredth along the path that was taken; before it is known, within a fifth.
+
+    Which path that is differs between processors, whose rounding decides between equals.
+    """
     recipe = dataclasses.replace(RECIPE, batch_size=8, search_epochs=3)
     dataset, where = digits(), Setting(SmallNetwork(), 10, 2.0, 1, 8, 0.6)
     data = search_split(
@@ -189,7 +221,7 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
     assert slimmed > trained / 4
     assert found.overhead_macs == pytest.approx(trained + slimmed, rel=0.01)
     foretold = algorithm.overhead_macs(where, counts, recipe=recipe, budget_macs=budget)
-    assert found.overhead_macs == pytest.approx(foretold, rel=0.1)
+    assert found.overhead_macs == pytest.approx(foretold, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +246,7 @@ def test_values_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize("share", [0.001, 2.3])
 def test_a_budget_that_no_subnet_meets_is_refused_before_and_in_a_search(tmp_path, share):
     budget = round(share * BASE.macs())
-    message = rf"^budget_macs is {budget:,} for the network that is searched, but its narrowest"
+    message = rf"^algorithm.enlarge is 1.5, but the subnets .* their budget, {budget:,}, is not bet"
     with pytest.raises(InputError, match=message):
         AutoSlim(**DEFAULT).overhead_macs(
             SMALL, Counts(16, 4, 64), recipe=RECIPE, budget_macs=budget
@@ -253,3 +285,28 @@ def test_a_network_without_batchnorm_is_refused(tmp_path):
     where = Setting(TorchvisionNetwork("squeezenet1_1"), 4, 1.0, 1, 32, 1.0)
     with pytest.raises(InputError, match=r"^algorithm is autoslim, but it searches by BatchNorm"):
         search(tmp_path, where=where)
+
+
+# ------------------------------------------------------------------------------ real images
+
+
+@pytest.mark.slow
+def test_a_supernet_learns_as_much_as_a_network_of_its_width_alone(tmp_path):
+    """Two of the specification's gates, on digits; and what is slimmed away costs mistakes."""
+    recipe = dataclasses.replace(RECIPE, batch_size=64, search_epochs=20, warmup_epochs=2)
+    where = Setting(TorchvisionNetwork("resnet18"), 10, 0.125, 1, 17, 1.0)
+    data = search_split(
+        dataclasses.replace(digits(), resolution=17), resolution=17, fraction=1.0, seed=0,
+        recipe=recipe, runtime=RUNTIME, device=torch.device("cpu"),
+    )  # fmt: skip
+    budget = round(0.3 * Blueprint(where).graph.macs())
+    found = search(tmp_path, data=data, recipe=recipe, where=where, budget=budget, bins=6)
+    mistakes = [move["errors"] for move in found.details["moves"]]
+    alone = Supernet(Blueprint(where), enlarge=1.5, seed=0).model
+    train(alone, data.train, recipe=recipe, epochs=20, seed=0, runtime=RUNTIME)
+    top1 = evaluate(alone, data.evaluation, runtime=RUNTIME).top1
+    assert top1 > 95
+    assert 100 * (1 - mistakes[0] / found.details["validation_images"]) > top1 - 3
+    fewer = sum(after < before for before, after in itertools.pairwise(mistakes))
+    assert fewer < 0.25 * len(mistakes)
+    assert mistakes[-1] > mistakes[0]

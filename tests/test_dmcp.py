@@ -162,6 +162,31 @@ def test_a_step_of_the_chains_follows_the_loss_and_the_regulariser():
         assert torch.allclose(chains.alpha, alpha.detach() * chains.real, rtol=1e-5, atol=1e-6)
 
 
+def test_slices_and_masks_move_the_chains_alike():
+    """Test 20 of the specification, on the CPU: 20 steps of weights and chains in double.
+
+    Only the factors are float32 on the way to the network, in both.
+    """
+    paths = []
+    for backend in ("slice", "mask"):
+        objective = architecture(steps=40)
+        objective.supernet.backend = backend
+        objective.chains.start_at(1.25 * BASE.macs())
+        loop = Loop(
+            objective.supernet.model, recipe=RECIPE, steps_per_epoch=4, epochs=10, seed=0,
+            runtime=RUNTIME, objective=objective,
+        )  # fmt: skip
+        path = []
+        for epoch in range(5, 10):
+            for place, (pixels, labels) in enumerate(Synthetic().epoch(epoch)):
+                loop.step(pixels.double(), labels, 4 * epoch + place)
+                path.append(objective.chains.alpha.clone())
+        paths.append(torch.stack(path))
+    assert len(paths[0]) == 20
+    assert (paths[0][-1] - paths[0][0]).abs().max() > 0.1
+    assert torch.allclose(*paths, rtol=1e-6, atol=1e-7)
+
+
 def test_chains_act_where_they_are_told_to():
     """It makes a difference to ReLU6 alone, and only where that clips."""
 
@@ -263,18 +288,61 @@ def test_draws_follow_from_seed_step_and_number():
     assert architecture(seed=4).draw(5, 0) != other.draw(5, 0)
 
 
+def test_the_chains_draw_each_subnet_of_a_step_anew():
+    """Two draws of four chains of 9 to 14 groups at a half are the same by chance at times."""
+    objective = architecture(steps=200, markov_subnets="always")
+    pairs = [[objective.draw(step, number) for number in (0, 1)] for step in range(100, 200)]
+    assert sum(one == other for one, other in pairs) < 10
+
+
 # -------------------------------------------------------------------- how a search starts and ends
 
 
-def test_a_short_search_starts_above_its_budget_and_a_long_one_at_a_half(tmp_path, caplog):
+def test_a_search_of_10_000_architecture_steps_starts_at_a_half():
+    """D12 of the specification; half of the steps are architecture steps."""
+    objective = architecture(steps=20_000)
+    start = DMCP(**DEFAULT)._started(objective)  # noqa: SLF001
+    assert not objective.chains.alpha.any()
+    assert start["part_of_budget_at_start"] < 0.4
+    shorter = architecture(steps=19_998)
+    start = DMCP(**DEFAULT)._started(shorter)  # noqa: SLF001
+    assert start["part_of_budget_at_start"] == pytest.approx(1.25, rel=1e-6)
+
+
+def test_a_short_search_starts_above_its_budget_unless_told_to_start_at_a_half(tmp_path, caplog):
     found = search(tmp_path / "short")
     assert found.details["part_of_budget_at_start"] == pytest.approx(1.25, rel=1e-6)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, logger="widthopt"):
         found = search(tmp_path / "zero", alpha_init="zero")
     assert found.details["part_of_budget_at_start"] < 0.4
-    assert "may be too few: the regulariser alone would go from" in caplog.text
     assert found.flags == {"budget_reached": False}
-    assert "the search ended at" in caplog.text
+    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert "may be too few: the regulariser alone would go from" in told[0]
+    assert told[1].startswith("the search ended at ")
+    assert all(one.endswith("images, or use algorithm.alpha_init=budget") for one in told)
+
+
+@pytest.mark.parametrize("start", ["auto", "budget"])
+def test_a_search_that_starts_at_its_budget_is_not_advised_to_start_there(tmp_path, caplog, start):
+    """It is a short one, that hardly moves."""
+    with caplog.at_level(logging.WARNING, logger="widthopt"):
+        search(tmp_path, alpha_init=start, learning_rate=1e-9, final_learning_rate=0.0)
+    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(told) == 2
+    assert all(
+        one.endswith("; raise recipe.search_epochs, or search on more images") for one in told
+    )
+
+
+@pytest.mark.parametrize(("part", "reached"), [(1.01, True), (1.04, False)])
+def test_a_budget_is_reached_up_to_1_02_of_it(tmp_path, part, reached):
+    """D12: it starts half-way from the budget to the supernet, and hardly moves from there."""
+    budget = round(architecture().supernet.graph.macs() / (2 * part - 1))
+    still = {"learning_rate": 1e-9, "final_learning_rate": 0.0, "alpha_init": "budget"}
+    found = search(tmp_path, budget=budget, **still)
+    assert found.details["expected_part_of_budget"] == pytest.approx(part, abs=1e-4)
+    assert found.flags == {"budget_reached": reached}
 
 
 def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regulariser_alone_does():
@@ -316,6 +384,39 @@ def test_a_search_reaches_its_budget_and_says_so(tmp_path):
         assert len(found.details["part_of_budget_by_epoch"]) == 40
         totals.append(sum(channels.values()))
     assert totals[0] < totals[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "width", "epochs", "least"),
+    [("resnet18", 0.25, 12, 0.1), ("mobilenet_v2", 0.35, 24, 0.5)],
+)
+def test_the_papers_networks_reach_their_budget_on_digits(tmp_path, network, width, epochs, least):
+    """B1: from above, by the chains' expectation and by the rounded channels' own cost.
+
+    Layers of MobileNetV2 of one or two channels want more of them by more than the regulariser
+    takes, so it is wider and keeps half of every layer.
+    """
+    batch = 32 if network == "resnet18" else 64
+    recipe = dataclasses.replace(
+        RECIPE, batch_size=batch, search_epochs=epochs, learning_rate=0.2, warmup_epochs=2
+    )
+    where = Setting(TorchvisionNetwork(network), 10, width, 1, 20, 1.0)
+    data = search_split(
+        digits(), resolution=20, fraction=1.0, seed=0, recipe=recipe, runtime=RUNTIME,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    found = search(
+        tmp_path, recipe=recipe, data=data, where=where, alpha_init="budget", least=least
+    )
+    assert found.flags == {"budget_reached": True}
+    assert found.details["part_of_budget_at_start"] == pytest.approx(1.25, rel=1e-6)
+    assert 0.95 <= found.details["expected_part_of_budget"] <= 1.02
+    graph = Blueprint(where).graph
+    rounded = {name: round(count) for name, count in found.details["expected_channels"].items()}
+    assert Blueprint(where).resized(rounded).macs() == pytest.approx(graph.macs(), rel=0.05)
+    steps = found.details["steps_by_side_of_budget"]
+    assert steps["within"] > steps["above"] > 0
 
 
 def test_a_useless_layer_keeps_fewer_channels_than_an_equally_costly_useful_one(tmp_path):
@@ -371,7 +472,12 @@ def test_one_seed_gives_one_result_and_another_gives_another(tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [({"group": 0.2}, "grids"), ({"strength": 0.2}, "algorithm"), ({"seed": 1}, "seed")],
+    [
+        ({"group": 0.2}, "grids"),
+        ({"strength": 0.2}, "algorithm"),
+        ({"seed": 1}, "seed"),
+        ({"budget": round(0.9 * BASE.macs())}, "budget_macs"),
+    ],
 )
 def test_checkpoints_of_another_search_are_refused(tmp_path, changed, named):
     search(tmp_path)
@@ -458,15 +564,29 @@ def test_a_budget_that_no_subnet_meets_is_refused_before_and_in_a_search(tmp_pat
     budget = round(share * BASE.macs())
     where = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
     message = (
-        rf"^budget_macs is {budget:,} for the network that is searched, but its narrowest subnet "
-        r"takes [\d,]+ and its widest [\d,]+, and a search ends between them; change the budget "
-        r"or algorithm.enlarge$"
+        r"^algorithm.enlarge is 1.5, but the subnets that are searched then take [\d,]+ to [\d,]+ "
+        rf"MACs and their budget, {budget:,}, is not between; change it or budget_macs, which is "
+        r"the target's budget and scaled to what is searched$"
     )
     with pytest.raises(InputError, match=message):
         DMCP(**DEFAULT).overhead_macs(where, Counts(16, 4, 10), recipe=RECIPE, budget_macs=budget)
     with pytest.raises(InputError, match=message):
         search(tmp_path, budget=budget)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("part", "reachable"), [(0.94, True), (0.96, False)])
+def test_the_narrowest_subnet_costs_less_than_the_bands_lower_end(part, reachable):
+    """3.3 of the specification: FLOPs(c_min) < 0.95 T; below it, nothing would prune to it."""
+    algorithm, where = DMCP(**DEFAULT), Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+    graph = architecture().supernet.graph
+    narrowest = graph.macs({name: grid[0] for name, grid in algorithm.options(graph).items()})
+    arguments = {"recipe": RECIPE, "budget_macs": round(narrowest / part)}
+    if reachable:
+        assert algorithm.overhead_macs(where, Counts(16, 4, 10), **arguments) > 0
+    else:
+        with pytest.raises(InputError, match=r"^algorithm.enlarge is 1.5, but the subnets"):
+            algorithm.overhead_macs(where, Counts(16, 4, 10), **arguments)
 
 
 def test_a_network_without_batchnorm_is_refused_before_and_in_a_search(tmp_path):

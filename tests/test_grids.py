@@ -110,6 +110,7 @@ def test_published_steps_are_a_twelfth_in_multiples_of_8_with_halves_to_even(cou
         (96, {"least_bins": 0}, [1, 10, 19, 29, 38, 48, 58, 67, 77, 86, 96]),
         (96, {"divisor": 8, "bins": 4}, [24, 48, 72, 96]),
         (100, {"divisor": 8, "bins": 4}, [24, 48, 72, 100]),  # 25, 50, 75 to multiples of 8
+        (20, {"divisor": 8}, [1, 8, 16, 20]),  # 2 and 4 are nearest to no channels
         (96, {"kind": "step", "bins": 12, "divisor": 8, "least_bins": 6}, list(range(48, 97, 8))),
         (97, {"kind": "step", "bins": 12, "divisor": 8, "least_bins": 6}, list(range(49, 98, 8))),
         (5, {"kind": "step", "bins": 12, "divisor": 8}, [5]),

@@ -46,7 +46,8 @@ class AutoSlim:
         enlarge: The supernet's channels, as a multiple of the network's.
         grid: ``fraction``: parts of the channels; ``step``: multiples of one step below them.
         bins: Parts that a variable's channels are divided into.
-        divisor: Bins are multiples of this many channels.
+        divisor: Counts of ``fraction`` are multiples of this, but for a single channel and the
+            supernet's own; so is the step of ``step``.
         least_bins: Bins that every variable keeps.
         random_subnets: Random subnets in a step, beside the widest and the narrowest.
         reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
@@ -216,7 +217,7 @@ class AutoSlim:
         """The supernet's graph, if the network can be searched under this budget."""
         check_searchable(blueprint.graph, algorithm=self.name)
         graph = blueprint.resized(enlarged(blueprint.graph, self.enlarge))
-        check_budget(graph, self.options(graph), budget_macs, budget_macs)
+        check_budget(graph, self.options(graph), budget_macs, budget_macs, enlarge=self.enlarge)
         return graph
 
     def options(self, graph: WidthGraph) -> Grids:

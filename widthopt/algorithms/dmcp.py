@@ -164,7 +164,7 @@ class DMCP:
         if not reached:
             logger.warning(
                 "the search ended at %.3f of its budget: its widths are not what it would have "
-                "settled on; use more epochs or images, or algorithm.alpha_init=budget", part,
+                "settled on; %s", part, self._remedy(objective.learnt),
             )  # fmt: skip
         return SearchResult(
             multipliers={name: expected[name] / n for name, n in supernet.base.channels.items()},
@@ -220,7 +220,8 @@ class DMCP:
         """The supernet's graph, if the network can be searched under this budget."""
         check_searchable(blueprint.graph, algorithm=self.name)
         graph = blueprint.resized(enlarged(blueprint.graph, self.enlarge))
-        check_budget(graph, self.options(graph), round(BAND * budget_macs), budget_macs)
+        least = round(BAND * budget_macs)
+        check_budget(graph, self.options(graph), least, budget_macs, enlarge=self.enlarge)
         return graph
 
     def options(self, graph: WidthGraph) -> Grids:
@@ -246,18 +247,30 @@ class DMCP:
     def _started(self, objective: "_Architecture") -> dict[str, Any]:
         """Where the chains start, and whether the regulariser alone would reach the budget."""
         chains, budget = objective.chains, objective.budget_macs
-        short = objective.learnt < ENOUGH_STEPS
-        if self.alpha_init == "budget" or (self.alpha_init == "auto" and short):
+        if self._starts_at_budget(objective.learnt):
             widest: int = objective.supernet.graph.macs()
             chains.start_at(min(START_AT * budget, (budget + widest) / 2))
         part, end = chains.expected_macs() / budget, objective.simulated()
         if not REACHED[0] <= end <= REACHED[1] and self.strength > 0:
             logger.warning(
                 "%d architecture steps may be too few: the regulariser alone would go from %.2f "
-                "of the budget to %.2f; use more epochs or images, or algorithm.alpha_init=budget",
-                objective.learnt, part, end,
+                "of the budget to %.2f; %s",
+                objective.learnt, part, end, self._remedy(objective.learnt),
             )  # fmt: skip
         return {"part_of_budget_at_start": part, "part_of_budget_by_regulariser_alone": end}
+
+    def _starts_at_budget(self, learnt: int) -> bool:
+        """Whether a search with so many architecture steps does (D12)."""
+        short = learnt < ENOUGH_STEPS
+        return self.alpha_init == "budget" or (self.alpha_init == "auto" and short)
+
+    def _remedy(self, learnt: int) -> str:
+        """What may bring a search with so many architecture steps nearer to its budget."""
+        if self._starts_at_budget(learnt):
+            return "raise recipe.search_epochs, or search on more images"
+        return (
+            "raise recipe.search_epochs, search on more images, or use algorithm.alpha_init=budget"
+        )
 
 
 class _Architecture(Sandwich):

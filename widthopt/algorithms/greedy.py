@@ -17,10 +17,8 @@ Source: Yu and Huang, 2019, "AutoSlim"; specification of AutoSlim, sections 1.7 
 
 import json
 import logging
-import math
-import operator
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -34,14 +32,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthopt import distributed
+from widthopt.algorithms.flow import Flow
 from widthopt.devices import autocast, memory_format
 from widthopt.errors import InputError
-from widthopt.identity import canonical
+from widthopt.identity import canonical, differences
 from widthopt.setting import Runtime
 from widthopt.store import write_atomically, writing
 from widthopt.supernet import Extent, Supernet
 from widthopt.tracing import symbolic_trace
-from widthopt.tracing.labels import torch_function_name
 from widthopt.widthgraph import Axis, Layer, WidthGraph
 
 
@@ -150,8 +148,8 @@ def slim(
             in the place of the chunks'; those of all processes are the same.
 
     Raises:
-        InputError: A budget is out of reach or above the widest subnet, or the log is that of
-            another search.
+        InputError: A budget is out of reach or above the widest subnet, a grid does not ascend to
+            the supernet's count, or the log is that of another search.
 
     Source: specification of AutoSlim, section 1.7 and decisions D8, D13 and D15.
     """
@@ -184,7 +182,7 @@ def slim(
             naive = _Naive(supernet, chunks, runtime)
             counter: _Counter = naive
             if engine == "fast":
-                flow = _Flow(supernet, symbolic_trace(supernet.model, rules), rules or {})
+                flow = Flow(supernet, symbolic_trace(supernet.model, rules), rules or {})
                 counter = _Fast(naive, flow, cache_bytes)
             if entries:
                 last = entries[-1].move
@@ -320,8 +318,12 @@ def _run_again(graph: WidthGraph, name: str, *, writers: bool = False) -> list[i
 def _widest(graph: WidthGraph, grids: Grids) -> dict[str, int]:
     """The counts that the path begins with, in the order of the graph."""
     for name, grid in grids.items():
-        assert all(one < other for one, other in pairwise(grid)), f"{name}: {grid} ascends"
-        assert grid[-1] == graph.channels[name], f"{name}: {grid} ends with the supernet's count"
+        count = graph.channels[name]
+        if grid[-1] != count or any(one >= other for one, other in pairwise(grid)):
+            raise InputError(
+                f"grids is {list(grid)} for {name}, but it ascends, without equals, to the "
+                f"supernet's {count} channels; sort it, and take out what is there twice"
+            )
     narrowest = {name: grid[0] for name, grid in grids.items()}
     graph.check(narrowest)
     return dict(graph.channels)
@@ -384,12 +386,20 @@ class _Journal:
             return []
         try:
             record = json.loads(self._path.read_text("utf-8"))
-            fields = {"format": record["format"], **record["identity"]}
-            entries = list(_replayed(record["moves"], grids, graph))
+            other = differences(
+                {"format": record["format"], **record["identity"]},
+                {"format": FORMAT, **self._fields},
+            )
+            # Before the moves, which another search's grids do not allow.
+            entries = [] if other else list(_replayed(record["moves"], grids, graph))
         except (KeyError, TypeError, ValueError):
             logger.warning("%s is not whole; the search begins anew", self._path)
             return []
-        self._compare(fields)
+        if other:
+            raise InputError(
+                f"log is {self._path}, but it is of another search ({other}); name another file, "
+                "or delete this one"
+            )
         return entries
 
     def write(self, entries: Iterable[_Entry]) -> None:
@@ -403,23 +413,6 @@ class _Journal:
         record = {"format": FORMAT, "identity": self._fields, "moves": moves}
         write_atomically(self._path, json.dumps(record, allow_nan=False) + "\n")
 
-    def _compare(self, fields: Mapping[str, Any]) -> None:
-        mine = {"format": FORMAT, **self._fields}
-        differing = sorted(
-            name
-            for name in fields.keys() | mine.keys()
-            if canonical(fields.get(name)) != canonical(mine.get(name))
-        )
-        if differing:
-            shown = [
-                f"{name} is {_short(fields.get(name))} there and {_short(mine.get(name))} here"
-                for name in differing
-            ]
-            raise InputError(
-                f"log is {self._path}, but it is of another search ({'; '.join(shown)}); name "
-                "another file, or delete this one"
-            )
-
 
 def _replayed(
     moves: Iterable[Mapping[str, Any]], grids: Grids, graph: WidthGraph
@@ -432,17 +425,12 @@ def _replayed(
     channels = _widest(graph, grids)
     for one in moves:
         steps = _steps(graph, grids, channels)
-        if steps.keys() != one["errors"].keys():
+        errors = {name: int(count) for name, count in dict(one["errors"]).items()}
+        if steps.keys() != errors.keys():
             raise ValueError("the candidates are other ones")
         channels[one["variable"]] = steps[one["variable"]]
-        move = Move(one["variable"], one["channels"], one["errors"], one["macs"])
+        move = Move(one["variable"], one["channels"], errors, one["macs"])
         yield _Entry(move, one["run_macs"], one["seconds"])
-
-
-def _short(value: Any, most: int = 40) -> str:
-    """A value for a message of one line."""
-    text = canonical(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @contextmanager
@@ -541,7 +529,7 @@ def _mistakes(logits: Tensor, labels: Tensor) -> Tensor:
 class _Fast:
     """Runs what a candidate changes, on the values of the base."""
 
-    def __init__(self, naive: _Naive, flow: "_Flow", cache_bytes: int) -> None:
+    def __init__(self, naive: _Naive, flow: Flow, cache_bytes: int) -> None:
         self.macs = 0
         self._naive, self._flow, self._cache_bytes = naive, flow, cache_bytes
         self._supernet, self._runtime = naive.supernet, naive.runtime
@@ -744,254 +732,3 @@ def _bin(axis: Axis, counts: Mapping[int, int], index: int, left: int) -> Iterat
     for run, classes, fewer in zip(axis, _present(axis, counts), after, strict=True):
         yield range(position + fewer * run.repeat, position + classes * run.repeat)
         position += classes * run.repeat
-
-
-class _Flow:
-    """What depends on what in a traced network.
-
-    Attributes:
-        images: The node of the images.
-        result: The node of the logits.
-        layers: The layer call that a node is.
-        readers: By variable, the dense layers that read it.
-        changed: By variable, the nodes that depend on its bin: its readers and what follows.
-        inputs: By variable, the other nodes that those read.
-        stale: By variable, the nodes that have its channels, and what follows.
-        mixed: Variables whose channels something other than a dense layer may mix, or whose
-            values cannot be kept: their candidates are not to be run from the base.
-        overwritten: By node that computes in place, the earlier nodes that share its memory.
-    """
-
-    def __init__(
-        self, supernet: Supernet, traced: fx.GraphModule, rules: Mapping[Any, Any]
-    ) -> None:
-        self._model = supernet.model
-        self._modules = dict(supernet.model.named_modules())
-        self._rules = rules
-        nodes = list(traced.graph.nodes)
-        output = nodes.pop()
-        (result,) = output.args
-        self.result: fx.Node = result
-        self.images: fx.Node = next(node for node in nodes if node.op == "placeholder")
-        self._order = {node: place for place, node in enumerate(nodes)}
-        graph = supernet.graph
-        self.layers = self._layers(nodes, graph)
-        self.overwritten, entangled = self._overwritten(nodes)
-        names = {index: one.name for index, one in enumerate(graph.variables) if one.free}
-        carried = self._carried(nodes, names)
-        self.mixed = set(graph.free) if entangled else set()
-        for node in nodes:
-            if carried[node] and not self._per_channel(node):
-                self.mixed |= carried[node]
-        self.readers: dict[str, list[Layer]] = {}
-        self.changed: dict[str, set[fx.Node]] = {}
-        self.inputs: dict[str, set[fx.Node]] = {}
-        self.stale: dict[str, set[fx.Node]] = {}
-        for index, name in names.items():
-            reading = {
-                node: layer
-                for node, layer in self.layers.items()
-                if layer.kind == "dense" and any(run.variable == index for run in layer.reads)
-            }
-            self.readers[name] = list(reading.values())
-            self.changed[name] = changed = _followers(nodes, reading)
-            self.inputs[name] = {
-                source
-                for node in changed
-                for source in node.all_input_nodes
-                if source not in changed and source.op != "get_attr"
-            }
-            self.stale[name] = _followers(nodes, {one for one in nodes if name in carried[one]})
-
-    def needed(
-        self,
-        wanted: Iterable[fx.Node],
-        given: Mapping[fx.Node, Any],
-        changed: AbstractSet[fx.Node] = frozenset(),
-    ) -> list[fx.Node]:
-        """The nodes to run, in order, for values that are wanted.
-
-        Args:
-            wanted: Nodes.
-            given: Values that there are.
-            changed: Nodes to run whether or not they are given.
-        """
-        todo: set[fx.Node] = set()
-        stack = list(wanted)
-        while stack:
-            node = stack.pop()
-            if node not in todo and (node in changed or node not in given):
-                todo.add(node)
-                stack += node.all_input_nodes
-        return sorted(todo, key=self._order.__getitem__)
-
-    def call(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
-        """The value of a node, from those that it reads."""
-        args: Any = fx.node.map_arg(node.args, operands.__getitem__)
-        kwargs: Any = fx.node.map_arg(node.kwargs, operands.__getitem__)
-        target: Any = node.target
-        if node.op == "call_module":
-            return self._modules[target](*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        if node.op == "get_attr":
-            return operator.attrgetter(target)(self._model)
-        return target(*args, **kwargs)
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self._modules[str(node.target)] if node.op == "call_module" else None
-
-    def _layers(self, nodes: Iterable[fx.Node], graph: WidthGraph) -> dict[fx.Node, Layer]:
-        """The graph lists the calls in the order of the nodes."""
-        calls: dict[str, list[Layer]] = defaultdict(list)
-        for layer in graph.layers:
-            calls[layer.name].append(layer)
-        number: Counter[str] = Counter()
-        layers: dict[fx.Node, Layer] = {}
-        for node in nodes:
-            name = str(node.target)
-            if node.op == "call_module" and name in calls:
-                layers[node] = calls[name][number[name]]
-                number[name] += 1
-        assert len(layers) == len(graph.layers), "the trace is that of another network"
-        return layers
-
-    def _carried(
-        self, nodes: Iterable[fx.Node], names: Mapping[int, str]
-    ) -> dict[fx.Node, set[str]]:
-        """The variables whose channels the value of each node may have."""
-        carried: dict[fx.Node, set[str]] = {}
-        for node in nodes:
-            if node in self.layers:
-                writes = self.layers[node].writes
-                carried[node] = {names[run.variable] for run in writes if run.variable in names}
-            else:
-                carried[node] = set().union(*(carried[one] for one in node.all_input_nodes))
-        return carried
-
-    def _per_channel(self, node: fx.Node) -> bool:
-        """Whether what a node computes in one channel is known to depend on no other."""
-        if node in self.layers:
-            return True
-        module = self._module(node)
-        if module is not None:
-            own = any(one in self._rules for one in type(module).__mro__)
-            return not own and isinstance(module, _PER_CHANNEL_MODULES)
-        name = torch_function_name(node)
-        if name == "size" or node.target is getattr:
-            return _asks_for_images(node)
-        if node.target in self._rules:
-            return False
-        if name in {"mean", "sum", "amax", "amin", "unsqueeze"}:
-            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-            dims = set(dim) if isinstance(dim, (list, tuple)) else {dim}
-            behind = {2, 3, 4, -1} if name == "unsqueeze" else {2, 3}
-            return dims <= behind or dims == {-1, -2}
-        return name in _PER_CHANNEL_FUNCTIONS
-
-    def _overwritten(
-        self, nodes: Iterable[fx.Node]
-    ) -> tuple[dict[fx.Node, AbstractSet[fx.Node]], bool]:
-        """What shares the memory that a node writes into; whether any of it is used again."""
-        origin: dict[fx.Node, fx.Node] = {}
-        sharing: dict[fx.Node, set[fx.Node]] = defaultdict(set)
-        overwritten: dict[fx.Node, AbstractSet[fx.Node]] = {}
-        entangled = False
-        for node in nodes:
-            first = next(iter(node.all_input_nodes), None)
-            in_place = self._in_place(node)
-            origin[node] = node
-            if first is not None and (in_place or not self._makes_new(node)):
-                origin[node] = origin[first]
-            if in_place:
-                overwritten[node] = set(sharing[origin[node]])
-                entangled |= any(
-                    self._order.get(user, math.inf) > self._order[node]
-                    for one in overwritten[node]
-                    for user in one.users
-                )
-            sharing[origin[node]].add(node)
-        return overwritten, entangled
-
-    def _in_place(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        if module is not None:
-            return bool(getattr(module, "inplace", False))
-        if not node.op.startswith("call"):
-            return False
-        name = torch_function_name(node) or ""
-        return (
-            name.endswith("_")
-            or name in _IN_PLACE.split()
-            or node.kwargs.get("inplace") is True
-            or (name in _ACTIVATIONS.split() and any(argument is True for argument in node.args))
-        )
-
-    def _makes_new(self, node: fx.Node) -> bool:
-        """Whether the value of a node is known to share no memory with its first input."""
-        module = self._module(node)
-        if module is not None:
-            return isinstance(module, _PER_CHANNEL_MODULES + _LAYERS) and not isinstance(
-                module, _SHARING_MODULES
-            )
-        return torch_function_name(node) in _NEW_FUNCTIONS
-
-
-def _asks_for_images(node: fx.Node) -> bool:
-    """Whether a size that the forward code takes is the number of images, not of channels."""
-    if len(node.args) > 1 and node.op == "call_method":
-        return bool(node.args[1] == 0)
-    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-
-
-def _followers(nodes: Iterable[fx.Node], seeds: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes, given in order, that depend on one of the seeds; the seeds too."""
-    reached = set(seeds)
-    for node in nodes:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return reached
-
-
-_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.modules.conv._ConvNd)  # noqa: SLF001 (their base)
-
-_SHARING_MODULES: tuple[type[nn.Module], ...] = (
-    nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd,  # noqa: SLF001 (their base)
-)  # fmt: skip
-
-_PER_CHANNEL_MODULES: tuple[type[nn.Module], ...] = (
-    *_SHARING_MODULES, _BatchNorm,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
-    nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.LogSigmoid, nn.PReLU,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample,
-)  # fmt: skip
-
-_IN_PLACE = "iadd isub imul itruediv"
-
-_ACTIVATIONS = (
-    "relu relu6 leaky_relu elu selu celu silu mish hardtanh hardswish hardsigmoid threshold"
-)
-"""Functions that can be told by position to compute in place."""
-
-_NEW = (
-    "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid tanh hardtanh "
-    "hardswish hardsigmoid logsigmoid threshold clamp neg abs exp log sqrt rsqrt square add radd "
-    "sub rsub mul rmul div truediv multiply divide maximum minimum pow cat concat concatenate "
-    "index_select avg_pool1d avg_pool2d max_pool1d max_pool2d adaptive_avg_pool1d clone "
-    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool3d interpolate"
-)
-
-_SHARING = (
-    "relu_ leaky_relu_ elu_ sigmoid_ tanh_ hardtanh_ clamp_ add_ sub_ mul_ div_ flatten view "
-    "reshape getitem contiguous detach to dropout dropout1d dropout2d dropout3d stochastic_depth"
-)
-
-_NEW_FUNCTIONS = frozenset([*_NEW.split(), "mean", "sum", "amax", "amin"])
-"""Their values share no memory with their inputs."""
-
-_PER_CHANNEL_FUNCTIONS = frozenset(f"{_NEW} {_SHARING} {_IN_PLACE}".split())
-"""Not among them: what normalises over channels, and what moves the channels to another axis."""

@@ -37,7 +37,8 @@ def binned(
 ) -> list[int]:
     """AutoSlim's grid of one variable.
 
-    ``fraction``: the nearest whole numbers to ``count * k / bins``, k from ``least_bins``.
+    ``fraction``: the nearest multiples of the divisor to ``count * k / bins``, k from
+    ``least_bins``; a single channel where that is none.
     ``step``: ``count`` less multiples of one step, ``count / bins`` to the nearest multiple of
     the divisor (halves to even), down to ``least_bins / bins`` of it: with 12 bins, a divisor of
     8 and no lower bound, the published lists of channels lie on it.
@@ -45,7 +46,8 @@ def binned(
     Args:
         count: Channels in the supernet.
         bins: Parts that they are divided into.
-        divisor: Steps are multiples of this.
+        divisor: Entries of ``fraction`` between one and the count, and steps of ``step``, are
+            multiples of this.
         least_bins: Bins that always stay.
         kind: ``fraction`` or ``step``.
 

@@ -184,7 +184,9 @@ def step_macs(graph: WidthGraph, grids: Grids, *, random_subnets: int) -> float:
     return 3 * float(graph.macs() + graph.macs(narrowest) + random_subnets * graph.macs(mean))
 
 
-def check_budget(graph: WidthGraph, grids: Grids, least_macs: int, budget_macs: int) -> None:
+def check_budget(
+    graph: WidthGraph, grids: Grids, least_macs: int, budget_macs: int, *, enlarge: float
+) -> None:
     """Raise unless a search can end between these MACs, which are the budget and its tolerance.
 
     Args:
@@ -192,6 +194,7 @@ def check_budget(graph: WidthGraph, grids: Grids, least_macs: int, budget_macs: 
         grids: What each variable may have.
         least_macs: The budget, or what is close enough to it from below.
         budget_macs: The budget.
+        enlarge: What made the supernet, for the message: the budget is not as it was typed.
 
     Raises:
         InputError: It lies below the narrowest subnet or not below the widest.
@@ -201,9 +204,9 @@ def check_budget(graph: WidthGraph, grids: Grids, least_macs: int, budget_macs: 
     if narrowest < least_macs and budget_macs < widest:
         return
     raise InputError(
-        f"budget_macs is {budget_macs:,} for the network that is searched, but its narrowest "
-        f"subnet takes {narrowest:,} and its widest {widest:,}, and a search ends between them; "
-        "change the budget or algorithm.enlarge"
+        f"algorithm.enlarge is {enlarge:g}, but the subnets that are searched then take "
+        f"{narrowest:,} to {widest:,} MACs and their budget, {budget_macs:,}, is not between; "
+        "change it or budget_macs, which is the target's budget and scaled to what is searched"
     )
 
 
