@@ -40,6 +40,7 @@ class Nothing:
     """A sweep of runs that do nothing; see `launchers.work.Work`."""
 
     interruptions = ()
+    imports = ()
     name = "nothing"
 
     def __init__(self, root: Path, count: int) -> None:
@@ -72,7 +73,8 @@ class Nothing:
 
     def done(self, name: str) -> bool:
         """Whether it has run."""
-        return not (self.root / "stages" / name / "spec.json").exists()
+        folder = self.root / "stages" / name
+        return folder.is_dir() and not (folder / "spec.json").exists()
 
     def failure(self, _name: str) -> str:
         """None of them fails."""
@@ -106,8 +108,9 @@ def overhead(cluster: Cluster, *, turns: int) -> tuple[float, float]:
     """Median seconds from the start of a short training to its result: as a job, and by hand."""
     root = Path(tempfile.mkdtemp())
     command = (sys.executable, "-m", "widthopt")
-    later = ("-m", "hydra/launcher=slurm", "+hydra.launcher.options.begin=now+3600")
-    subprocess.run([*command, *TRAINING, *later, f"root={root}"], check=True, capture_output=True)  # noqa: S603
+    later = ("hydra/launcher=slurm", "+hydra.launcher.options.begin=now+3600")
+    words = (*command, "-m", *TRAINING, *later, f"root={root}")
+    subprocess.run(words, check=True, capture_output=True)  # noqa: S603
     cluster.cancel_all()
     (sweep,) = manifests(root)
     (name,) = sweep.own
@@ -182,7 +185,9 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
             yield Figure("end/runs/922", time.perf_counter() - begin, f"seconds; {done} are done")
             shutil.rmtree(root)
         job, hand = overhead(cluster, turns=1 if quick else 7)
-        yield Figure("overhead/run", job - hand, f"seconds; a job {job:.1f}, by hand {hand:.1f}")
+        share = 100 * (job - hand) / 3600
+        note = f"seconds; a job {job:.1f}, by hand {hand:.1f}; {share:.2g} % of an hour"
+        yield Figure("overhead/run", job - hand, note)
 
 
 if __name__ == "__main__":

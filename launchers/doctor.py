@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,13 @@ def _badly(what: str, said: str) -> Check:
     return Check(what, well=False, said=said)
 
 
-def checks(root: Path, options: Mapping[str, Any], *, job: bool) -> Iterator[Check]:
+def checks(root: Path, options: Mapping[str, Any], *, device: str, job: bool) -> Iterator[Check]:
     """Look at a site.
 
     Args:
         root: The folder that runs are to be kept in.
         options: Those of one of SLURM's launchers, as ``conf/hydra/launcher`` has them.
+        device: What runs are to compute on, as ``runtime.device`` has it.
         job: Whether to send a job that looks at a node.
     """
     yield _well("python", f"{sys.version.split()[0]}, {sys.executable}")
@@ -86,7 +87,7 @@ def checks(root: Path, options: Mapping[str, Any], *, job: bool) -> Iterator[Che
         yield _badly("options", str(error))
         return
     if job:
-        yield from _node(root, options)
+        yield from _node(root, options, device)
 
 
 def _folder(root: Path) -> Iterator[Check]:
@@ -119,6 +120,7 @@ class _Probe:
     """One job that looks at the node it gets; see `launchers.work.Work`."""
 
     interruptions = ()
+    imports = ()
     name = "doctor"
 
     def __init__(self, root: Path) -> None:
@@ -167,15 +169,22 @@ class _Probe:
         """See `launchers.work.Work`."""
 
 
+_ASK_TORCH = "import torch; print(torch.__version__, torch.accelerator.device_count())"
+
+
 def probe(spec: Path) -> None:
     """Look at the node that this job got, and write down what is there."""
     if os.environ.get("RANK", "0") != "0":
         return
+    asked = subprocess.run(  # noqa: S603 (our own words)
+        [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=True
+    )
+    torch, gpus = asked.stdout.split()[-2:]
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "python": sys.version.split()[0],
-        "torch": version("torch"),
-        "gpus": len([one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]),
+        "torch": torch,
+        "gpus": int(gpus),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "time": time.time(),
     }
@@ -188,7 +197,22 @@ def probe(spec: Path) -> None:
     write_atomically(spec.parent / "found.json", json.dumps(found))
 
 
-def _node(root: Path, options: Mapping[str, Any]) -> Iterator[Check]:
+def _accelerators(asked: int, found: Mapping[str, Any], device: str) -> Iterator[Check]:
+    """Whether torch sees as many accelerators on a node as each was asked for."""
+    if asked and device == "cpu":
+        yield _well("GPUs", "not looked for, since runtime.device is cpu")
+    elif asked:
+        well = found["gpus"] >= asked
+        said = (
+            f"torch {found['torch']} sees {found['gpus']} of the {asked} that each node is to give"
+        )
+        yield Check("GPUs", well, said if well else
+            f"{said}; see hydra.launcher.gpus_as and setup, install a torch for them, or use "
+            "runtime.device=cpu",
+        )  # fmt: skip
+
+
+def _node(root: Path, options: Mapping[str, Any], device: str) -> Iterator[Check]:
     """What a job finds on a node."""
     own = Path(tempfile.mkdtemp(prefix=".doctor.", dir=root))
     work = _Probe(own)
@@ -217,6 +241,7 @@ def _node(root: Path, options: Mapping[str, Any]) -> Iterator[Check]:
             f"{found['host']}: python {found['python']}, torch {found['torch']}, "
             f"{found['gpus']} GPUs, {found['processes']} processes",
         )  # fmt: skip
+        yield from _accelerators(slurm.resources["gpus_per_node"], found, device)
         yield Check(
             "locks of nodes", found["locked"],
             "a node sees the locks of this machine" if found["locked"] else

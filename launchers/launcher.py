@@ -2,9 +2,13 @@
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -17,7 +21,7 @@ from launchers.local import Pool
 from launchers.progress import Progress
 from launchers.work import Failed, Work
 from widthopt.errors import InputError
-from widthopt.store import write_atomically, writing
+from widthopt.store import there, write_atomically, writing
 
 
 logger = logging.getLogger("widthopt")
@@ -33,6 +37,7 @@ def keep(work: Work, launcher: "_Launcher") -> None:
     """Write down beside a sweep how it was started, for `again`."""
     values = {"launcher": type(launcher).__name__, "work": launcher.work}
     values |= {"perform": launcher.perform, **launcher.options}
+    values["home"] = os.getcwd()  # noqa: PTH109 (as the user sees it)
     path = work.root / "launchers" / f"{work.name}.json"
     with writing(path.parent):
         path.parent.mkdir(exist_ok=True)
@@ -40,7 +45,10 @@ def keep(work: Work, launcher: "_Launcher") -> None:
 
 
 def again(work: Work) -> None:
-    """Do what is left of some work as it was started before.
+    """Do what is left of some work as it was started before, and in the folder where that was.
+
+    Args:
+        work: It is kept at an absolute path.
 
     Raises:
         InputError: How that was is not known, or it cannot be done.
@@ -51,15 +59,18 @@ def again(work: Work) -> None:
     try:
         values = json.loads(path.read_text("utf-8"))
         kind = {one.__name__: one for one in kinds}[values.pop("launcher")]
+        home = Path(values.pop("home"))
         launcher = kind(sure=True, **values)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} does not say how the sweep was started ({error}), but that is needed; give "
             "the sweep's own command again"
         ) from error
-    launcher.prepare()
-    work.begin(sure=True, live=launcher.live)
-    launcher.carry_out(work)
+    with chdir(home if home.is_dir() else "."):  # the code is there that a cluster gets
+        sys.path.append(os.getcwd())  # noqa: PTH109 (as it stands in the path)
+        launcher.prepare()
+        work.begin(sure=True, live=launcher.live)
+        launcher.carry_out(work)
 
 
 class _Launcher(Launcher):
@@ -100,6 +111,10 @@ class _Launcher(Launcher):
         """
         del initial_job_idx
         assert self.context is not None
+        if not isinstance(self.sure, bool):
+            raise InputError(
+                f"hydra.launcher.sure is {self.sure}, but it must be true or false; correct it"
+            )
         self.prepare()
         work: Work = named(self.work)(self.context.config_loader, job_overrides)
         work.begin(sure=self.sure, live=self.live)
@@ -190,6 +205,10 @@ class WidthoptSlurmLauncher(_Launcher):
         self.check_keys({"wait", *(one.name for one in fields(Slurm))} - {"perform"})
         wanted = dict(self.options)
         self.stay = wanted.pop("wait")
+        if not isinstance(self.stay, bool):
+            raise InputError(
+                f"hydra.launcher.wait is {self.stay}, but it is true or false; correct it"
+            )
         self.slurm = Slurm(perform=self.perform, **wanted)
         self.live = queue.live()
 
@@ -202,11 +221,18 @@ class WidthoptSlurmLauncher(_Launcher):
         from launchers.slurm import watch  # noqa: PLC0415 (imports submitit)
 
         left = len(work.items())
-        submitted = self.slurm.submit(work) if left else 0
-        there = f", {left - submitted} are in the queue already" if left > submitted else ""
-        command, where = ("status" if left else "report"), f"{work.name} --root {work.root}"
-        said = f"{submitted} runs submitted{there}" if left else "all runs are done"
-        logger.info("%s; see: widthopt %s %s", said, command, where)
+        where = f"{work.name} {there(work.root)}"
+        try:
+            submitted = self.slurm.submit(work) if left else 0
+            queued = f", {left - submitted} are in the queue already" if left > submitted else ""
+            said = f"{submitted} runs submitted{queued}" if left else "all runs are done"
+            logger.info("%s; see: widthopt %s %s", said, "status" if left else "report", where)
+            if self.stay:
+                watch(work)
+        # Here too, as a user who has read that the runs are submitted may be faster than the wait.
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "stopped; what was submitted goes on, and this ends it: widthopt cancel " + where
+            ) from None
         if self.stay:
-            watch(work)
             work.end()

@@ -4,11 +4,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -52,12 +53,17 @@ class Pool:
         Ctrl-C is passed on to the processes; they save their state, and are waited for.
         """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([self._perform.rpartition(".")[0]])
-        with _environment({"OMP_NUM_THREADS": str(self._threads)}):
-            self._run(work, progress, context)
+        context.set_forkserver_preload([self._perform.rpartition(".")[0], *work.imports])
+        watched, held = multiprocessing.Pipe(duplex=False)
+        with watched, held, _environment({"OMP_NUM_THREADS": str(self._threads)}):
+            self._run(work, progress, context, watched)
 
     def _run(
-        self, work: Work, progress: Progress, context: multiprocessing.context.ForkServerContext
+        self,
+        work: Work,
+        progress: Progress,
+        context: multiprocessing.context.ForkServerContext,
+        watched: Connection,
     ) -> None:
         waiting = {item.name: item for item in work.items()}
         running: dict[int, tuple[Item, ForkServerProcess]] = {}
@@ -68,7 +74,7 @@ class Pool:
                     progress.wait_for_ever(item)
                 for item in self._startable(waiting, running):
                     process = context.Process(
-                        target=_child, args=(self._perform, work.freeze(item.name))
+                        target=_child, args=(self._perform, work.freeze(item.name), watched)
                     )
                     process.start()
                     progress.start(waiting.pop(item.name))
@@ -106,11 +112,13 @@ class Pool:
 
 
 def _blocked(waiting: dict[str, Item], lost: set[str]) -> list[Item]:
-    """What can never be started, taken out of what waits and lost too."""
-    result = [item for item in waiting.values() if not lost.isdisjoint(item.needs)]
-    for item in result:
-        lost.add(item.name)
-        del waiting[item.name]
+    """What can never be started, taken out of what waits and lost too, with what needs that."""
+    result: list[Item] = []
+    while found := [item for item in waiting.values() if not lost.isdisjoint(item.needs)]:
+        for item in found:
+            lost.add(item.name)
+            del waiting[item.name]
+        result += found
     return result
 
 
@@ -139,10 +147,22 @@ class _environment:  # noqa: N801 (used as a function)
                 os.environ[name] = value
 
 
-def _child(perform: str, spec: Path) -> None:
+def _end_with(watched: Connection) -> None:
+    """End this process as by Ctrl-C once the sweep's is gone, with which the other end closes.
+
+    It may have been killed, and with it only those of its own process group.
+    """
+    watched.poll(None)
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGINT)
+
+
+def _child(perform: str, spec: Path, watched: Connection) -> None:
     """One item in a process of its own; what it prints goes into its folder."""
     os.setpgrp()  # a terminal's Ctrl-C goes to the sweep alone, which passes it on once
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     log = os.open(spec.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)

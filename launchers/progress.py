@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Self
 
@@ -13,6 +14,9 @@ from launchers.work import Item
 
 
 logger = logging.getLogger("widthopt")
+
+RECENT = 20
+"""Items that are done by which the rest is foretold."""
 
 
 class Progress:
@@ -29,9 +33,9 @@ class Progress:
         self.done = self.failed = self.blocked = 0
         self._all = len(items)
         self._running: dict[str, float] = {}
+        self._at_once = 1
         self._weight_left = sum(item.weight for item in items)
-        self._weight_done = 0.0
-        self._started = time.monotonic()
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # weights and seconds
         console = Console(stderr=True)
         self._bar = None
         if console.is_terminal and items:
@@ -51,12 +55,13 @@ class Progress:
     def start(self, item: Item) -> None:
         """An item has been started."""
         self._running[item.name] = time.monotonic()
+        self._at_once = max(self._at_once, len(self._running))
         self._show()
 
     def finish(self, item: Item) -> None:
         """An item is done."""
         self.done += 1
-        self._weight_done += item.weight
+        self._recent.append((item.weight, time.monotonic() - self._running[item.name]))
         self._end(item, "done")
 
     def fail(self, item: Item, why: str) -> None:
@@ -93,13 +98,26 @@ class Progress:
             self._bar.update(self._task, completed=ended, description=self._text())
 
     def _text(self) -> str:
-        """In one line: counts, and the time left at the speed so far."""
+        """In one line: counts, and the time left."""
         words = [f"{self.done} of {self._all} done"]
         words += [f"{len(self._running)} running"] if self._running else []
         words += [f"{self.failed} failed"] if self.failed else []
         words += [f"{self.blocked} blocked"] if self.blocked else []
-        if self._weight_done > 0:
-            speed = self._weight_done / (time.monotonic() - self._started)
-            left = round(self._weight_left / speed)
+        if self._recent:
+            left = round(self._seconds_left())
             words.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         return ", ".join(words)
+
+    def _seconds_left(self) -> float:
+        """What the rest takes as items took of late: by their weights or their number.
+
+        The larger of the two, since small items take their time to start and not their weight's.
+        """
+        weight = sum(weight for weight, _ in self._recent)
+        seconds = sum(seconds for _, seconds in self._recent)
+        each = seconds / len(self._recent)
+        number = self._all - self.done - self.failed - self.blocked
+        left = max(number * each, self._weight_left * seconds / weight if weight else 0.0)
+        now = time.monotonic()
+        gone = sum(min(now - started, each) for started in self._running.values())
+        return max(left - gone, 0.0) / self._at_once

@@ -101,6 +101,13 @@ def named(name: str) -> dict[int, str]:
     return {int(job.partition("_")[2] or 0): job for job in jobs}
 
 
+def hosts() -> set[str]:
+    """The machines that are nodes, as they call themselves, but for those at this one's address."""
+    nodes = ask("scontrol", "-o", "show", "node").splitlines()
+    away = [one for one in nodes if not re.search(r"\bNodeAddr=(127\.|localhost\b)", one)]
+    return {name for one in away for name in re.findall(r"\bNodeHostName=(\S+)", one)}
+
+
 def array_size() -> int:
     """How many elements one array may have (``MaxArraySize`` bounds the index)."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)

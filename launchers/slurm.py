@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import sys
 import time
 import uuid
@@ -27,7 +28,7 @@ from launchers.snapshot import snapshot
 from launchers.work import Failed, Item, Work
 from launchers.worker import Order, work
 from widthopt.errors import InputError
-from widthopt.store import write_atomically, writing
+from widthopt.store import there, write_atomically, writing
 
 
 logger = logging.getLogger("widthopt")
@@ -49,6 +50,8 @@ _VARIABLES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX"}
 """What ``sbatch`` calls its variables, where that is not the option's name."""
 
 _UNSHARED = {"tmpfs", "ramfs", "devtmpfs"}
+_DISKS = {"btrfs", "ext2", "ext3", "ext4", "overlay", "xfs", "zfs"}
+"""What a machine has on disks of its own; the others see it if it is exported to them."""
 
 _UNWARNED = """bash -c 'trap "" USR2; exec "$@"' bash"""
 """Starts a command that a warning does not end: Python needs seconds until it can take one."""
@@ -135,10 +138,19 @@ class Slurm:
                     f"from {least} up; correct it"
                 )
         for name in ("setup", "packages", "code"):
-            if isinstance(getattr(self, name), str):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                one = "" if value is None else f'"{value}"'
                 raise InputError(
-                    f"hydra.launcher.{name} is {getattr(self, name)}, but it is a list; write "
-                    f"'hydra.launcher.{name}=[\"{getattr(self, name)}\"]'"
+                    f"hydra.launcher.{name} is {'null' if value is None else value}, but it is a "
+                    f"list; write 'hydra.launcher.{name}=[{one}]'"
+                )
+        for name in ("resources", "options"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise InputError(
+                    f"hydra.launcher.{name} is {'null' if value is None else value}, but it is a "
+                    f"table; give its values one by one, as in hydra.launcher.{name}.NAME=VALUE"
                 )
         for name, value in self.options.items():
             if name.replace("_", "-") in _OURS and value is not None:
@@ -174,6 +186,13 @@ class Slurm:
                     "hydra.launcher.resources.minutes"
                 )
             queue.check(self.flags(one))
+        kind, here = file_system(work_of.root), socket.gethostname()
+        if kind in _DISKS and queue.hosts() - {here, here.partition(".")[0]}:
+            logger.warning(
+                "root is %s, on a disk of this machine (%s); on nodes that do not see it runs "
+                "fail: widthopt doctor --job %s asks one",
+                work_of.root, kind, there(work_of.root),
+            )  # fmt: skip
         with _alone(work_of.root):
             live = queue.live()
             _adopt(work_of.root)
@@ -219,7 +238,7 @@ class Slurm:
 def adopt(root: Path) -> None:
     """Write down jobs whose submitter was killed before it could, unless one is at work now."""
     if any((root / "submissions").glob("*.json")):
-        with _alone(root):
+        with suppress(BlockingIOError), _alone(root, wait=False):
             _adopt(root)
 
 
@@ -237,6 +256,10 @@ def _adopt(root: Path) -> None:
             folder = root / "stages" / intent["runs"][place]
             write_atomically(folder / "submission.json", json.dumps(content, indent=2) + "\n")
         path.unlink()
+
+
+class _LimitReachedError(InputError):
+    """No room for more jobs, as a limit on how many there may be says."""
 
 
 class _Sender:
@@ -286,7 +309,7 @@ class _Sender:
         for (resources, jobs), items in groups.items():
             after = "afterok:" + ":".join(jobs) if jobs else ""
             for first in range(0, len(items), self._limit):
-                self._sbatch(items[first : first + self._limit], resources, after)
+                self._send_array(items[first : first + self._limit], resources, after)
 
     def _send_alongside(
         self, ready: Sequence[Item], asked: Mapping[str, Resources]
@@ -312,12 +335,36 @@ class _Sender:
                 while line.get(places):
                     places += 1
                 items = [line[place].pop(0) for place in range(places)]
-                self._sbatch(items, resources, f"aftercorr:{array}")
+                self._send_array(items, resources, f"aftercorr:{array}")
             left += [item for items in line.values() for item in items]
         return left
 
+    def _send_array(self, items: Sequence[Item], resources: Resources, after: str) -> None:
+        """One array, or a shorter one if a user's or an account's limit leaves no room for it.
+
+        Raises:
+            InputError: SLURM refuses it, or the limit is reached.
+        """
+        try:
+            self._sbatch(items, resources, after)
+        except _LimitReachedError:
+            half = len(items) // 2
+            if not half:
+                raise
+            self._send_array(items[:half], resources, after)
+            if after.startswith("aftercorr:"):  # those of the same number are sent, and only those
+                for item in items[half:]:
+                    jobs = ":".join(self._jobs[need] for need in item.needs)
+                    self._send_array([item], resources, f"afterok:{jobs}")
+            else:
+                self._send_array(items[half:], resources, after)
+
     def _sbatch(self, items: Sequence[Item], resources: Resources, after: str) -> None:
-        """One submission: a job, or an array of them."""
+        """One submission: a job, or an array of them.
+
+        Raises:
+            InputError: SLURM refuses it.
+        """
         slurm, root = self._slurm, self._work.root
         name = f"widthopt-{uuid.uuid4().hex[:10]}"
         intent = root / "submissions" / f"{name}.json"
@@ -359,7 +406,8 @@ class _Sender:
                 jobs = executor.map_array(work, orders)
         except submitit.core.utils.FailedJobError as error:
             intent.unlink()
-            raise InputError(
+            full = "SubmitJob" in str(error)  # as in AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
+            raise (_LimitReachedError if full else InputError)(
                 f"sbatch is given {' '.join(queue.words_for(flags))}, but SLURM refuses it "
                 f"({queue.words_of(str(error))}); {self._sent} runs were submitted before, and the "
                 "same command sends the rest"
@@ -409,20 +457,34 @@ def how_ended(root: Path, jobs: Collection[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Submit alone: another process that wants to waits until this one has left."""
+def _alone(root: Path, *, wait: bool = True) -> Iterator[None]:
+    """Submit alone: another process that wants to waits until this one has left.
+
+    Raises:
+        BlockingIOError: Another one submits, and ``wait`` is off.
+    """
     with writing(root):
         lock = os.open(root / "submit.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with writing(root):  # some file systems have no locks
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("another process submits from %s; waiting for it", root)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            free = _locked(lock)
+        if not free:
+            if not wait:
+                raise BlockingIOError
+            logger.warning("another process submits from %s; waiting for it", root)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
+
+
+def _locked(file: int) -> bool:
+    """Whether a lock could be had at once; if so, it is."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

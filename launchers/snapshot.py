@@ -16,6 +16,12 @@ MAX_FILES, MAX_MEGABYTES = 5_000, 200
 
 _NO_CODE = {"__pycache__", "node_modules"}
 
+_OTHERS = ("pyvenv.cfg", "conda-meta", "stages/store.json")
+"""What is in a folder of an environment of Python, or of runs and the copies beside them."""
+
+_MANY = 100
+"""A folder of more names than this, none of them a module, holds data; it is not searched."""
+
 
 def snapshot(packages: Sequence[str], folders: Sequence[str], *, into: Path) -> Path:
     """Copy code into a folder that is named by its content; the same code is copied once.
@@ -85,9 +91,23 @@ def _within(folder: Path) -> Iterator[Path]:
 
 
 def _code(folder: Path) -> Iterator[Path]:
-    """What Python would import from a folder: its modules and its packages."""
+    """What Python would import from a folder: its modules, its packages, and such in folders."""
     for path in sorted(folder.iterdir()):
         if path.suffix == ".py" and path.is_file():
             yield path
         elif (path / "__init__.py").is_file():
             yield from _within(path)
+        elif path.is_dir() and _may_hold_code(path):
+            yield from _code(path)
+
+
+def _may_hold_code(folder: Path) -> bool:
+    """Whether a folder without ``__init__.py`` may be there to import modules from."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False
+    data = len(names) > _MANY and not any(name.endswith(".py") for name in names)
+    loop = folder.parent.resolve().is_relative_to(folder.resolve())
+    name = folder.name.isidentifier() and folder.name not in _NO_CODE
+    return name and not data and not loop and not any((folder / one).exists() for one in _OTHERS)

@@ -1,12 +1,15 @@
 """The points of a sweep, for Hydra's command line: every point before any work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig
@@ -29,14 +32,43 @@ def check_once(overrides: Sequence[str]) -> None:
     """
     given: dict[str, str] = {}
     for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals or key.startswith("-"):
-            continue
-        if given.setdefault(key, value) != value:
-            raise InputError(
-                f"{key} is {given[key]} and {value}, but it has one value in one command; leave "
-                "one of them out, or sweep over both with -m and a comma"
-            )
+        for key, value in _given(word):
+            if given.setdefault(key, value) != value:
+                raise InputError(
+                    f"{key} is {given[key]} and {value}, but it has one value in one command; "
+                    "leave one of them out, or sweep over both with -m and a comma"
+                )
+
+
+def _given(word: str) -> Iterator[tuple[str, str]]:
+    """The keys that an override gives a value, each with its text; those inside of tables too."""
+    key, equals, text = word.partition("=")
+    if not equals or key.startswith("-"):
+        return
+    key = key.lstrip("+")
+    tables: list[Any] = []
+    if "{" in text:
+        with suppress(HydraException):  # it says itself what it cannot read
+            value = OverridesParser.create().parse_override(word).value()
+            tables = list(value.list) if isinstance(value, ChoiceSweep) else [value]
+    if not tables or not all(isinstance(one, dict) for one in tables):
+        yield key, text
+        return
+    inside: dict[str, list[str]] = {}
+    for one in tables:
+        for name, value in _leaves(one, key):
+            inside.setdefault(name, []).append(value)
+    for name, values in inside.items():
+        yield name, ",".join(values)
+
+
+def _leaves(table: Mapping[Any, Any], key: str) -> Iterator[tuple[str, str]]:
+    """Every value of nested tables, with its key."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{key}.{name}")
+        else:
+            yield f"{key}.{name}", str(value)
 
 
 def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
@@ -68,7 +100,13 @@ def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
     for name in names:
         first = [] if name is None else [f"{EXPERIMENT}={name}"]
         config = loader.load_configuration(CONFIG_NAME, [*fixed, *first], RunMode.MULTIRUN)
-        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        swept = config.hydra.sweeper.params or {}
+        if not isinstance(swept, Mapping):
+            raise InputError(
+                f"hydra.sweeper.params is {swept}, but it is a table of keys and their values; "
+                "correct it"
+            )
+        params = [f"{key}={value}" for key, value in swept.items()]
         overrides = parser.parse_overrides([*params, *rest])
         for one in overrides:
             if one.is_sweep_override() and not list(one.sweep_string_iterator()):

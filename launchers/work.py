@@ -43,6 +43,11 @@ class Work(Protocol):
         """The folder that it is kept in, with all that a launcher keeps of it."""
         ...
 
+    @property
+    def imports(self) -> Sequence[str]:
+        """Modules that its items take long to import; whoever forks them may import them once."""
+        ...
+
     def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
         """Say what will be done and check that it can be; nothing has started if it cannot.
 

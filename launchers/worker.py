@@ -3,7 +3,8 @@
 The job's processes all start here (`submitit` calls `work`). SLURM warns them by SIGUSR2
 before it preempts them or their time is over. That is passed on as Ctrl-C, which a training
 takes as the wish to stop after its step with everything saved; then the first process puts
-the job back into the queue, and all wait for their end.
+the job back into the queue, and all wait for their end. Outside of a training there is nothing to
+save, and whichever process is warned puts the job back.
 """
 
 import json
@@ -30,6 +31,9 @@ STOPPED = 75
 
 GRACE_SECONDS = 3600
 """How long processes wait for their end after a warning; SLURM needs seconds."""
+
+FIRST_SECONDS = 5
+"""How long others wait for the first process where it has nothing to save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,8 @@ def work(order: Order) -> None:
         _take_no_warning()  # from here on it would only spoil the end
     except BaseException as error:
         if warning.came:
-            _put_back(order, rank)
+            # A training that stops in order raises an exception of its own.
+            _put_back(order, rank, saving=not isinstance(error, KeyboardInterrupt))
         if isinstance(error, InputError):
             sys.stderr.write(f"widthopt: {error}\n")
             sys.exit(2)
@@ -141,18 +146,27 @@ def _take_no_warning() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _put_back(order: Order, rank: int) -> None:
-    """Put the job back into the queue and wait for its end; the process ends here."""
+def _put_back(order: Order, rank: int, *, saving: bool) -> None:
+    """Put the job back into the queue and wait for its end; the process ends here.
+
+    Args:
+        order: What the job was to do.
+        rank: Which of its processes this is.
+        saving: Whether the processes agreed to stop, so that the first one has to save.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank:
-        # The first process may still save, and ends all of them when it ends.
-        time.sleep(GRACE_SECONDS)
-    elif order.requeue:
+        # The first process puts the job back, which ends all of them. But it may be waiting for
+        # this one, deep inside of a collective call that no signal interrupts.
+        time.sleep(GRACE_SECONDS if saving else FIRST_SECONDS)
+    if order.requeue:
         job = this_job()
         try:
             command = ["scontrol", "requeue", job]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-            why = done.stderr.strip() if done.returncode else ""
+            # Another process may have put it back already; then it waits by now.
+            back = not done.returncode or "pending" in done.stderr
+            why = "" if back else done.stderr.strip()
         except FileNotFoundError:  # as in a container that has none of SLURM's commands
             why = "there is no scontrol where it runs"
         if not why:

@@ -1,5 +1,6 @@
 """Launchers: what is started when, how much at once, what a failure stops; and Hydra's side."""
 
+import functools
 import logging
 import os
 import signal
@@ -80,6 +81,13 @@ def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
     assert why == {"b": "it was to fail", "c": "its process was ended by SIGKILL"}
 
 
+@pytest.mark.parametrize("order", [("b", "of_b", "of_of_b"), ("of_of_b", "of_b", "b")])
+def test_what_needs_something_that_cannot_be_done_is_not_begun(tmp_path, order):
+    told = pooled(tmp_path, {name: CHAIN[name] for name in order})
+    assert told.of("start") == ["b"]
+    assert sorted(told.of("wait_for_ever")) == ["of_b", "of_of_b"]
+
+
 def test_what_is_needed_comes_before_what_needs_it(tmp_path):
     table = {"last": (["middle"], "well"), "middle": (["first"], "well"), "first": ([], "well")}
     pooled(tmp_path, table, parallel=3)
@@ -131,6 +139,27 @@ def test_processors_are_shared_out_unless_said():
     assert Pool("work.perform", max_parallel=999, threads=None)._threads == 1  # noqa: SLF001
 
 
+def test_what_takes_long_to_import_is_imported_once_for_all_items(tmp_path):
+    table = {name: ([], "well") for name in "ab"}
+    code = f"""
+    import sys
+    sys.path[:0] = [{str(Path(__file__).parent)!r}]
+    from work import FileWork
+    from launchers.local import Pool
+    from launchers.progress import Progress
+    if __name__ == "__main__":
+        work = FileWork({str(tmp_path)!r}, {table!r})
+        with Progress(work.items()) as progress:
+            Pool("work.perform", max_parallel=2, threads=1).run(work, progress)
+        assert "mailbox" not in sys.modules
+    """
+    script = tmp_path / "script.py"  # since a process has one that it forks from
+    script.write_text(textwrap.dedent(code))
+    subprocess.run([sys.executable, str(script)], check=True)  # noqa: S603 (our own script)
+    for name in table:
+        assert "with mailbox: True" in (tmp_path / name / "log.txt").read_text()
+
+
 def test_ctrl_c_is_passed_on_once_and_waited_for(tmp_path):
     code = f"""
     import sys
@@ -161,6 +190,47 @@ def test_ctrl_c_is_passed_on_once_and_waited_for(tmp_path):
         assert line.startswith("begin")
         with pytest.raises(ProcessLookupError):
             os.kill(int(line.split()[2]), 0)
+
+
+def test_items_end_with_a_sweep_that_is_killed(tmp_path):
+    """They are in process groups of their own, so that what kills the sweep's leaves them."""
+    code = f"""
+    import sys
+    sys.path[:0] = [{str(Path(__file__).parent)!r}]
+    from work import FileWork
+    from launchers.local import Pool
+    from launchers.progress import Progress
+    if __name__ == "__main__":
+        work = FileWork({str(tmp_path)!r}, {{name: ([], "well") for name in "ab"}}, seconds=60)
+        with Progress(work.items()) as progress:
+            Pool("work.perform", max_parallel=2, threads=1).run(work, progress)
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)  # noqa: S603
+    notes = tmp_path / "notes"
+    until(lambda: notes.exists() and len(notes.read_text().splitlines()) == 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for line in notes.read_text().splitlines():
+        until(functools.partial(gone, line.split()[2]))
+    for name in "ab":  # as by Ctrl-C, so that a training saves its state
+        assert "KeyboardInterrupt" in (tmp_path / name / "log.txt").read_text()
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def gone(number):
+    """Whether a process has ended, be it waited for or not."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 # -------------------------------------------------------------------------------- in process
@@ -197,6 +267,38 @@ def test_a_launcher_does_what_it_can_and_says_what_it_could_not(named_here, kind
     assert all((named_here / name / "done").exists() for name in ("a", "of_a", "d", "more"))
 
 
+@pytest.mark.parametrize("sure", ["maybe", "false", 1, None])
+def test_whether_a_sweep_is_meant_is_a_truth_value(named_here, sure):
+    launcher = WidthoptInProcessLauncher(
+        work="work_of_this_test.Planned", perform="work.perform", sure=sure
+    )
+    launcher.context = type("Context", (), {"config_loader": None})()
+    with pytest.raises(
+        InputError, match=rf"^hydra.launcher.sure is {sure}, but it must be true or"
+    ):
+        launcher.launch([[]], 0)
+    assert not (named_here / "began").exists()
+
+
+class Failing(FileWork):
+    """One run fails, and none needs it."""
+
+    folder_of_all = Path()
+
+    def __init__(self, _loader, _points):
+        super().__init__(self.folder_of_all, {"a": ([], "well"), "b": ([], "fails")})
+
+
+def test_a_failure_that_blocks_nothing_is_one_nevertheless(named_here, monkeypatch):
+    monkeypatch.setattr(Failing, "folder_of_all", named_here)
+    launcher = WidthoptInProcessLauncher(
+        work="work_of_this_test.Failing", perform="work.perform", sure=True
+    )
+    launcher.context = type("Context", (), {"config_loader": None})()
+    with pytest.raises(Failed, match=r"^1 of 2 runs are done, 1 failed and 0 wait for those;"):
+        launcher.launch([[]], 0)
+
+
 # ---------------------------------------------------------------------------------- progress
 
 
@@ -218,6 +320,27 @@ def test_the_time_left_follows_from_the_work_that_is_left(monkeypatch, caplog):
         assert "1 failed" in caplog.text
         assert "FAILED (no luck): the item b, 30.0 s" in caplog.text
     assert (progress.done, progress.failed, progress.blocked) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(("at_once", "left"), [(1, "0:41:40"), (2, "0:20:50")])
+def test_the_time_left_is_that_of_small_items_too(monkeypatch, caplog, at_once, left):
+    """20 large ones took 100 s each; of 80 small ones, 50 s each with their start, 50 are left.
+
+    By their weights they would take 25 s in all.
+    """
+    now = [0.0]
+    monkeypatch.setattr("launchers.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(logging.getLogger("widthopt"), "propagate", True)
+    items = [Item(str(one), "an item", (), 200 if one < 20 else 1) for one in range(100)]
+    with caplog.at_level(logging.INFO, "widthopt"), Progress(items) as progress:
+        for first in range(0, 50, at_once):
+            together = items[first : first + at_once]
+            for item in together:
+                progress.start(item)
+            now[0] += 100 if first < 20 else 50
+            for item in together:
+                progress.finish(item)
+        assert f"50 of 100 done, {left} left" in caplog.text
 
 
 # -------------------------------------------------------------------------------------- Hydra

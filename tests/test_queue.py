@@ -60,3 +60,12 @@ def test_a_limit_is_that_of_the_partition_which_is_asked_for(answers, partition,
             queue.check(options)
     else:
         queue.check(options)
+
+
+def test_nodes_at_this_machines_own_address_are_no_other_machines(answers):
+    answers(
+        "scontrol",
+        "NodeName=a Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=gpu7 Version=22.05.8\n"
+        "NodeName=b Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=b Version=22.05.8",
+    )
+    assert queue.hosts() == {"gpu7"}

@@ -22,7 +22,8 @@ def mine(tmp_path):
     (folder / "package" / "__init__.py").write_text("")
     (folder / "package" / "table.csv").write_text("1,2")
     (folder / "package" / "__pycache__" / "old.pyc").write_text("")
-    (folder / "data" / "script.py").write_text("no package's")
+    (folder / "data" / "script.py").write_text("VALUE = 3")
+    (folder / "data" / "table.csv").write_text("1,2")
     (folder / "notes.txt").write_text("no code")
     return folder
 
@@ -30,7 +31,29 @@ def mine(tmp_path):
 def test_a_copy_is_what_python_would_import(mine, tmp_path):
     copy = snapshot([], [str(mine)], into=tmp_path)
     files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
-    assert files == {"my_network.py", "package/__init__.py", "package/table.csv"}
+    assert files == {
+        "data/script.py", "my_network.py", "package/__init__.py", "package/table.csv",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["pyvenv.cfg", "conda-meta/history", "stages/store.json"])
+def test_environments_and_runs_are_not_copied(mine, tmp_path, mark):
+    before = snapshot([], [str(mine)], into=tmp_path)
+    module = mine / "other" / "code" / "module.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("VALUE = 4")
+    (mine / "other" / mark).parent.mkdir(exist_ok=True)
+    (mine / "other" / mark).write_text("")
+    assert snapshot([], [str(mine)], into=tmp_path) == before
+
+
+def test_folders_of_data_are_not_searched_and_a_way_back_is_no_loop(mine, tmp_path):
+    before = snapshot([], [str(mine)], into=tmp_path)
+    for number in range(101):
+        (mine / "images" / f"class{number}").mkdir(parents=True)
+    (mine / "images" / "class0" / "module.py").write_text("VALUE = 5")
+    (mine / "back").symlink_to(mine)
+    assert snapshot([], [str(mine)], into=tmp_path) == before
 
 
 def test_the_same_code_is_copied_once_and_other_code_beside_it(mine, tmp_path):
@@ -46,8 +69,9 @@ def test_the_same_code_is_copied_once_and_other_code_beside_it(mine, tmp_path):
 def test_python_runs_from_a_copy_alone(mine, tmp_path):
     copy = snapshot(PACKAGES, [str(mine)], into=tmp_path)
     script = (
-        "import conf, launchers.worker, my_network, widthopt.store as store\n"
-        "print(conf.__file__, launchers.worker.__file__, my_network.__file__, store.__file__)"
+        "import conf, data.script, launchers.worker, my_network, widthopt.store as store\n"
+        "print(conf.__file__, launchers.worker.__file__, my_network.__file__, store.__file__,"
+        "data.script.__file__)"
     )
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", script], cwd=copy, capture_output=True, text=True, check=True

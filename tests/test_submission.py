@@ -1,13 +1,18 @@
 """How runs are put into arrays, without a cluster: what is sent, and what each waits for."""
 
 import errno
+import fcntl
 import os
-from dataclasses import replace
+import re
+import socket
+from dataclasses import fields, replace
 
 import pytest
 from work import FileWork
 
+import launchers.launcher
 from launchers import queue, slurm
+from launchers.launcher import WidthoptSlurmLauncher
 from launchers.slurm import Slurm
 from widthopt.errors import InputError
 
@@ -35,7 +40,22 @@ def sent(monkeypatch):
     monkeypatch.setattr(queue, "check", lambda _flags: None)
     monkeypatch.setattr(queue, "array_size", lambda: 3)
     monkeypatch.setattr(queue, "live", dict)
+    monkeypatch.setattr(queue, "hosts", set)
     return found
+
+
+@pytest.fixture
+def limited(monkeypatch, sent):
+    """As `sent`, but SLURM takes so many jobs alone; how many is the returned list's entry."""
+    room, taken = [0], slurm._Sender._sbatch  # noqa: SLF001
+
+    def sbatch(sender, items, resources, after):
+        if sum(len(names) for names, _ in sent) + len(items) > room[0]:
+            raise slurm._LimitReachedError(f"{sender._sent} were sent")  # noqa: SLF001
+        taken(sender, items, resources, after)
+
+    monkeypatch.setattr(slurm._Sender, "_sbatch", sbatch)  # noqa: SLF001
+    return room
 
 
 def launcher():
@@ -61,6 +81,25 @@ def test_arrays_are_cut_to_what_the_cluster_allows(tmp_path, sent):
     assert [names for names, _ in sent] == [["s0", "s1", "s2"], ["s3", "s4"]]
 
 
+@pytest.mark.parametrize(
+    ("room", "arrays"),
+    [
+        (0, []),
+        (2, [(["s0"], ""), (["s1"], "")]),
+        (4, [(["s0", "s1", "s2"], ""), (["t0"], "aftercorr:100")]),
+        (5, [(["s0", "s1", "s2"], ""), (["t0"], "aftercorr:100"), (["t1"], "afterok:100_1")]),
+    ],
+)
+def test_as_much_is_sent_as_there_is_room_for(tmp_path, sent, limited, room, arrays):
+    """An array of three does not fit into room for two; what follows waits for its own."""
+    table = {f"s{one}": ((), "well") for one in range(3)}
+    table |= {f"t{one}": ((f"s{one}",), "well") for one in range(3)}
+    limited[0] = room
+    with pytest.raises(InputError, match="were sent"):
+        launcher().submit(FileWork(tmp_path, table))
+    assert sent == arrays
+
+
 def test_what_is_in_the_queue_is_waited_for_and_not_sent_again(tmp_path, sent, monkeypatch):
     work = FileWork(tmp_path, {"s": ((), "well"), "t": (("s",), "well")})
     work.submitted("s", "7_4")
@@ -78,6 +117,40 @@ def test_what_was_done_while_another_submitter_was_at_it_is_not_sent(tmp_path, s
     assert sent == [(["t"], "")]
 
 
+@pytest.mark.parametrize("where", ["submit", "info", "watch"])
+def test_ctrl_c_says_at_any_time_that_jobs_go_on(tmp_path, sent, monkeypatch, where):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    waiting = WidthoptSlurmLauncher(work="", perform="", sure=True)
+    waiting.slurm, waiting.stay = launcher(), True
+    place = {"submit": Slurm, "info": launchers.launcher.logger, "watch": slurm}[where]
+    monkeypatch.setattr(place, where, interrupt)
+    said = r"^stopped; what was submitted .* ends it: widthopt cancel sweep-of-files --root \S+$"
+    with pytest.raises(KeyboardInterrupt, match=said):
+        waiting.carry_out(FileWork(tmp_path, {"s": ((), "well")}))
+    assert len(sent) == (where != "submit")
+
+
+@pytest.mark.parametrize(
+    "case",  # the file system, the host of a node, how many warnings
+    [("ext4", "node1", 1), ("nfs4", "node1", 0), ("xfs", "login", 0)],
+)
+@pytest.mark.usefixtures("sent")
+def test_a_disk_of_the_login_node_is_warned_of(tmp_path, monkeypatch, caplog, case):
+    """It may be exported to the nodes, so it is no mistake for certain."""
+    kind, host, told = case
+    monkeypatch.setattr(slurm, "file_system", lambda _folder: kind)
+    monkeypatch.setattr(socket, "gethostname", lambda: "login.cluster")
+    monkeypatch.setattr(queue, "hosts", lambda: {host})
+    assert launcher().submit(FileWork(tmp_path, {"s": ((), "well")})) == 1
+    warning = (
+        f"root is {tmp_path}, on a disk of this machine ({kind}); on nodes that do not see it runs "
+        f"fail: widthopt doctor --job --root {tmp_path} asks one"
+    )
+    assert [one.getMessage() for one in caplog.records] == [warning] * told
+
+
 def test_a_root_without_locks_is_one_line(tmp_path, sent, monkeypatch):
     def flock(_file, _how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -88,6 +161,33 @@ def test_a_root_without_locks_is_one_line(tmp_path, sent, monkeypatch):
     ):
         launcher().submit(FileWork(tmp_path, {"s": ((), "well")}))
     assert sent == []
+
+
+def test_whoever_asks_for_the_state_does_not_wait_for_a_submitter(tmp_path):
+    intent = tmp_path / "submissions" / "widthopt-1.json"
+    intent.parent.mkdir()
+    intent.write_text("what it submits is not known before it has ended")
+    with (tmp_path / "submit.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        slurm.adopt(tmp_path)
+    assert intent.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("setup", None, "hydra.launcher.setup is null, but it is a list; write 'hydra.launcher"),
+        ("code", 3, "hydra.launcher.code is 3, but it is a list; write 'hydra.launcher.code=[\"3"),
+        ("resources", None, "hydra.launcher.resources is null, but it is a table; give its values"),
+        ("options", "gpu", "hydra.launcher.options is gpu, but it is a table; give its values"),
+        ("wait", "perhaps", "hydra.launcher.wait is perhaps, but it is true or false; correct it"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(name, value, said):
+    values = {one.name: getattr(launcher(), one.name) for one in fields(launcher())}
+    values = {**values, "wait": False, name: value}
+    with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+        WidthoptSlurmLauncher(work="", sure=False, **values).prepare()
 
 
 def test_a_warning_that_leaves_no_time_to_work_is_refused(tmp_path, sent):

@@ -13,14 +13,15 @@ import sys
 from launchers.worker import Order, _put_back
 order = Order(spec="", perform="", home="", requeue=len(sys.argv) > 2, max_requeues=1)
 print("warned", flush=True)
-_put_back(order, rank=int(sys.argv[1]))
+_put_back(order, rank=int(sys.argv[1]), saving={saving})
 """
 
 
-def warned(rank, *requeue, **environment):
+def warned(rank, *requeue, saving=True, **environment):
     process = subprocess.Popen(  # noqa: S603 (our own words)
-        [sys.executable, "-c", PUT_BACK, str(rank), *requeue], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, **environment},
+        [sys.executable, "-c", PUT_BACK.format(saving=saving), str(rank), *requeue],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
     )  # fmt: skip
     assert process.stdout.readline() == "warned\n"
     return process
@@ -41,6 +42,14 @@ def test_other_processes_wait_for_the_first_to_end_them():
     process.terminate()
     assert process.wait(timeout=60) == -signal.SIGTERM
     process.communicate()
+
+
+def test_where_nothing_is_saved_other_processes_wait_for_seconds_only():
+    """The first one may be waiting for this one, where no signal gets at it."""
+    process = warned(1, saving=False)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said == "widthopt: stopped before its end; give the same sweep again\n"
 
 
 def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):

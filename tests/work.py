@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class FileWork:
     """
 
     interruptions = ()
+    imports = ("mailbox",)  # of all modules one that nothing here imports
     name = "sweep-of-files"
 
     def __init__(self, folder, table, *, seconds=0.0, together=1):
@@ -71,6 +73,7 @@ def perform(spec):
         time.sleep(0.02)
     time.sleep(content["seconds"])
     print(f"the item {folder.name} says so", flush=True)  # noqa: T201 (it goes into its log)
+    print(f"with mailbox: {'mailbox' in sys.modules}")  # noqa: T201
     _note(folder, "end")
     if content["how"] == "fails":
         (folder / "failed").write_text("it was to fail")

@@ -502,7 +502,7 @@ class Cluster:
             # The munge socket again; AuthInfo does not hold for what goes to slurmdbd.
             "AccountingStoragePass": f"{self.folder}/run/munge.sock",
             "AccountingStorageTRES": "gres/gpu",
-            "AccountingStorageEnforce": "associations,qos",
+            "AccountingStorageEnforce": "associations,limits,qos",
         }
         none = {"AccountingStorageType": "accounting_storage/none"}
         return {

@@ -53,6 +53,12 @@ def test_resources_are_those_of_each_kind_of_run(folder, way):
     assert ("gres:gpu:3" in told(folder, "train")) == (way != "none")
 
 
+def test_gpus_may_have_a_type(folder):
+    typed = "+hydra.launcher.options.gres=gpu:v100:8"
+    folder.send(*ONE, LATER, "hydra.launcher.gpus_as=none", typed, submitted=2)
+    assert "gres:gpu:v100:8" in told(folder, "search")
+
+
 def test_a_persons_habits_hide_no_job_from_us(folder):
     folder.send(*ONE, LATER, submitted=2)
     habits = {"SQUEUE_STATES": "RUNNING", "SQUEUE_PARTITION": "high", "SQUEUE_FORMAT": "%j"}
@@ -241,6 +247,34 @@ def test_a_limit_that_is_met_in_the_midst_loses_nothing(folder):
     }
 
 
+def test_a_limit_on_jobs_is_filled_and_the_same_command_sends_the_rest(folder):
+    """A real one, below the length of an array: two jobs of a user at once."""
+    words = (*SWEEP, "projection.width=0.5,0.75,1", "seeds=[0]")
+
+    def limit(jobs):
+        change = ("modify", "user", "where", "name=root", "set", f"MaxSubmitJobs={jobs}")
+        folder.cluster.run("sacctmgr", "--immediate", *change)
+
+    limit(2)
+    try:
+        for _ in range(2):
+            done = folder.widthopt(*words)
+            assert done.returncode == 2
+            line = done.stderr.splitlines()[-1]
+            assert "AssocMaxSubmitJobLimit" in line
+            assert line.endswith(
+                "2 runs were submitted before, and the same command sends the rest"
+            )
+            folder.until_over()
+    finally:
+        limit(-1)
+    folder.send(*words, submitted=2)
+    folder.until_over()
+    assert {(row["state"], len(folder.attempts(row["name"]))) for row in folder.rows()} == {
+        ("done", 1)
+    }
+
+
 def test_a_command_that_waits_outlives_the_controllers_absence(folder):
     process = folder.start(*ONE, "recipe.search_epochs=600", "hydra.launcher.wait=true")
     folder.until(lambda: (folder.path / "runs" / "sweeps").exists() and folder.rows()[0]["job"])
@@ -256,7 +290,10 @@ def test_on_a_machine_without_slurm_the_state_says_what_is_not_known(folder):
     folder.send(*ONE, LATER, submitted=2)
     done = folder.widthopt("status", PATH=os.path.dirname(sys.executable))  # noqa: PTH120
     assert done.returncode == 0
-    assert done.stderr.startswith("there is no squeue on this machine, so that runs in a queue")
+    assert done.stderr.startswith(
+        "--root is runs, but its runs are a queue's and there is no squeue"
+    )
+    assert "queued: 2 as its files say: the queue does not answer" in done.stdout
     assert folder.queue()
 
 

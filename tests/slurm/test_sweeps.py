@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from commands import NETWORK, one_line
 from login import (
     LONG,
@@ -58,6 +62,17 @@ def test_a_sweep_with_shared_searches_and_failures_comes_to_its_report(folder):
         assert expected is None or len(folder.attempts(row["name"])) == expected
     report = folder.widthopt("report")
     assert report.returncode == 0, report.stderr
+
+
+def test_trainings_share_their_searches(folder):
+    words = (*SWEEP, "projection.width=0.5,0.75,1", "recipe.epochs=1,2,3", "seeds=[0]")
+    folder.send(*words, submitted=12)
+    arrays = {job.partition("_")[0] for job in folder.queue()}
+    assert len(arrays) <= 4  # the searches, and three times a training that waits for each
+    folder.until_over()
+    counted = Counter((row["kind"], row["state"]) for row in folder.rows())
+    assert counted == {("search", "done"): 3, ("train", "done"): 9}
+    assert all(len(folder.attempts(row["name"])) == 1 for row in folder.rows())
 
 
 def test_commands_know_a_run_from_any_shell(folder):
@@ -117,6 +132,30 @@ def test_a_sweep_waits_for_its_end_if_it_is_to(folder):
     assert failing.stderr.splitlines()[-1].startswith("widthopt: 0 of 2 runs are done and 2 are")
 
 
+def test_ctrl_c_ends_the_wait_and_no_job(folder):
+    later = "+hydra.launcher.options.begin=now+600"
+    process = folder.start(*ONE, "hydra.launcher.wait=true", later)
+    while "2 runs submitted" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
+    (sweep,) = (folder.path / "runs" / "sweeps").iterdir()
+    assert said.splitlines()[-1] == (
+        "widthopt: stopped; what was submitted goes on, and this ends it: widthopt cancel "
+        f"{sweep.stem} --root runs"
+    )
+    assert len(folder.queue()) == 2
+
+
+def test_what_a_job_said_before_it_began_is_followed_too(folder):
+    setup = 'hydra.launcher.setup=["set -e","echo there is no such module","exit 7"]'
+    folder.send(*ONE, setup, "+hydra.launcher.options.begin=now+20", submitted=2)
+    name = folder.row("search")["name"]
+    assert folder.row("search")["state"] == "queued"
+    assert "there is no such module" in folder.widthopt("logs", "-f", name).stdout
+
+
 def test_arrays_are_no_longer_than_the_cluster_allows(folder):
     words = (*SWEEP, "projection.width=0.5,0.6,0.75,1", "seeds=[0]")
     small = "import launchers.queue as q; q.array_size = lambda: 3"
@@ -165,29 +204,33 @@ def test_a_search_that_is_disturbed_ends_with_the_very_same_result(folder, distu
 
 
 def test_a_time_limit_is_a_pause(folder):
-    words = (
-        *ONE, "recipe.search_epochs=2500", "hydra.launcher.resources.minutes=1",
-        "hydra.launcher.warn_seconds=1",
-    )  # fmt: skip
+    """The search would take ten seconds, so it is stopped until the limit of a minute is near."""
+    words = (*ONE, LONG, "hydra.launcher.resources.minutes=1", "hydra.launcher.warn_seconds=5")
     folder.send(*words, submitted=2)
     row = folder.until_running()
-    folder.until(lambda: len(folder.attempts(row["name"])) > 1)
-    folder.until(
-        lambda: (
-            "epoch 1 of 2500" not in _since_last_start(folder, row)
-            and ": epoch " in _since_last_start(folder, row)
-        )
-    )
-    folder.widthopt("cancel", "sweep")
-    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
-    assert "goes on when SLURM has room for it" in log
+    log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
+    process = int(log.read_text().splitlines()[0].rpartition(" ")[2])
+    os.kill(process, signal.SIGSTOP)
+    folder.until(lambda: _warned(process))
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+    folder.until_over()
+    assert len(folder.attempts(row["name"])) == 2
+    assert "goes on when SLURM has room for it" in log.read_text()
+    assert log.read_text().count("epoch 1 of 150") == 1
     said = folder.cluster.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
     assert "TIMEOUT" not in said
+    assert whole(folder, *words)
 
 
-def _since_last_start(folder, row):
-    log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
-    return log.rpartition(", host ")[2]
+def _warned(process):
+    """Whether a process that is stopped has been sent SIGUSR2; SLURM may continue it, too."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return True
+    pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE)
+    return any(int(one, 16) >> (signal.SIGUSR2 - 1) & 1 for one in pending)
 
 
 def test_a_job_that_is_put_back_too_often_is_given_up(folder):
@@ -215,14 +258,37 @@ def test_without_the_right_to_requeue_the_same_command_goes_on(folder):
 
 
 def test_workers_that_load_images_take_no_warning(folder):
-    words = (*ONE, LONG, "runtime.workers=2")
+    # Only the paper's augmentation takes processes of their own here.
+    words = (*ONE, "recipe.search_epochs=15", "runtime.workers=2", "recipe.augmentation=paper")
     folder.send(*words, submitted=2)
     row = folder.until_running()
+    log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
+    process = log.read_text().splitlines()[0].rpartition(" ")[2]
+    folder.until(lambda: len(_children(process)) >= 2)
     folder.cluster.run("scancel", "--signal=USR2", row["job"])
     folder.until_over()
+    assert log.read_text().count("goes on when SLURM has room for it") == 1
+    assert "Traceback" not in log.read_text()
+    assert whole(folder, *words)
+
+
+def _children(process):
+    path = Path("/proc", process, "task", process, "children")
+    return path.read_text().split()
+
+
+def test_a_node_whose_slurmd_alone_is_killed_loses_nothing(folder):
+    """SLURM, after half a minute of silence, starts its job elsewhere."""
+    words = (*ONE, "recipe.search_epochs=600")
+    folder.send(*words, submitted=2)
+    row = folder.until_running()
+    node = folder.attempts(row["name"])[-1]["host"]
+    folder.cluster.kill_daemon_of(node)
+    folder.until(lambda: len(folder.attempts(row["name"])) > 1)
+    folder.cluster.start_node(node)
+    folder.until_over()
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
-    assert log.count("goes on when SLURM has room for it") == 1
-    assert "Traceback" not in log
+    assert log.count("epoch 1 of 600") == 1
     assert whole(folder, *words)
 
 
@@ -328,6 +394,26 @@ def test_four_processes_train_together(folder):
         assert "epoch 2 of 2" in (stage / "log.txt").read_text()
 
 
+def test_two_nodes_train_one_run_together_as_one_node_does(folder):
+    """As where nodes have four GPUs each."""
+    apart = (
+        "hydra.launcher.resources.nodes=2", "hydra.launcher.resources.tasks_per_node=2",
+        "hydra.launcher.resources.gpus_per_node=4",
+    )  # fmt: skip
+    folder.send(*ONE, *apart, submitted=2)
+    folder.until_over()
+    assert {row["state"] for row in folder.rows()} == {"done"}
+    jobs = ",".join(row["job"] for row in folder.rows())
+    said = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "NNodes,ReqTRES", "-j", jobs)
+    assert len(said.split()) == 2
+    for line in said.split():
+        assert line.startswith("2|")
+        assert "gres/gpu=8" in line
+    folder.send(*ONE, "hydra.launcher.resources.tasks_per_node=4", "root=one_node", submitted=2)
+    folder.until_over()
+    assert folder.results() == folder.results("one_node") != {}
+
+
 RANK_FAILS = """
 
 import os
@@ -353,6 +439,69 @@ def test_the_failure_of_any_process_is_the_jobs_and_is_told(folder):
     assert (row["state"], folder.row("train")["state"]) == ("failed", "blocked")
     said = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
     assert said.split() == ["FAILED"]
+
+
+def test_a_process_of_several_that_is_killed_is_the_failure_of_its_run(folder):
+    words = (*ONE, "recipe.search_epochs=600", "hydra.launcher.resources.tasks_per_node=4")
+    folder.send(*words, submitted=2)
+    row = folder.until_running()
+    log = folder.path / "runs" / "stages" / row["name"] / "log-2.txt"
+    os.kill(int(log.read_text().splitlines()[0].rpartition(" ")[2]), signal.SIGKILL)
+    folder.until_over()
+    row = folder.row("search")
+    assert row["state"] in {"failed", "stale"}, row  # as another process had time to say why or not
+    assert row["why"]
+    said = folder.widthopt("status")
+    assert said.returncode == 0, said.stderr
+    assert " ".join(row["why"].split()) in " ".join(said.stdout.split())
+    assert folder.row("train")["state"] in {"blocked", "stale"}
+
+
+SLOW = """
+
+import os
+import pathlib
+import time
+
+
+class Slow(nn.ReLU):
+    def forward(self, images):
+        alone = not self.training and os.environ.get("RANK") == "1"
+        if alone and images.device.type != "meta" and pathlib.Path("slow").exists():
+            pathlib.Path("sleeps").touch()
+            time.sleep(600)
+        return super().forward(images)
+
+
+Slow.__module__ = "torch.nn"  # so that it is not traced into
+
+
+def slow(num_classes, width=16):
+    network = MyNetwork(num_classes, width)
+    network.stem[2] = Slow()
+    return network
+"""
+
+
+def test_a_warning_outside_of_training_frees_the_process_that_waits_for_another(folder):
+    with (folder.path / "my_network.py").open("a") as file:
+        file.write(SLOW)
+    (folder.path / "slow").touch()
+    words = (
+        *(word for word in ONE if not word.startswith(("methods", "network.factory"))),
+        "methods=[uniform]", "network.factory=my_network.slow",
+        "hydra.launcher.resources.tasks_per_node=2",
+    )  # fmt: skip
+    folder.send(*words, submitted=1)
+    folder.until((folder.path / "sleeps").exists)
+    (folder.path / "slow").unlink()
+    (row,) = folder.rows()
+    folder.cluster.run("scancel", "--signal=USR2", row["job"])
+    folder.until_over()
+    assert len(folder.attempts(row["name"])) == 2
+    (row,) = folder.rows()
+    assert row["state"] == "done"
+    assert not any("could not be put back" in text for text in folder.logs().values())
 
 
 def test_processes_that_are_preempted_agree_where_to_stop(folder):
@@ -468,12 +617,22 @@ def test_nothing_needs_accounting(tmp_path, bare):
 
 
 def test_the_doctor_looks_at_the_folder_the_queue_and_a_node(folder):
-    done = folder.widthopt("doctor", "hydra/launcher=slurm_8xv100", "--job")
+    done = folder.widthopt("doctor", "hydra/launcher=slurm_8xv100", "runtime.device=cpu", "--job")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
     assert "8 processes" in done.stdout
     assert "a node sees the locks of this machine" in done.stdout
     assert list((folder.path / "runs").iterdir()) == []
+
+
+def test_the_doctor_says_where_torch_does_not_see_the_gpus_that_were_asked_for(folder):
+    done = folder.widthopt("doctor", "hydra/launcher=slurm_8xv100", "--job")
+    assert done.returncode == 1
+    (line,) = [one for one in done.stdout.splitlines() if one.startswith("BAD")]
+    assert line.startswith(
+        f"BAD GPUs            torch {torch.__version__} sees 0 of the 8 that each"
+    )
+    assert line.endswith("install a torch for them, or use runtime.device=cpu")
 
 
 def test_the_doctor_names_what_is_wrong(folder):
