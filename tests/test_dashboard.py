@@ -15,8 +15,9 @@ from wandb_server import KEY, Server
 
 from widthopt.__main__ import PAPER
 from widthopt.config import compose
-from widthopt.dashboard import HEALTH, as_json, sections, workspace
+from widthopt.dashboard import HEALTH, as_json, push, sections, workspace
 from widthopt.pipeline import Point, run
+from widthopt.tracking.client import Kept
 from widthopt.tracking.lines import rows
 from widthopt.tracking.metrics import BY_STEP, CURVES, MEDIA, OUTCOME, PERFORMANCE, SEARCH, known
 
@@ -40,19 +41,65 @@ def paper():
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory):
-    """Every name in the rows of a search by each algorithm, and of the trainings behind them."""
+def tracked(tmp_path_factory):
+    """The folder of a search by each algorithm, and of the trainings behind them."""
     folder = tmp_path_factory.mktemp("logged")
     (folder / "network_of_the_dashboard.py").write_text(NETWORK)
     sys.path.append(str(folder))
-    words = [one for one in TINY if not one.startswith("algorithm")]
+    words = [one for one in TINY if not one.startswith(("algorithm", "tracking"))]
     words += ["network.factory=network_of_the_dashboard.MyNetwork", f"root={folder}"]
     figures = tuple(compose(["experiment=fig3_width"]).figures)
     for name in ("morphnet", "autoslim", "dmcp"):
         asked = compose([*words, f"algorithm={name}", "tracking.every=10"])
         run(Point(replace(asked, figures=figures)))
     sys.path.remove(str(folder))
-    return {key for path in folder.rglob("metrics.jsonl") for row in rows(path) for key in row}
+    return folder / "stages"
+
+
+@pytest.fixture(scope="module")
+def logged(tracked):
+    """Every name in their rows."""
+    return {key for path in tracked.rglob("metrics.jsonl") for row in rows(path) for key in row}
+
+
+def summaries(tracked, kind):
+    """Of each: its result, and what the summary of its tracked run says."""
+    for stage in sorted(tracked.glob(f"{kind}-*")):
+        result = json.loads((stage / "result.json").read_text())["result"]
+        kept = Kept(stage)
+        yield result, kept.about, kept.ended.summary
+
+
+def test_the_summary_of_a_training_is_what_its_record_says(tracked):
+    found = list(summaries(tracked, "train"))
+    assert {about.kind for _, about, _ in found} == {"train", "baseline"}
+    for result, about, summary in found:
+        mine = result["found"]
+        if about.kind == "train":
+            saved = 100 * (1 - mine["overhead_macs"] / mine["direct_overhead_macs"])
+            assert summary["overhead_saved_pct"] == pytest.approx(saved)
+        assert {name: summary[name] for name in ("test/top1", "test/top5", "seconds")} == {
+            "test/top1": result["top1"], "test/top5": result["top5"],
+            "seconds": result["train_seconds"],
+        }  # fmt: skip
+        same = ("alpha", "macs", "budget_macs", "parameters", "overhead_macs")
+        assert {name: summary[name] for name in same} == {name: mine[name] for name in same}
+        assert about.figures == ("fig3_width", "figA1", "figA2_width")
+        for figure in about.figures:
+            assert summary[f"figures/{figure}/top1"] == result["top1"]
+            assert summary[f"figures/{figure}/saved_pct"] == summary["overhead_saved_pct"]
+
+
+def test_the_summary_of_a_search_is_what_it_came_to(tracked):
+    for result, _, summary in summaries(tracked, "search"):
+        assert summary["overhead_macs"] == result["overhead_macs"] > 0
+        assert summary["budget_macs"] > 0
+        assert summary["seconds"] == result["seconds"]
+        for name, one in result["flags"].items():
+            assert summary[f"flags/{name}"] == one
+        if "reach" in result["details"]:  # of MorphNet, by variable
+            for name, one in result["details"]["reach"].items():
+                assert summary[f"details/reach/{name}"] == one
 
 
 def test_every_line_of_the_dashboard_is_of_what_runs_log(paper, logged):
@@ -98,14 +145,31 @@ def test_what_tells_lines_apart_is_in_a_runs_configuration(paper):
     }  # fmt: skip
 
 
-def test_every_point_of_the_dashboard_is_of_a_declared_outcome(paper):
-    outcomes = {name for name in OUTCOME if "*" not in name}
+def test_every_point_of_the_dashboard_is_of_what_runs_come_to(paper, tracked):
+    """In the summary of each kind of run that its section is about, a figure's for trainings."""
     for one in paper:
-        for panel in one.panels:
-            if panel.kind in {"scatter", "scalar"}:
-                names = {name for name in (*panel.y, panel.x) if name}
-                curve = {f"figures/{one.figure}/top1", f"figures/{one.figure}/saved_pct"}
-                assert names <= outcomes | curve
+        names = {name for panel in one.panels if panel.kind in {"scatter", "scalar"}
+                 for name in (*panel.y, panel.x) if name}  # fmt: skip
+        mine = {name.replace(f"/{one.figure}/", "/fig3_width/") for name in names}
+        for kind in ("search", "train"):
+            if kind in one.kinds:
+                assert all(mine <= summary.keys() for *_, summary in summaries(tracked, kind))
+    (width,) = [one for one in paper if one.figure == "fig3_width"]
+    assert [(one.x, *one.y) for one in width.panels if one.kind == "scatter"] == [
+        ("figures/fig3_width/saved_pct", "figures/fig3_width/top1")
+    ]
+
+
+def test_a_section_shows_its_own_figure_and_table(paper):
+    """By the names that a sweep's figures are tracked by (`check_server` in the tests of W&B)."""
+    for one in paper:
+        if one.figure:
+            shown = {
+                panel.kind: panel.y for panel in one.panels if panel.kind in ("media", "table")
+            }
+            assert shown == {
+                "media": (f"figures/{one.figure}",), "table": (f"tables/{one.figure}",),
+            }  # fmt: skip
 
 
 def test_all_that_is_shown_is_declared(paper):
@@ -198,6 +262,26 @@ def test_a_dashboard_that_cannot_be_sent_is_one_line(tmp_path):
 
 
 @LIBRARY
+@pytest.mark.filterwarnings("ignore")  # the package's own
+def test_a_workspace_is_remembered_although_its_report_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = tmp_path / "runs" / "dashboard.json"
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        with monkeypatch.context() as patched:
+            patched.setattr("widthopt.dashboard.report", refuse)
+            with pytest.raises(ConnectionError):
+                push(HEALTH, project="width-transfer", entity="loop", kept=kept)
+        push(HEALTH, project="width-transfer", entity="loop", kept=kept)
+        assert sorted(one["type"] for one in server.views.values()) == ["project-view", "runs"]
+
+
+def refuse(*_, **__):
+    raise ConnectionError("no")
+
+
+@LIBRARY
 def test_a_dashboard_that_is_sent_again_changes_the_one_that_is_there(tmp_path):
     with Server() as server:
         env = {**environment(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
@@ -210,6 +294,7 @@ def test_a_dashboard_that_is_sent_again_changes_the_one_that_is_there(tmp_path):
             assert sorted(one["type"] for one in server.views.values()) == ["project-view", "runs"]
         (report,) = [one for one in server.views.values() if one["type"] == "runs"]
         filters = json.dumps(json.loads(report["spec"]))
-        assert '"fig3_width"' in filters
+        for figure in ("fig3_width", "figA1", "figA2_width"):  # of this experiment
+            assert f'"{figure}"' in filters
         assert server.unknown == []
         assert KEY not in (tmp_path / "runs" / "dashboard.json").read_text()

@@ -1,6 +1,7 @@
 """What a run writes down as it goes, without W&B; `test_wandb.py` has W&B's real client."""
 
 import json
+import os
 import resource
 import sys
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from commands import NETWORK, TINY, one_line, widthopt
 from small import RUNTIME, Small, SmallNetwork, Synthetic
 
+from widthopt import training
 from widthopt.algorithms import Conditions
 from widthopt.algorithms.sandwich import Sandwich
 from widthopt.config import compose, frozen, request
@@ -20,9 +22,11 @@ from widthopt.pipeline import Point, run
 from widthopt.setting import Setting
 from widthopt.surgery import Blueprint
 from widthopt.tracking import About, Tracker, tracked
+from widthopt.tracking.client import End, Kept
 from widthopt.tracking.lines import Lines, rows
 from widthopt.tracking.metrics import known
 from widthopt.tracking.secrets import HIDDEN, hidden
+from widthopt.tracking.sync import sync
 from widthopt.training import Diverged, Interrupted, Loop, _Rows, train
 
 
@@ -96,6 +100,22 @@ def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
     assert ["train/top1" in row for row in found] == [row["step"] % 4 == 0 for row in found]
     assert [row["epoch"] for row in found] == [row["step"] / 4 for row in found]
     assert all(row["perf/images_per_second"] > 0 for row in found)
+
+
+def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch):
+    """Every batch of 16 images takes two seconds, and in the last epoch one."""
+    clock = [0.0]
+
+    class Slow(Synthetic):
+        def epoch(self, epoch, first_step=0, rank=0, ranks=1):
+            for batch in super().epoch(epoch, first_step, rank, ranks):
+                clock[0] += 1.0 if epoch == 3 else 2.0
+                yield batch
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    trained(tmp_path, Slow(), Tracker(TRACKING, ABOUT, tmp_path))
+    rates = [row["perf/images_per_second"] for row in rows(tmp_path / "metrics.jsonl")]
+    assert rates == [8.0] * 6 + [16.0] * 2
 
 
 def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
@@ -403,11 +423,20 @@ def test_widths_are_a_file_rows_by_layer_and_lists(tmp_path):
         "multipliers": {"conv1": 0.5, "conv2": 2.0},
         "alpha": 1.5,
     }
-    assert [
-        (row["step"], row["layer/index"], row["layer/channels"], row["layer/multiplier"])
-        for row in rows(tmp_path / "metrics.jsonl")[1:]
-    ] == [(8, 0, 30, 0.5), (9, 1, 8, 2.0)]
+    told = rows(tmp_path / "metrics.jsonl")[1:]
+    names = ("step", "layer/index", "layers/small/channels", "layers/small/multiplier")
+    assert [tuple(row[name] for name in names) for row in told] == [(8, 0, 30, 0.5), (9, 1, 8, 2.0)]
     assert log.end.summary["widths/channels"] == [30, 8]
+
+
+def test_widths_of_a_search_are_no_network_that_a_figure_shows(tmp_path):
+    log = Tracker(TRACKING, replace(ABOUT, kind="search"), tmp_path)
+    log.widths({"conv1": 30}, {"conv1": 0.5})
+    log.close()
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert row.keys() - {"step", "time"} == {
+        "layer/index", "layers/search/channels", "layers/search/multiplier",
+    }  # fmt: skip
 
 
 # How runs end.
@@ -439,6 +468,22 @@ def test_a_run_ends_as_its_work_did(error, code, preempted, why, tmp_path):
             work()
     end = kept[0].end
     assert (end.code, end.preempted, end.why) == (code, preempted, why)
+
+
+def test_a_tracked_run_that_goes_on_untracked_ends_as_its_work_did(tmp_path):
+    """A server is told so with the next sync, and nothing else is begun for W&B."""
+    kept = Kept(tmp_path)
+    kept.begin(ABOUT, project="p", entity=None)
+    kept.end(End(code=1, preempted=True))
+    with tracked(TRACKING, ABOUT, tmp_path) as log:
+        log.row(1, {"loss": 2.0})
+        log.summary({"test/top1": 50.0})
+    assert (kept.ended.code, kept.ended.preempted) == (0, False)
+    assert kept.ended.summary == {"test/top1": 50.0}
+    assert not kept.whole
+    with tracked(TRACKING, ABOUT, tmp_path / "another") as log:
+        log.row(1, {"loss": 2.0})
+    assert not (tmp_path / "another" / "tracking").exists()
 
 
 # Names.
@@ -520,7 +565,14 @@ def test_offline_is_the_default():
         ),
         (
             "tracking.project=''",
-            "tracking.project is , but it has 1 to 128 characters; correct it",
+            "tracking.project is , but it has 1 to 128 characters, and none of /\\#?%:; correct it",
+        ),
+        (
+            "tracking.project=me/mine",
+            (
+                "tracking.project is me/mine, but it has 1 to 128 characters, and none of "
+                "/\\#?%:; correct it"
+            ),
         ),
         (
             f"tracking.tags=[{'x' * 65}]",
@@ -575,9 +627,55 @@ def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     assert done.returncode == 0
 
 
+def test_wandb_imported_ahead_starts_nothing(tmp_path):
+    code = (
+        "import os, threading, widthopt.tracking.preload\n"
+        "assert os.environ['WANDB_ERROR_REPORTING'] == 'false'\n"
+        "assert threading.active_count() == 1\n"
+        "own = '/proc/self/fd/'\n"
+        "links = [os.readlink(own + one) for one in os.listdir(own)[:-1]]\n"
+        "assert not any('socket' in one for one in links), links\n"
+        "try: os.waitpid(-1, os.WNOHANG)\n"
+        "except ChildProcessError: print('no child')\n"
+    )
+    import subprocess  # noqa: PLC0415
+
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "no child\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sync_of_nothing_says_so(tmp_path):
     done = widthopt("sync", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "0 sent, 0 had been sent before, 0 still run\n")
+
+
+def test_runs_are_sent_with_a_pause_between_them_and_tried_again_after_a_while(
+    tmp_path, monkeypatch
+):
+    """Without a server: what is looked at is when a run is told, and what is waited for."""
+    for name in ("train-a", "train-b", "train-c"):
+        kept = Kept(tmp_path / "stages" / name)
+        kept.begin(ABOUT, project="width-transfer", entity=None)
+        kept.end(End())
+    seen = []
+    answers = iter(["", "full", "full", "", ""])
+
+    def tell(kept, seconds):
+        seen.append((kept.folder.name, seconds))
+        return next(answers)
+
+    monkeypatch.setattr("widthopt.tracking.sync._tell", tell)
+    found = list(sync(tmp_path, pause_seconds=7.0, wait=seen.append, finish_seconds=9.0))
+    assert [(one.name, one.state) for one in found] == [
+        ("train-a", "sent"), ("train-b", "sent"), ("train-c", "sent"),
+    ]  # fmt: skip
+    b = ("train-b", 9.0)
+    assert seen == [("train-a", 9.0), 7.0, b, 5.0, b, 20.0, b, 7.0, ("train-c", 9.0)]
 
 
 def test_sync_names_what_is_no_sweep(tmp_path):

@@ -16,15 +16,17 @@ import termios
 import textwrap
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, NETWORK, TINY, command, prepare
 from wandb_server import KEY, Server
 
-from widthopt.tracking import About
+from widthopt.tracking import About, show_in
 from widthopt.tracking.client import End, Kept
 from widthopt.tracking.lines import rows
+from widthopt.tracking.metrics import X_AXES
 
 
 pytestmark = pytest.mark.skipif(
@@ -304,6 +306,15 @@ def test_the_file_of_widths_is_not_copied_to_a_folder_of_w_and_bs(swept):
             assert [one.parent.resolve() for one in same] == [stage.resolve()]
 
 
+def test_a_key_in_the_environment_is_in_no_file_of_a_sweep(swept):
+    """Neither in what is frozen of its runs, nor in W&B's files, nor in its logs."""
+    folder, done, _ = swept
+    texts = [done.stdout.encode(), done.stderr.encode()]
+    texts += [one.read_bytes() for one in folder.rglob("*") if one.is_file()]
+    assert len(texts) > 50
+    assert not any(KEY.encode() in one for one in texts)
+
+
 def test_the_widths_shown_are_those_of_the_result(swept):
     folder, _, _ = swept
     for stage in stages(folder):
@@ -376,7 +387,8 @@ def start_wandb_sync(folder, server):
     segments = sorted(str(one) for one in folder.glob("runs/*/*/wandb/offline-run-*"))
     return subprocess.run(  # noqa: S603 (our own words)
         [sys.executable, "-m", "wandb", "sync", "--yes", *segments],
-        cwd=folder, env={**environment(server), "HOME": str(folder)},
+        cwd=folder / "runs",  # the files of artifacts are found from anywhere
+        env={**environment(server), "HOME": str(folder)},
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
@@ -402,6 +414,86 @@ def test_what_would_be_sent_is_named_without_sending_it(swept, tmp_path):
     mine = named.stdout.splitlines()  # the runs of the sweep of this name, and its figures
     assert len(mine) == 7
     assert sorted(done.stdout.splitlines()) == sorted([*mine, "train-other"])
+
+
+def test_a_run_is_found_by_the_figures_of_a_later_sweep_too(tmp_path):
+    waiting_runs(tmp_path, "train-x", "search-x")
+    kept, search = (Kept(tmp_path / "runs" / "stages" / one) for one in ("train-x", "search-x"))
+    kept.end(End(summary={"overhead_saved_pct": 80.0, "test/top1": 70.0, "macs": 5}))
+    search.begin(replace(search.about, kind="search"), project="width-transfer", entity=None)
+    search.end(End())
+    with Server() as server:
+        assert synced(tmp_path, server).returncode == 0
+        for _ in range(2):  # again it changes nothing
+            show_in(["fig3", "fig4"], kept.folder)
+            show_in(["fig4"], search.folder)
+        assert not kept.whole
+        assert kept.about.figures == ("fig3", "fig4")
+        assert synced(tmp_path, server).stderr.endswith(
+            "2 sent, 0 had been sent before, 0 still run\n"
+        )
+        run = server.runs["train-x"]
+        assert run.steps == sorted(logged(kept.folder)) == [1, 2, 3]
+        assert {name: one for name, one in run.history[-1].items() if "fig" in name} == {
+            "figures/fig4/saved_pct": 80.0, "figures/fig4/n/top1": 70.0,
+        }  # fmt: skip
+        assert {"fig3", "fig4", "seed0"} <= set(run.fields["tags"])
+        assert {"fig4", "seed0"} <= set(server.runs["search-x"].fields["tags"])
+        assert run.summary["figures/fig4/top1"] == 70
+        assert run.summary["macs"] == 5
+        assert synced(tmp_path, server).stderr.startswith("0 sent, 2 had been sent before")
+
+
+def test_what_was_not_sent_before_a_later_sweep_is_sent_with_its_figures(tmp_path):
+    """Also where W&B's own tool, which knows nothing of them, sends it first."""
+    ended(child(tmp_path, environment(None, key=""), mode="offline"))
+    kept = Kept(tmp_path / "stages" / "train-x")
+    kept.end(End(summary={"overhead_saved_pct": 80.0, "test/top1": 70.0}))
+    (tmp_path / "runs").mkdir()
+    kept.folder.parent.rename(tmp_path / "runs" / "stages")
+    kept = Kept(tmp_path / "runs" / "stages" / "train-x")
+    show_in(["fig4"], kept.folder)
+    with Server() as server:
+        assert start_wandb_sync(tmp_path, server).returncode == 0
+        assert not kept.whole
+        assert synced(tmp_path, server).returncode == 0
+        (run,) = server.runs.values()
+        assert_same_rows(run, kept.folder)
+        assert "figures/fig4/n/top1" in run.history[-1]
+
+
+def test_what_is_sent_elsewhere_is_sent_whole(tmp_path):
+    """Under another name, or to another project, a server has nothing of it."""
+    waiting_runs(tmp_path, "train-x")
+    kept = Kept(tmp_path / "runs" / "stages" / "train-x")
+    about = kept.about
+    for project, named in (("other", about), ("width-transfer", replace(about, id="train-x-salt"))):
+        kept.begin(about, project="width-transfer", entity=None)
+        kept.end(End())
+        kept.sent(1)
+        assert (kept.whole, kept.sent_step) == (True, 1)
+        kept.begin(named, project=project, entity=None)
+        kept.end(End())
+        assert (kept.whole, kept.sent_step) == (False, -1)
+
+
+def test_rows_behind_those_that_w_and_bs_own_tool_sent_too_early_are_sent(tmp_path):
+    process = child(tmp_path, environment(None, key=""), mode="offline", wait_at=10)
+    assert process.stdout.readline() == "waiting\n"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "stages").symlink_to(tmp_path / "stages")
+    time.sleep(2.5)  # until W&B's file has the rows
+    with Server() as server:
+        assert start_wandb_sync(tmp_path, server).returncode == 0
+        (run,) = server.runs.values()
+        early = list(run.steps)
+        assert early
+        assert max(early) <= 10
+        print(file=process.stdin, flush=True)
+        ended(process)
+        done = synced(tmp_path, server)
+        assert done.stderr.endswith("1 sent, 0 had been sent before, 0 still run\n")
+        assert_same_rows(run, tmp_path / "stages" / "train-x")
 
 
 def waiting_runs(folder, *names):
@@ -507,6 +599,33 @@ def test_a_report_is_tracked_as_the_sweep_was(swept, tmp_path):
         assert start(tmp_path, "report", env=env).returncode == 0
         assert synced(tmp_path, server).returncode == 0
         assert figures.steps == [0, 1]
+
+
+@pytest.mark.slow
+def test_runs_that_two_sweeps_share_are_found_by_the_figures_of_both(swept, tmp_path):
+    folder, _, _ = swept
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    other = FIGURE.replace("name: mine", "name: other")
+    (tmp_path / "conf" / "experiment" / "other.yaml").write_text(other)
+    (first,) = tmp_path.glob("runs/report/figures-*/mine.csv")
+    before = first.read_bytes()
+    words = [one.replace("=mine", "=other") for one in SWEEP]
+    words[words.index("seeds=[0],[1]")] = "seeds=[0]"
+    assert start(tmp_path, *words, env=environment(None, key="")).returncode == 1
+    assert first.read_bytes() == before  # what the first sweep shows is its own
+    with Server() as server:
+        assert synced(tmp_path, server).returncode == 0
+        shared = {
+            name: "other" in run.fields["tags"]
+            for name, run in server.runs.items()
+            if run.exit_code == 0 and "mine" in run.fields["tags"] and name[0] in "st"
+        }
+        assert sorted(shared.values()) == [False, False, True, True]  # two seeds
+        for name, both in shared.items():
+            names = {one for row in server.runs[name].history for one in row}
+            if name.startswith("train"):
+                assert ("figures/other/saved_pct" in names) is both
+                assert "figures/mine/saved_pct" in names
 
 
 @pytest.mark.slow
@@ -639,6 +758,18 @@ def test_a_run_that_was_sent_before_it_was_done_goes_on_behind_what_was_sent(net
         assert (run.complete, run.exit_code) == (True, 0)
 
 
+@pytest.mark.slow
+def test_a_run_whose_rest_is_not_tracked_is_whole_with_the_next_sync(network):
+    stage, _, _ = interrupted(network, None, "offline", signal.SIGINT)
+    done = one_run(network, None, "tracking=disabled", *LONG, key="")
+    assert done.returncode == 0, done.stderr
+    with Server() as server:
+        assert synced(network, server).returncode == 0
+        (run,) = server.runs.values()
+        assert run.steps == sorted(logged(stage))
+        assert (run.complete, run.exit_code) == (True, 0)
+
+
 # A server that fails.
 
 
@@ -675,7 +806,21 @@ def test_a_server_that_is_not_there_is_one_warning_and_the_run_is_well(fault, wh
         done = start(tmp_path, "sync", "--root", ".", env=environment(server))
         assert done.returncode == 0, done.stderr
         assert_same_rows(server.runs["train-x"], stage)
-        assert [one["state"] for one in server.artifacts.values()] == ["COMMITTED"]
+        (artifact,) = server.artifacts.values()
+        assert artifact["state"] == "COMMITTED"
+        assert {(one["artifactCollectionName"], one["alias"]) for one in artifact["aliases"]} == {
+            ("widths-train-x", "seed0"), ("widths-train-x", "latest"),
+        }  # fmt: skip
+        expected = {name: axis for axis, names in X_AXES.items() for name in names}
+        assert drawn_over(server.runs["train-x"]) == expected
+
+
+def drawn_over(run):
+    """The axis of each metric that has one, as W&B's client tells it: names, and places from 1."""
+    told = run.config["_wandb"]["m"]
+    return {
+        one.get("1", one.get("2")): told[one["5"] - 1]["1"] for one in told if one.get("5", 0) > 0
+    }
 
 
 @pytest.mark.slow

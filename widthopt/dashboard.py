@@ -16,6 +16,7 @@ from widthopt.errors import InputError
 from widthopt.figures.average import AverageWidths
 from widthopt.figures.grid import Kind
 from widthopt.figures.transfer import Transfer
+from widthopt.store import write_atomically
 
 
 NAME = "Width transfer"
@@ -136,10 +137,14 @@ def sections(figures: Iterable[Kind]) -> list[Section]:
                 Panel("scatter", "All runs, a point each", (f"figures/{one.name}/top1",), saved)
             )
         elif isinstance(one, AverageWidths):
-            panels.append(Panel("line", "Channels by layer", ("layer/channels",), "layer/index"))
-            panels.append(
-                Panel("line", "Multipliers by layer", ("layer/multiplier",), "layer/index")
-            )
+            panels += [
+                Panel(
+                    "line", f"{network}: {title} by layer", (f"layers/{network}/{what}",),
+                    "layer/index",
+                )
+                for network in one.panels
+                for what, title in (("channels", "channels"), ("multiplier", "multipliers"))
+            ]  # fmt: skip
         panels.append(Panel("media", "As the report draws it", (f"figures/{one.name}",)))
         panels.append(Panel("table", "Its numbers", (f"tables/{one.name}",)))
         kinds = ("train", "baseline", "figures")
@@ -220,14 +225,19 @@ def push(shown: Sequence[Section], *, project: str, entity: str | None, kept: Pa
         made._internal_id, made._internal_name = names["workspace"], names["name"]  # noqa: SLF001
     made.save()
     names["workspace"], names["name"] = made._internal_id, made._internal_name  # noqa: SLF001
+    _remember(kept, {**before, place: names})  # at once: the report may not be taken
     written = report(shown, project=project, entity=entity)
     if "report" in names:
         written.id = names["report"]
     written.save()
     names["report"] = written.id
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({**before, place: names}, indent=2) + "\n", "utf-8")
+    _remember(kept, {**before, place: names})
     return [made.url, written.url]
+
+
+def _remember(kept: Path, sent: Mapping[str, Any]) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, json.dumps(sent, indent=2) + "\n")
 
 
 def _panel(wr: Any, panel: Panel) -> Any:

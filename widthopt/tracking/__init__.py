@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,16 @@ from widthopt.tracking.client import Client, End, Kept, Where, reason
 from widthopt.tracking.lines import Lines, Row
 
 
-__all__ = ["About", "Row", "Tracker", "Tracking", "show_media", "tracked"]
+__all__ = ["About", "Row", "Tracker", "Tracking", "show_in", "show_media", "tracked"]
 
 logger = logging.getLogger("widthopt")
 
 WIDTHS = "widths.json"
 """Where a run's folder has the widths that were found, as they are shown."""
+
+
+LONGEST_PROJECT = 128
+"""Characters of a project's name at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,11 @@ class Tracking:
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
-            ("project", 0 < len(self.project) <= 128, "it has 1 to 128 characters"),  # noqa: PLR2004
+            (
+                "project",
+                0 < len(self.project) <= LONGEST_PROJECT and not set(self.project) & set("/\\#?%:"),
+                f"it has 1 to {LONGEST_PROJECT} characters, and none of /\\#?%:",
+            ),
             ("every", self.every >= 1, "it is a number of steps; use a whole number from 1 up"),
             ("start_seconds", 0 < self.start_seconds < math.inf, "it is a number above 0"),
             ("finish_seconds", 0 < self.finish_seconds < math.inf, "it is a number above 0"),
@@ -76,6 +84,11 @@ class Tracking:
     def run_id(self, name: str) -> str:
         """What W&B knows a run by: the name of its folder, and the salt if there is some."""
         return name + (f"-{key('salt', self.salt)}" if self.salt else "")
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Modules that take long to import, for processes that tracked runs are forked from."""
+        return () if self.mode == "disabled" else ("widthopt.tracking.preload",)
 
     @property
     def where(self) -> Where | None:
@@ -180,12 +193,13 @@ class Tracker:
             others: What else belongs into the file, as plain data.
         """
         content = {"channels": dict(channels), "multipliers": dict(multipliers), **others}
+        whose = "search" if self.about.kind == "search" else self.about.network
         self.rows(
             [
                 {
                     "layer/index": index,
-                    "layer/channels": channels[name],
-                    "layer/multiplier": multipliers[name],
+                    f"layers/{whose}/channels": channels[name],
+                    f"layers/{whose}/multiplier": multipliers[name],
                 }
                 for index, name in enumerate(channels)
             ]
@@ -203,9 +217,10 @@ class Tracker:
             self.resume(math.inf)
         with self.careful():
             self._lines.close()
-        if self._client is not None:
-            with self.careful():
+        with self.careful():  # what was tracked before and goes on untracked ends, too
+            if self._client is not None or self._kept.about is not None:
                 self._kept.end(self.end)
+        if self._client is not None:
             wrong = ""
             with self.careful():
                 wrong = self._client.end(self.end, hurry=self.end.preempted)
@@ -268,6 +283,27 @@ def tracked(
         raise
     finally:
         tracker.close()
+
+
+def show_in(figures: Collection[str], folder: Path) -> None:
+    """See that a run that is done is found by these figures too, if it is tracked.
+
+    It may have been done for another sweep, before. A server hears of it with the next sync.
+
+    Args:
+        figures: Their names.
+        folder: The run's.
+    """
+    kept = Kept(folder)
+    about = kept.about
+    if about is None or set(figures) <= set(about.figures):
+        return
+    try:
+        with kept.alone(wait=False) as free:
+            if free and kept.ended is not None and not kept.ended.code:
+                kept.show_in([one for one in figures if one not in about.figures])
+    except (OSError, InputError) as error:  # such as somebody else's folder
+        logger.warning("%s is not shown by %s (%s)", folder, ", ".join(figures), reason(error))
 
 
 def show_media(tracking: Tracking, about: About, folder: Path, files: Mapping[str, str]) -> None:

@@ -17,10 +17,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from widthopt.store import write_atomically
 from widthopt.tracking import lines
 from widthopt.tracking.about import About
 from widthopt.tracking.lines import Row
-from widthopt.tracking.metrics import X_AXES
+from widthopt.tracking.metrics import X_AXES, in_figure
 from widthopt.tracking.secrets import hidden
 
 
@@ -123,7 +124,45 @@ class Kept:
 
     def sent(self, step: int) -> None:
         """Write down that a server has all rows up to this step, and the end as it is."""
-        self._write("sent.json", {"step": step, "end": self._fingerprint()})
+        content = {"step": step, "end": self._fingerprint(), "to": self._to}
+        self._write("sent.json", content)
+
+    def show_in(self, figures: Sequence[str]) -> None:
+        """Write down that figures show the run which did not when it began.
+
+        A training has the rows of these figures then, and its end their part of the summary.
+        """
+        about, end = self.about, self.ended
+        assert about is not None
+        assert end is not None
+        if about.kind == "train":
+            told = lines.rows(self.metrics)
+            known = {name for row in told for name in row}
+            step = told[-1]["step"] if told else -1
+            added = []
+            for figure in figures:
+                row, summary = in_figure(
+                    figure,
+                    network=about.network,
+                    saved_pct=end.summary["overhead_saved_pct"],
+                    top1=end.summary["test/top1"],
+                )
+                end.summary |= summary
+                if known.isdisjoint(row):
+                    step += 1
+                    added.append({"step": step, "time": round(time.time(), 3), **row})
+            write_atomically(self.metrics, lines.text([*told, *added]))
+            self.end(end)
+        # W&B's own files do not have it, so that a server has not all of it, whoever sends them.
+        self._write("sent.json", {"step": self.sent_step, "end": "", "to": self._to})
+        shown = replace(about, figures=(*about.figures, *figures))
+        self._write("run.json", {**(self._read("run.json") or {}), "about": shown.plain()})
+
+    @property
+    def _to(self) -> list[str | None]:
+        """What a server knows the run by."""
+        found = self._read("run.json") or {}
+        return [found.get("entity"), found.get("project"), found.get("about", {}).get("id")]
 
     @property
     def about(self) -> About | None:
@@ -146,7 +185,7 @@ class Kept:
     @property
     def whole(self) -> bool:
         """Whether a server has everything there is."""
-        found = self._read("sent.json")
+        found = self._sent
         if found is None:  # by W&B's own tool, perhaps
             mine = self.segments(synced=True)
             return bool(mine) and self.ended is not None and not self.segments(synced=False)
@@ -157,14 +196,23 @@ class Kept:
     @property
     def sent_step(self) -> int:
         """The last step that a server has."""
-        found = self._read("sent.json")
+        found = self._sent
         ours = -1 if found is None else int(found["step"])
         return max([ours, *(_last_step(one) for one in self.segments(synced=True))])
+
+    @property
+    def _sent(self) -> dict[str, Any] | None:
+        """What a server was sent of this very run; None for nothing that is known of."""
+        found = self._read("sent.json")
+        return found if found is not None and found.get("to") == self._to else None
 
     def segments(self, *, synced: bool) -> list[Path]:
         """W&B's files of this run that were sent, or that were not, the oldest first."""
         found = sorted(self.folder.glob("wandb/offline-run-*/run-*.wandb"))
-        return [one for one in found if _synced(one).exists() is synced]
+        if not synced:
+            return [one for one in found if not _whole(one)]
+        mine = f"run-{self._to[-1]}.wandb"
+        return [one for one in found if _whole(one) and one.name == mine]
 
     def leave_out(self, *, remove: bool) -> None:
         """See that what is told again is not sent from W&B's older files too."""
@@ -214,6 +262,14 @@ class Kept:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomically(self._tracking / name, json.dumps(content, indent=2) + "\n")
+
+
+def _whole(segment: Path) -> bool:
+    """Whether a file of W&B's was sent after it had been written, and not while it grew."""
+    try:
+        return _synced(segment).stat().st_mtime_ns >= segment.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
 
 
 def _synced(segment: Path) -> Path:
@@ -309,6 +365,8 @@ class Client:
         run = _init(self._where, self._kept.folder, self._about, refused=self._refuse)
         if not offline:
             known = run.starting_step - 1
+            if not rows:
+                logger.info("W&B shows it at %s", run.url)
         self._last = known
         started.set()
         for row in rows:
@@ -349,8 +407,9 @@ class Client:
         run.summary.update(end.summary)
         if end.widths is not None and (self._kept.folder / end.widths).is_file():
             artifact = wandb.Artifact(f"widths-{self._about.id}", type="widths")
-            # Not copied to W&B's own folder, which the sending machine may not have.
-            path = str(self._kept.folder / end.widths)
+            # Not copied to W&B's own folder, which the sending machine may not have; and found
+            # from wherever W&B's own tool is started.
+            path = str((self._kept.folder / end.widths).absolute())
             artifact.add_file(path, policy="immutable", skip_cache=True)
             run.log_artifact(artifact, aliases=[f"seed{self._about.seed}"])
         if end.why:
@@ -366,7 +425,16 @@ def _media(wandb: Any, path: Path) -> Any:
         return wandb.Image(str(path))
     with path.open(encoding="utf-8", newline="") as file:
         header, *data = list(csv.reader(file))
-    return wandb.Table(columns=header, data=data)
+    numbers = [_numbers([row[place] for row in data]) for place in range(len(header))]
+    return wandb.Table(columns=header, data=[list(row) for row in zip(*numbers, strict=True)])
+
+
+def _numbers(column: Sequence[str]) -> Sequence[str | float | None]:
+    """A table's column as numbers, if it has nothing else: so W&B can sort it."""
+    try:
+        return [float(one) if one else None for one in column]
+    except ValueError:
+        return column
 
 
 def _set_environment(where: Where, folder: Path) -> None:

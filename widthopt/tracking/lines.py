@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Lines:
 
     def _open(self) -> list[Row]:
         kept = [row for row in rows(self._path) if row["step"] <= self._cut]
-        content = "".join(map(_line, kept)).encode()
+        content = text(kept).encode()
         if not self._path.exists() or self._path.read_bytes() != content:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, content)
@@ -122,6 +122,11 @@ def rows(path: Path) -> list[Row]:
             break
         found.append(row)
     return found
+
+
+def text(told: Iterable[Row]) -> str:
+    """The file of these rows."""
+    return "".join(map(_line, told))
 
 
 def _line(row: Row) -> str:

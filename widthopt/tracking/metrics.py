@@ -1,9 +1,10 @@
 """The names of all that is logged, in one place: the dashboard shows no others.
 
-A name that ends in ``*`` stands for one of each width variable, or of each random subnet.
+A star in a name stands for one of each width variable, random subnet, figure or network.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 BY_STEP: Mapping[str, str] = {
@@ -42,8 +43,8 @@ SEARCH: Mapping[str, str] = {
     "slimming/macs": "AutoSlim: MACs after the move",
     "slimming/errors": "AutoSlim: mistakes on the validation images after it",
     "layer/index": "place of a width variable, in forward order",
-    "layer/channels": "its channels: of the searched network's search, of the trained network",
-    "layer/multiplier": "the same as a part of the un-enlarged network's",
+    "layers/*/channels": "its channels; the star is the network's name in a training, or `search`",
+    "layers/*/multiplier": "the same as a part of the un-enlarged network's",
 }
 
 OUTCOME: Mapping[str, str] = {
@@ -76,10 +77,21 @@ MEDIA: Mapping[str, str] = {
 
 X_AXES: Mapping[str, Sequence[str]] = {
     "epoch": ("train/*", "search/*", "perf/*", "channels/*", "scales/*"),
-    "layer/index": ("layer/channels", "layer/multiplier"),
+    "layer/index": ("layers/*",),
     "slimming/move": ("slimming/macs", "slimming/errors"),
 }
 """What rows are drawn over."""
+
+
+def in_figure(
+    figure: str, *, network: str, saved_pct: float, top1: float
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """A training's row for the lines of a figure that shows it, and its part of the summary."""
+    saved = {f"figures/{figure}/saved_pct": saved_pct}
+    return (
+        {**saved, f"figures/{figure}/{network}/top1": top1},
+        {**saved, f"figures/{figure}/top1": top1},
+    )
 
 
 def known(name: str) -> bool:
