@@ -345,7 +345,14 @@ def test_runs_are_shown_side_by_side(ran, folder):
     ("words", "line"),
     [
         (["report"], "--root is runs, but no run there has a record; run one first"),
-        (["report", "nowhere"], "nowhere is no sweep in runs, but the sweeps there are: none"),
+        (
+            ["status", "--root", "nowhere"],
+            ("--root is nowhere, but there is no such folder; name the one that runs are kept in"),
+        ),
+        (
+            ["report", "nowhere"],
+            "nowhere is no sweep or figure in runs, but the sweeps there are: none",
+        ),
         (
             ["report", "no/where"],
             (
@@ -355,6 +362,6 @@ def test_runs_are_shown_side_by_side(ran, folder):
         ),
     ],
 )
-def test_a_report_of_nothing_is_one_line(folder, words, line):
+def test_a_report_or_a_status_of_nothing_is_one_line(folder, words, line):
     done = widthopt(*words, folder=folder)
     assert (done.returncode, done.stderr) == (2, f"widthopt: {line}\n")

@@ -373,7 +373,21 @@ def test_a_table_is_wanted_where_there_is_one():
         (
             ("algorithm=uniform", "algorithm.strength=3"),
             (
-                "algorithm.strength is not a key, but only known keys are read; choose among "
+                "algorithm.strength is not a key, but only known keys are read; first choose "
+                "algorithm=dmcp or algorithm=morphnet or algorithm=morphnet_short, which has it"
+            ),
+        ),
+        (
+            ("network.factory=my_module.MyNetwork",),
+            (
+                "network.factory is not a key, but only known keys are read; first choose "
+                "network=custom, which has it"
+            ),
+        ),
+        (
+            ("algorithm=uniform", "algorithm.zzz=3"),
+            (
+                "algorithm.zzz is not a key, but only known keys are read; choose among "
                 "algorithm.name"
             ),
         ),
@@ -482,6 +496,13 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
             ),
         ),
         (
+            "recipe.batch_size=1",
+            (
+                "recipe.batch_size is 1, but a step takes at least two images, for BatchNorm's "
+                "statistics; conf/recipe/paper.yaml has the paper's value"
+            ),
+        ),
+        (
             "algorithm.enlarge=0.5",
             (
                 "algorithm.enlarge is 0.5, but a supernet is no narrower than its network; "
@@ -560,6 +581,18 @@ def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
         "raise the budget"
     )
     Point(compose([*TINY, *custom(Small), "target.width=1", f"budget_macs={least}"]))
+
+
+@pytest.mark.parametrize("algorithm", ["autoslim", "dmcp"])
+@pytest.mark.parametrize(
+    ("typed", "value"), [("budget_macs=900000000", "1.5"), ("algorithm.enlarge=1", "1")]
+)
+def test_a_budget_that_no_search_meets_is_not_told_as_if_it_had_been_typed(algorithm, typed, value):
+    """It is the searched network's, which nobody typed; what is named has the value it has."""
+    point = Point(compose([*TINY, f"algorithm={algorithm}", typed, "methods=[transfer]"]))
+    with pytest.raises(InputError, match=rf"^algorithm\.enlarge is {value}, but") as caught:
+        point.overhead_macs("transfer")
+    assert "budget_macs is" not in str(caught.value)
 
 
 def test_a_network_whose_way_depends_on_its_images_is_refused(custom):

@@ -290,6 +290,18 @@ def test_a_final_training_is_evaluated_on_the_test_images():
     assert found == pytest.approx(expected, abs=1e-3)  # float32 of values to 255
 
 
+def test_a_sample_of_the_evaluation_images_is_in_random_order():
+    """Images of a data set may be sorted by class, and BatchNorm takes a batch's statistics."""
+    evaluation = target(noise()).evaluation
+    ordered = images_of(evaluation)
+    drawn = images_of(evaluation.sample(30, batch_size=10, seed=0))
+    assert sorted(drawn) == sorted(ordered)
+    # Of 30 images in random order one is where it was, more or less.
+    assert sum(one == other for one, other in zip(drawn, ordered, strict=True)) < 6
+    assert images_of(evaluation.sample(12, batch_size=5, seed=0)) == drawn[:12]
+    assert images_of(evaluation.sample(30, batch_size=10, seed=1)) != drawn
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_evaluation_takes_micro_batches_and_leaves_none_out(accumulation):
     evaluation = target(noise(), batch_size=8, accumulation=accumulation).evaluation

@@ -144,6 +144,19 @@ def test_all_that_can_be_saved_is_on_the_axis():
     assert "FLOPs (multiply-adds)" in axes.get_title()
 
 
+def test_what_cost_more_than_a_direct_search_is_in_the_picture():
+    dear = [
+        replace(one, found=replace(one.found, overhead_macs=3 * one.found.direct_overhead_macs))
+        if one.found.method == "transfer"
+        else one
+        for one in RECORDS
+    ]
+    axes = drawn(savings, dear)
+    point, _, _ = lines(axes)["morphnet, transfer"]
+    assert point.get_xdata() == pytest.approx([-200.0])
+    assert axes.get_xlim()[0] < -200
+
+
 def test_one_seed_has_no_bars():
     _, caps, bars = lines(drawn(savings, ONE_SEED))["morphnet, transfer"]
     assert len(caps) == len(bars) == 0
@@ -350,3 +363,19 @@ def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_nam
     assert cells.count(("-", "uniform", "16-64")) == 1
     assert cells.count(("morphnet", "direct", "8-110")) == 1
     assert cells.count(("morphnet", "bbbbbbbbbbbb", "direct")) == 2  # a row of either table
+
+
+def test_runs_that_differ_in_their_proxy_are_named_by_it(tmp_path, capsys):
+    moved = [one for one in RECORDS if one.found.method == "transfer"]
+    narrow = [replace(one, proxy={**one.proxy, "width": 0.25}) for one in moved]
+    folders = [
+        run_folder(tmp_path, f"small-digits-{name * 12}", [
+            replace(one, stages={"search": f"{name}{n}"}) for n, one in enumerate(records)
+        ])
+        for name, records in (("a", moved), ("b", narrow), ("c", narrow))
+    ]  # fmt: skip
+    report.compare(folders, into=tmp_path / "report")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    named = [line[1] for line in lines if len(line) > 5 and line[0] == "morphnet"]
+    proxy = "-".join(f"{value:g}" for value in narrow[0].proxy.values())
+    assert set(named) == {"transfer", proxy, "c" * 12}

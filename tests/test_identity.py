@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from widthopt.errors import InputError
-from widthopt.identity import canonical, key
+from widthopt.identity import canonical, differences, key
 
 
 @dataclass
@@ -52,6 +52,25 @@ def test_the_canonical_text_is_compact_sorted_json_with_floats_by_repr():
     assert canonical(fields) == (
         r'{"a":{"depth":3,"width":1e-05},"b":[1,2.0,0.1],"c":[null,true,"\u00e9"]}'
     )
+
+
+def test_differences_are_named_by_the_values_that_differ():
+    there = {"seed": 1, "recipe": {"epochs": 3, "momentum": 0.9}, "data": "x", "old": [1]}
+    here = {"seed": 1, "recipe": {"epochs": 3, "momentum": 0.8}, "data": "y", "old": (1,)}
+    assert differences(there, here) == (
+        'data is "x" there and "y" here; recipe.momentum is 0.9 there and 0.8 here'
+    )
+    assert differences(there, there) == ""
+    assert differences({}, {"table": {}}) == "table is null there and {} here"
+
+
+def test_differences_are_cut_to_one_line_that_can_be_read():
+    text = differences({}, {f"grid{place}": list(range(1000)) for place in range(10)})
+    assert text.startswith(
+        "grid0 is null there and [0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,1... here; "
+    )
+    assert text.endswith(" here; and 6 more")
+    assert text.count(" there and ") == 4
 
 
 @settings(deadline=None)

@@ -38,6 +38,33 @@ def test_macs_at_a_depth_multiplier_are_the_published_ones(traced, name, depth, 
     assert traced(name, depth=depth)[1].macs() == published
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("name", "fixed", "repeated"), [("resnet18", 4, 8), ("mobilenet_v2", 10, 15)]
+)
+def test_a_network_has_as_many_width_variables_as_its_depth_makes(
+    traced, name, depth, fixed, repeated
+):
+    """AutoSlim's specification, property 5."""
+    assert len(traced(name, depth=depth)[1].free) == fixed + repeated * depth
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "macs", "parameters"),
+    [
+        ("mobilenet_v2", 1.0, 300_774_272, 3_504_872),
+        ("resnet18", 1.0, 1_814_073_344, 11_689_512),
+        ("resnet18", 1.5, 3_992_770_560, 25_901_896),
+    ],
+)
+def test_macs_and_parameters_at_a_width_are_the_published_ones(name, width, macs, parameters):
+    """AutoSlim's specification, 3.3."""
+    network = Blueprint(Setting(TorchvisionNetwork(name), 1000, width, 1, 224, 1.0))
+    assert network.graph.macs() == macs
+    model = network.build(network.graph.channels, seed=0)
+    assert sum(one.numel() for one in model.parameters()) == parameters
+
+
 def test_the_first_and_last_stage_of_mobilenet_v2_are_not_repeated():
     model, blocks = stages("mobilenet_v2", 3)
     assert blocks == [1, 6, 9, 12, 9, 9, 1]

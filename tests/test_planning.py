@@ -1,17 +1,22 @@
 """The paper's grid, composed whole: how much of it is shared, what names a run, what it costs."""
 
+import dataclasses
+import html
 import json
 from pathlib import Path
 
 import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
 
 from launchers.sweeper import check_once, expanded
+from widthopt.__main__ import _plan
 from widthopt.config import NEUTRAL, compose, compose_sweep, frozen, request, requests
 from widthopt.errors import InputError
 from widthopt.pipeline import Point
-from widthopt.planning import Cost, Manifest, Plan
+from widthopt.planning import GPU_MACS_PER_SECOND, Cost, Manifest, Plan
+from widthopt.sweeps import Sweep, draw
 
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -55,6 +60,61 @@ def test_the_whole_paper_is_600_points_369_searches_and_552_trainings(paper):
 @pytest.mark.parametrize("name", PAPER)
 def test_each_experiment_has_its_points_and_shares_its_searches(name, asked):
     assert counts(Plan.of(asked[name], images=False)) == PAPER[name]
+
+
+def test_no_two_runs_are_described_alike(paper):
+    assert len({run.what for run in paper.runs.values()}) == 369 + 552
+
+
+def test_runs_say_in_what_they_differ_and_nothing_else():
+    words = ["dataset=digits", "network=resnet18", "methods=[transfer]", "seeds=[0]"]
+    sweep = [*words, "algorithm=morphnet", "algorithm.strength=1,2", "recipe.epochs=3,4"]
+    proxy, whole = "(0.312, 1, 32, 100%)", "(1, 1, 32, 100%)"
+    start = "resnet18 on digits,"
+    assert [run.what for run in Plan.of(compose_sweep(sweep)).runs.values()] == [
+        f"{start} {proxy}: morphnet search, strength {strength}, seed 0" for strength in (1.0, 2.0)
+    ] + [
+        f"{start} {whole}: training, morphnet at {proxy}, epochs {epochs}, strength {strength}, "
+        "seed 0"
+        for strength in (1.0, 2.0)
+        for epochs in (3, 4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "imports"),
+    [
+        ("offline", ["sklearn.datasets", "widthopt.tracking.preload"]),
+        ("disabled", ["sklearn.datasets"]),
+    ],
+)
+def test_a_sweep_knows_what_its_runs_take_long_to_import(mode, imports, tmp_path):
+    words = ["dataset=digits", f"tracking={mode}", f"root={tmp_path}", "seeds=[0]"]
+    with initialize_config_module("conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        assert Sweep(loader, [words, [*words, "algorithm=uniform"]]).imports == imports
+
+
+def test_a_sweeps_items_name_the_search_that_a_training_needs(tmp_path):
+    words = ["recipe=smoke", f"root={tmp_path}", "seeds=[0]", "methods=[uniform,transfer]"]
+    with initialize_config_module("conf", version_base="1.3"):
+        sweep = Sweep(GlobalHydra.instance().config_loader(), [words])
+    sweep.begin(sure=True)
+    search, *trainings = sweep.items()
+    assert (search.name[:7], search.needs) == ("search-", ())
+    needs = {"un-optimised" in one.what: one.needs for one in trainings}
+    assert needs == {True: (), False: (search.name,)}
+
+
+def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them(tmp_path, asked):
+    few = [one for one in asked["fig4_extrapolation"] if one.network.name == "resnet18"]
+    few = [dataclasses.replace(one, root=str(tmp_path)) for one in few if one.seeds == (1,)]
+    draw(tmp_path, [Manifest.of(Plan.of(few, images=False), title="few", tracking={})])
+    page = html.unescape((tmp_path / "report" / "index.html").read_text())
+    start = "resnet18 on imagenet, (1, 4, 224, 100%): training,"
+    assert f"{start} dmcp at (1, 3, 224, 100%), strategy stack_last_block, seed 1" in page
+    assert f"{start} un-optimised, seed 1" in page
+    assert page.count(start) == 7 + 1  # one of the eight points is shared: nothing is stacked
 
 
 def test_what_is_shared_follows_by_hand(paper):
@@ -117,7 +177,7 @@ def test_the_experiments_are_those_of_the_design():
     assert set(PAPER) | {"demo"} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one not in {"demo", "mini"}])
+@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one != "demo"])
 def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     head = text.partition("defaults:")[0].lower()
@@ -127,7 +187,7 @@ def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
         assert len(line) <= 200
 
 
-@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one not in {"demo", "mini"}])
+@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one != "demo"])
 def test_the_number_of_points_is_the_one_that_stands_in_the_file(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     said = int(text.lower().partition("points: ")[2].split()[0])
@@ -158,6 +218,52 @@ def test_values_on_the_command_line_narrow_an_experiment():
     asked = compose_sweep(words)
     assert [one.projection.width for one in asked] == [0.312, 0.5, 0.707, 1, 1.414, 1.732]
     assert {one.network.name for one in asked} == {"resnet18"}
+
+
+SAVED = {
+    # What the paper says is saved without loss, word by word, in per cent.
+    "fig3_width": (
+        ("resnet18", 96, "can be saved by up to 96% for all three algorithms"),
+        ("mobilenet_v2", 80, "can transfer well and save up to 80% width optimization overhead"),
+    ),
+    "fig3_depth": tuple(
+        (name, 75, "up to 75% width optimization overhead can be saved ... two networks")
+        for name in ("resnet18", "mobilenet_v2")
+    ),
+    "fig5_resolution": tuple(
+        (name, 96, "except for MorphNet targeting ResNet18 ... up to 96%")
+        for name in ("resnet18", "mobilenet_v2")
+    ),
+    "fig5_fraction": tuple(
+        (name, 95, "95% ... can be saved and still outperform the uniform baseline for both")
+        for name in ("resnet18", "mobilenet_v2")
+    ),
+    "fig6_compound": tuple(
+        (name, pytest.approx(100 * (1 - 1 / 320), abs=0.05), "up to 320x")
+        for name in ("resnet18", "mobilenet_v2")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_is_saved_is_what_the_paper_says(name, asked):
+    curves = asked[name][0].figures[0]
+    assert curves.paper_saved == {network: per_cent for network, per_cent, _ in SAVED[name]}
+
+
+def test_the_last_layers_are_as_wide_as_the_paper_says(asked):
+    """ "The average optimized width has 1300 channels for ResNet18 and 3785 for MobileNetV2." """
+    (average,) = (one for one in asked["fig3_width"][0].figures if one.name == "figA1")
+    assert average.paper_last == {"resnet18": 1300, "mobilenet_v2": 3785}
+
+
+def test_the_paper_trains_as_its_appendix_says(paper):
+    """Appendix A: 0.2 at 256 images, 5 epochs of warm-up, 100 and 40 epochs, batches of 1024."""
+    for run in paper.runs.values():
+        recipe = run.point.request.recipe
+        assert (recipe.learning_rate, recipe.warmup_epochs, recipe.batch_size) == (0.2, 5, 1024)
+        assert (recipe.epochs, recipe.search_epochs, recipe.momentum) == (100, 40, 0.9)
+        assert (recipe.label_smoothing, recipe.augmentation) == (0.1, "paper")
 
 
 # ------------------------------------------------------------------------------- composition
@@ -253,21 +359,39 @@ CHANGES = {
     int: lambda value: value + 1,
     float: lambda value: value * 0.9,
     type(None): lambda _: 0.5,
+    dict: lambda _: {"more": 1},
 }
-ELSEWHERE = {
+NOWHERE = {
     # Not in a name by themselves, but by what follows from them.
-    "projection.width", "projection.depth", "projection.resolution", "projection.fraction",
-    "target.width", "target.depth", "target.resolution", "budget_macs",
+    "projection._target_", "projection.width", "projection.depth", "projection.resolution",
+    "projection.fraction", "target._target_", "target.width", "target.depth", "target.resolution",
+    "budget_macs", "extrapolation.strategy",
     # Which runs there are, not what one of them is.
     "methods", "seeds",
     # Memory, places and what a target is where nobody says so: change no result.
-    "dataset.memory_limit_gb", "dataset.resolution",
+    "dataset.memory_limit_gb", "dataset.resolution", "dataset.download",
 }  # fmt: skip
+"""Values of no name; of data sets' own ones see also `places`."""
+
+NOT_OF = {
+    "search": ("extrapolation.", "recipe.epochs"),
+    "train": (),
+    "uniform": ("algorithm.", "recipe.search_epochs"),
+}
+"""How values begin that are further left out of the name of a stage."""
+
+
+def places(dataset):
+    """What only says where images are, or how they are looked through.
+
+    The classes of a folder of images depend on it, so there it is part of the name.
+    """
+    return {"dataset.verify"} if hasattr(dataset, "verify") else {"dataset.root"}
 
 
 def leaves(table, path=()):
     for key, value in table.items():
-        if isinstance(value, dict):
+        if value and isinstance(value, dict):
             yield from leaves(value, (*path, key))
         else:
             yield (*path, key), value
@@ -282,34 +406,54 @@ def with_leaf(fields, path, value):
     return copied
 
 
-def test_every_value_of_the_configuration_names_a_run_or_is_declared_not_to():
+CHOICES = [
+    (group, path.stem)
+    for group in ("network", "dataset", "algorithm", "projection", "extrapolation", "recipe")
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+NEEDED = {
+    "custom": ["network.factory=torchvision.models.resnet18"],
+    "torchvision": ["network.name=alexnet"],
+}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
+    group, choice, tmp_path, monkeypatch
+):
     """Completeness: a value that is added and forgotten fails here."""
-    one = compose(["target.depth=2", "projection.depth=1", "projection.width=0.5"])
-    point = Point(one)
+    monkeypatch.setenv("WIDTHOPT_DATA", str(tmp_path))
+    for name in ("image_folder", "cifar100-subset"):
+        for one in ("train/a", "train/b", "val/a", "val/b"):
+            (tmp_path / name / one).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / one / "0.png")
+    depth = 2 if group == "projection" else 1  # as deep as the deepest proxy
+    words = [f"{group}={choice}", "target.resolution=224", f"target.depth={depth}"]
+    one = compose([*words, *NEEDED.get(choice, ())])
+    point = Point(one, images=False)
 
     def names(fields):
-        point.request = one.__class__(
-            **{name: getattr(one, name) for name in one.__dataclass_fields__ if name != "fields"},
-            fields=fields,
-        )
+        point.request = dataclasses.replace(one, fields=fields)
         return {
-            point.search_stage("transfer", 0).key,
-            point.train_stage("transfer", 0).key,
+            "search": point.search_stage("transfer", 0).key,
+            "train": point.train_stage("transfer", 0).key,
+            "uniform": point.train_stage("uniform", 0).key,
         }
 
-    before = names(one.fields)
-    silent = set()
-    for path, value in leaves(dict(one.fields)):
+    before, silent = names(one.fields), {kind: set() for kind in NOT_OF}
+    every = {".".join(path) for path, _ in leaves(one.fields)}
+    for path, value in leaves(one.fields):
         kind = type(value)
         changed = CHANGES[kind](value) if kind in CHANGES else [9]
-        if names(with_leaf(dict(one.fields), path, changed)) == before:
-            silent.add(".".join(path))
-    # The strategy is named by the point's own extrapolation, and tested beside it.
-    assert (
-        silent - {"extrapolation.strategy"}
-        == {name for name in ELSEWHERE if name not in NEUTRAL}
-        | {"projection._target_", "target._target_"} & silent
-    )
+        after = names(with_leaf(one.fields, path, changed))
+        for stage, silent_ones in silent.items():
+            if after[stage] == before[stage]:
+                silent_ones.add(".".join(path))
+    nowhere = NOWHERE | places(one.dataset)
+    assert silent == {
+        stage: {name for name in every if name in nowhere or name.startswith(left)}
+        for stage, left in NOT_OF.items()
+    }
 
 
 def test_where_and_how_it_runs_is_no_part_of_a_name():
@@ -350,6 +494,12 @@ def test_a_resnet18_training_takes_the_gpu_hours_that_follow_by_hand(paper):
     assert paper.runs[name].macs == 3 * 1_814_073_344 * 1251 * 1024 * 100
 
 
+def test_a_v100_trains_at_what_100_gpu_hours_of_resnet50_come_to():
+    """Paper, section 1: 100 GPU hours; 4.089 GMACs, three passes, 100 epochs of ImageNet."""
+    macs = 3 * 4.089e9 * 1_281_167 * 100
+    assert pytest.approx(macs / (100 * 3600), rel=0.01) == GPU_MACS_PER_SECOND
+
+
 # ----------------------------------------------------------------------------------- manifests
 
 
@@ -387,13 +537,29 @@ def test_points_that_two_experiments_share_are_in_the_figures_of_both(asked):
     [
         ("", "x is no sweep's file"),
         ("[]", "x is no sweep's file"),
-        ('{"format": 1}', "x is no sweep's file"),
-        ('{"format": 9, "name": "", "points": [], "runs": {}, "figures": {}}', "x has format 9,"),
+        ('{"format": 2}', "x is no sweep's file"),
+        (b"\xff", "x is no sweep's file"),
+        ('{"format": 1, "name": "", "points": [], "runs": {}, "figures": {}}', "x has format 1,"),
     ],
 )
 def test_what_is_no_manifest_is_refused(text, line):
     with pytest.raises(InputError, match=f"^{line}"):
         Manifest.from_json(text, name="x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("points", [{}]), ("points", 3), ("runs", {}), ("name", "another")]
+)
+def test_a_manifest_that_was_edited_by_hand_is_refused(asked, key, value):
+    plan = Plan.of(asked["uniform"][:1], images=False)
+    content = json.loads(Manifest.of(plan, title="one", tracking={}).to_json())
+    content["sweep"][key] = value
+    with pytest.raises(InputError) as error:
+        Manifest.from_json(json.dumps(content), name="x")
+    assert str(error.value) == (
+        "x was changed after it was written, but only what was planned is done; restore it, or "
+        "give the same sweep again"
+    )
 
 
 # ----------------------------------------------------------------------------------- mistakes
@@ -429,6 +595,10 @@ def test_what_is_no_manifest_is_refused(text, line):
             + ", ".join(EXPERIMENTS),
         ),
         (
+            ["experiment=mini"],
+            "experiment is mini, but there is no such choice; use one of " + ", ".join(EXPERIMENTS),
+        ),
+        (
             ["experiment=fig3_width", "projection.width=abc"],
             "projection.width is abc, but it must be a number; correct it",
         ),
@@ -451,6 +621,56 @@ def test_two_values_of_one_key_contradict_each_other():
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["+seeds=[0]", "seeds=[1]"], "seeds is [0] and [1]"),
+        (["seeds=[0]", "++seeds=[1]"], "seeds is [0] and [1]"),
+        (["target.width=1", "target={width:0.5,depth:1}"], "target.width is 1 and 0.5"),
+        (["target={width:1},{width:2}", "target.width=1"], "target.width is 1,2 and 1"),
+        (["a={b:{c:1}}", "a.b={c:2}"], "a.b.c is 1 and 2"),
+    ],
+)
+def test_two_values_contradict_each_other_however_they_are_given(words, said):
+    with pytest.raises(InputError) as error:
+        check_once(words)
+    assert str(error.value).startswith(f"{said}, but it has one value in one command;")
+
+
+def test_values_that_do_not_contradict_each_other_may_be_given():
+    check_once(["target={width:0.5,depth:1}", "target.resolution=64", "target.width=0.5"])
+    check_once(["projection=width", "projection.width=0.5", "+projection.more=1", "a={b", "a={b"])
+
+
+def test_a_plan_sees_contradictions_and_takes_the_flag_of_a_sweep(capsys):
+    words = ["dataset=imagenet", "methods=[uniform]", "seeds=[0],[1]"]
+    for more in (["-m"], ["--multirun"]):
+        _plan([*more, *words, "--json"])
+        assert json.loads(capsys.readouterr().out)["points"] == 2
+    with pytest.raises(InputError, match=r"^methods is \[uniform\] and \[direct\], but it has one"):
+        _plan([*words, "methods=[direct]"])
+
+
+FIGURE = """figures:
+  - _target_: widthopt.figures.average.AverageWidths
+    title: ""
+    claim: ""
+    panels: {}
+    paper_last: {}
+    last: {}
+"""
+
+
+@pytest.mark.parametrize("content", [b"3\n", b"\xff\xfe\xfa\n"])
+def test_an_experiment_file_that_is_no_table_is_one_line(tmp_path, content):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"^experiment=mine cannot be read, but each .*; correct it$"
+    ):
+        compose_sweep(["experiment=mine"], config_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("projection:\n  widht: 1\n", "projection.widht"),
@@ -458,6 +678,20 @@ def test_two_values_of_one_key_contradict_each_other():
         ("hydra:\n  sweeper:\n    params:\n      projection.widht: 1,2\n", "projection.widht"),
         ("figures:\n  - _target_: widthopt.figures.nothing.Kind\n", "figures[0]._target_"),
         ("figures: 3\n", "figures is 3, but it is a list"),
+        (
+            "hydra:\n  sweeper:\n    params: 3\n",
+            "hydra.sweeper.params is 3, but it is a table of k",
+        ),
+        ("defaults:\n  - mine\n", "experiment=mine cannot be read, but each choice is a file of "),
+        (
+            f"{FIGURE}    name: ../../evil\n",
+            "figures[0].name is ../../evil, but it begins the name",
+        ),
+        (f"{FIGURE}    name: .hidden\n", "figures[0].name is .hidden, but it begins the names of"),
+        (
+            "figures:\n  - _target_: widthopt.projection.Width\n    multiplier: 1\n",
+            "figures[0]._target_ is widthopt.projection.Width, but a figure has name, title, claim",
+        ),
         ("seeds: zero\n", "seeds is zero, but it is a list"),
     ],
 )

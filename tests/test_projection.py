@@ -152,6 +152,7 @@ RECIPE = Recipe(
     ("key", "value"),
     [
         ("batch_size", 0),
+        ("batch_size", 1),
         ("accumulation", 0),
         ("accumulation", 17),
         ("epochs", 0),

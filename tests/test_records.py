@@ -85,13 +85,24 @@ def test_a_later_format_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "records": [{"found": {}}]}', "3"],
+    ["", "{", "[]", "{}", f'{{"format": {FORMAT}}}', "3", b"\xff", "[" * 100_000],
 )
 def test_what_is_no_record_is_refused(text):
     with pytest.raises(
         InputError, match=r"^record\.json is no record \(.*\), but one is needed; run again$"
     ):
         from_json(text)
+
+
+@pytest.mark.parametrize("edited", ["99.9", '"ninety"', "null", "NaN"])
+def test_records_that_were_edited_by_hand_are_refused(edited):
+    text = to_json([RECORD]).replace('"top1": 91.3', f'"top1": {edited}')
+    with pytest.raises(InputError) as error:
+        from_json(text, name="runs/x/record.json")
+    assert str(error.value) == (
+        "runs/x/record.json is not what was written, but only that is shown; restore it, or run "
+        "again, which makes it again from the runs that are done"
+    )
 
 
 # Over seeds.

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import textwrap
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, prepare, widthopt
+from PIL import Image
 
 from widthopt.errors import InputError
 from widthopt.pipeline import recorded
@@ -26,36 +29,13 @@ SWEEP = (
 )  # fmt: skip
 """Six points: six searches, six trainings."""
 
-MY_FIGURE = '''
-from dataclasses import dataclass
-
-from matplotlib.figure import Figure
-
-from widthopt.figures.grid import Grid
-
-
-@dataclass(frozen=True)
-class Counted:
-    """How many records there are."""
-
-    name: str
-    title: str
-    claim: str
-
-    def draw(self, records):
-        figure = Figure()
-        figure.subplots().bar(["records"], [len(records)])
-        return {self.name: figure}
-
-    def table(self, records):
-        return Grid(self.title, ("records",), ((str(len(records)),),))
-'''
+README = Path(__file__).parents[1] / "README.md"
 
 FIGURES = """# @package _global_
 figures:
-  - _target_: my_figure.Counted
-    name: counted
-    title: Counted
+  - _target_: search_seconds.SearchSeconds
+    name: search_seconds
+    title: What a search takes
     claim: ""
   - _target_: widthopt.figures.transfer.Transfer
     name: mine
@@ -70,6 +50,12 @@ hydra:
 """
 
 
+def recipe(name):
+    """The code of a file that the README shows."""
+    code = README.read_text().partition(f"`{name}`")[2].partition("```")[2].partition("\n")[2]
+    return textwrap.dedent(code.partition("```")[0])
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "my_network.py").write_text(NETWORK)
@@ -81,7 +67,7 @@ def whole(tmp_path_factory):
     """An undisturbed sweep: its folder, and what the command said."""
     folder = tmp_path_factory.mktemp("whole")
     prepare(folder, FIGURES)
-    (folder / "my_figure.py").write_text(MY_FIGURE)
+    (folder / "search_seconds.py").write_text(recipe("search_seconds.py"))
     done = widthopt(
         "--config-dir", "conf", *SWEEP, "experiment=mine", "hydra/launcher=local", folder=folder
     )
@@ -148,23 +134,31 @@ def test_a_sweep_ends_with_its_figures_and_a_page(whole):
     assert "mine: Mine (6 records, 2 points missing)" in done.stdout
     assert "runs/report/index.html" in done.stdout
     page = (report / "index.html").read_text()
-    assert "the un-optimised network beside it, seed 0" in page
+    assert (
+        "my_network.MyNetwork on digits, (1, 1, 12, 100%): training, un-optimised, seed 0" in page
+    )
 
 
 def test_a_third_party_adds_a_figure_by_one_file_and_one_experiment(whole):
-    report = whole[0] / "runs" / "report"
-    assert (report / "counted.png").stat().st_size > 0
-    assert (report / "counted.csv").read_text() == "records\n6\n"
+    """The README's recipe: the code is the one that stands there."""
+    place, _, _ = FIGURES.partition("\n")[2].partition("  - _target_: w")
+    assert textwrap.indent(f"```yaml\n{place}```", "  ") in README.read_text()
+    folder, _ = whole
+    report = folder / "runs" / "report"
+    assert (report / "search_seconds.png").stat().st_size > 0
+    head, *rows = (report / "search_seconds.csv").read_text().splitlines()
+    assert head == "search s,top-1 %"
+    found = [stage.result() for stage in stages(folder, "train")]
+    shown = sorted(row.partition(",")[2] for row in rows)
+    assert shown == sorted(f"{one['top1']:.1f}" for one in found)
 
 
 def test_a_third_party_adds_a_projection_by_one_file_and_one_conf_file(folder):
-    """The README's recipe: the code below is the one that stands there."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    """The README's recipe: the code is the one that stands there."""
     for name in ("half_everything.py", "conf/projection/half_everything.yaml"):
-        code = readme.partition(f"`{name}`")[2].partition("```")[2].partition("\n")[2]
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(code.partition("```")[0]))
+        path.write_text(recipe(name))
     words = [word for word in TINY if not word.startswith("projection")]
     done = widthopt(
         "plan", "--config-dir", "conf", "projection=half_everything", "projection.times=1,2",
@@ -183,6 +177,36 @@ def test_the_same_records_give_the_same_files(whole):
     done = widthopt("report", folder=folder)
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
+
+
+def test_a_figure_is_drawn_alone_by_its_name(whole):
+    folder, _ = whole
+    report = folder / "runs" / "report"
+    (report / "mine.png").write_bytes(b"old")
+    numbers = (report / "search_seconds.csv").read_bytes()
+    (report / "search_seconds.csv").write_bytes(b"old")
+    page = (report / "index.html").read_bytes()
+    (report / "index.html").write_bytes(b"old")
+    done = widthopt("report", "search_s", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert (report / "search_seconds.csv").read_bytes() == numbers
+    assert (report / "mine.png").read_bytes() == (report / "index.html").read_bytes() == b"old"
+    assert done.stdout.splitlines()[0].startswith("search_seconds: ")
+    assert "runs/report/search_seconds.png" in done.stdout
+    assert "index.html" not in done.stdout
+    # A figure's whole name is the figure, though the sweep's name begins so.
+    done = widthopt("report", "mine", folder=folder)
+    assert (report / "mine.png").read_bytes().startswith(b"\x89PNG")
+    assert "index.html" not in done.stdout
+    (sweep,) = (folder / "runs" / "sweeps").glob("mine*")
+    done = widthopt("report", sweep.stem, folder=folder)
+    assert (report / "index.html").read_bytes() == page
+    nothing = widthopt("report", "figure9", folder=folder)
+    assert nothing.returncode == 2
+    assert nothing.stderr.strip() == (
+        "widthopt: figure9 is no sweep or figure in runs, but the sweeps there are: "
+        f"{sweep.stem}, and the figures search_seconds, mine"
+    )
 
 
 def test_the_status_is_that_of_the_files(whole):
@@ -233,6 +257,11 @@ def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, laun
     again = widthopt(*words, folder=folder)
     assert again.returncode == 1
     assert "0 of 5 runs are done, 3 failed" in again.stderr
+    if launcher == "local":  # whose runs are frozen, each for itself
+        failed = next(run["name"] for run in table["runs"] if run["state"] == "failed")
+        by_hand = widthopt("run", failed, folder=folder)
+        assert by_hand.returncode == 1
+        assert "lower recipe.learning_rate" in by_hand.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------- interruptions
@@ -378,6 +407,121 @@ def test_a_run_that_cannot_even_begin_says_why(folder):
     assert "FAILED (network.factory is my_network.MyNetwork, but my_network cannot be" in said
 
 
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """A sweep of one point that was given in ``there``, with paths that are relative to it."""
+    there = tmp_path_factory.mktemp("by_hand") / "there"
+    for number in range(8):
+        for split in ("train", "val"):
+            path = there / "images" / split / f"class{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (30 * number, 128 * (number % 2), 0)).save(path)
+    (there / "my_network.py").write_text(NETWORK)
+    done = widthopt(
+        "-m", *TINY, "seeds=[0]", "methods=[transfer]", "dataset=image_folder",
+        "dataset.root=images", "recipe.batch_size=4", folder=there,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return there
+
+
+def forgotten(root):
+    """The names of the runs below a root, searches first, whose results are removed."""
+    found = list(Store(root / "stages").stages())
+    for stage in found:
+        (stage.folder / "result.json").unlink(missing_ok=True)
+    return [stage.folder.name for stage in found]
+
+
+@pytest.mark.parametrize("words", [("run", "search", "train"), ("retry", "sweep")])
+@pytest.mark.parametrize("moved", [False, True])
+def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, words, moved):
+    """Other paths mean what they meant where the sweep was given; the root may have moved."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    root = by_hand / "runs"
+    if moved:
+        root = Path(shutil.copytree(root, tmp_path / "moved"))
+    names = forgotten(root)
+    for name in words[1:]:
+        where = os.path.relpath(root, elsewhere)
+        done = widthopt(words[0], name, "--root", where, folder=elsewhere)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.parent.name for path in root.glob("stages/*/result.json")) == names
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("logs train --rank 7", "KEY is {train}, but process 7 of it has printed nothing; {show}"),
+        ("show nothing", "KEY is nothing, but there is no such run in {root}; {all} lists them"),
+        ("show ''", "KEY is , but 2 runs there begin so in {root}; {all} lists them"),
+        ("report sweep", "--root is {root}, but no point of {sweep} is done; {status}"),
+        ("status other", "other is no sweep in {root}, but the sweeps there are: {sweep}"),
+    ],
+)
+def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, said):
+    root = Path(shutil.copytree(by_hand / "runs", tmp_path / "of mine"))
+    _, train = forgotten(root)
+    (sweep,) = (path.stem for path in root.glob("sweeps/*.json"))
+    done = widthopt(*shlex.split(words), "--root", str(root), folder=tmp_path)
+    assert done.returncode == 2
+    said = said.format(
+        root=root,
+        train=train,
+        sweep=sweep,
+        all=f"widthopt status --all --root '{root}'",
+        status=f"see widthopt status --root '{root}'",
+        show=f"see widthopt show {train} --root '{root}'",
+    )
+    assert done.stderr.splitlines()[-1] == f"widthopt: {said}"
+
+
+@pytest.fixture
+def unanswered(by_hand, tmp_path):
+    """Two runs with jobs, of which one began, and no controller; asked by a command."""
+    root = Path(shutil.copytree(by_hand / "runs", tmp_path / "runs"))
+    (root / "jobs").mkdir()
+    for number, name in enumerate(forgotten(root)):
+        (root / "stages" / name / "submission.json").write_text(f'{{"job": "7_{number}"}}')
+    (root / "stages" / name / "claim.json").write_text('{"job": "7_1"}')
+    for name in ("sbatch", "squeue", "scontrol", "sacct", "scancel"):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            f"#!/bin/sh\necho {name} >> {tmp_path}/asked\necho no controller >&2; exit 1"
+        )
+        path.chmod(0o755)
+
+    def asked(*words):
+        return subprocess.run(  # noqa: S603
+            command(*words), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100,
+            env={**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        )  # fmt: skip
+
+    return asked, tmp_path / "asked"
+
+
+def test_a_queue_that_does_not_answer_is_asked_once_and_ends_no_run(unanswered):
+    asked, questions = unanswered
+    done = asked("status", "--json")
+    assert done.returncode == 0, done.stderr
+    assert questions.read_text().split() == ["squeue"]
+    assert "no controller" in done.stderr
+    (table,) = json.loads(done.stdout)
+    assert [(row["state"], row["queue"]) for row in table["runs"]] == [
+        ("queued", "as its files say: the queue does not answer"),
+        ("running", "as its files say: the queue does not answer"),
+    ]
+
+
+def test_where_the_queue_does_not_answer_nothing_is_cancelled_and_that_is_said(unanswered):
+    asked, _ = unanswered
+    line = one_line(asked("cancel", "sweep"), 2)
+    assert line.startswith("squeue is refused by SLURM (no controller), but it has to succeed;")
+
+
 @pytest.mark.parametrize(
     ("last", "reason"),
     [
@@ -397,20 +541,51 @@ def test_only_a_reason_is_told_as_one(tmp_path, last, reason):
     assert why(stage) == reason
 
 
+@pytest.mark.parametrize(
+    ("left", "reason"), [({}, "unknown"), ({"type": "MemoryError", "message": " "}, "MemoryError")]
+)
+def test_a_failure_that_says_little_is_told_nevertheless(tmp_path, left, reason):
+    stage = Store(tmp_path).stage("search", {})
+    stage.folder.mkdir()
+    (stage.folder / "failed.json").write_text(json.dumps(left))
+    assert why(stage) == reason
+
+
 def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):
     """The worker looks again."""
     root = whole[0] / "runs"
     (manifest,) = manifests(root)
     name = next(name for name, run in manifest.own.items() if run["kind"] == "train")
     spec = json.loads((root / "stages" / name / "spec.json").read_text())
-    spec["config"]["root"] = str(tmp_path)
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    folder = tmp_path / "stages" / name
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
     (tmp_path / "my_network.py").write_text(NETWORK)
     needed = manifest.own[name]["needs"][0]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
         with pytest.raises(InputError, match=rf"that needs {needed}, but that is not done"):
-            perform(tmp_path / "spec.json")
+            perform(folder / "spec.json")
+
+
+@pytest.mark.parametrize("kind", ["search", "train"])
+def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
+    """It would be another run, and this one never done."""
+    shutil.copytree(whole[0] / "runs", folder / "runs")
+    name = stages(folder, kind)[0].folder.name
+    path = folder / "runs" / "stages" / name / "spec.json"
+    spec = json.loads(path.read_text())
+    spec["config"]["recipe"]["search_epochs" if kind == "search" else "epochs"] = 1
+    path.write_text(json.dumps(spec))
+    line = one_line(widthopt("run", name, folder=folder), 2)
+    assert re.fullmatch(
+        rf"{name}/spec.json is of another run \({kind}-[0-9a-f]{{12}}\), "
+        "but what it says names its folder; give the same sweep again",
+        line,
+    )
+    assert {one.folder.name for one in stages(folder)} == {
+        one.folder.name for one in stages(whole[0])
+    }
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"kind": "search"}'])

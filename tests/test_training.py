@@ -294,6 +294,24 @@ def test_steps_are_those_of_sgd_with_nesterov_momentum_decay_and_smoothing_by_ha
         np.testing.assert_allclose(parameter.detach().numpy(), weight, rtol=1e-4, atol=1e-6)
 
 
+def test_what_comes_after_a_step_sees_the_weights_that_the_step_has_left():
+    """So the chains of DMCP learn from the weights just updated (its specification, 1.7.3)."""
+
+    class Seeing(Objective):
+        def after_step(self, step, micro_batches):  # noqa: ARG002
+            self.seen = loop.model[0].weight.detach().clone()
+
+    objective = Seeing(label_smoothing=0.0)
+    loop = Loop(
+        network(), recipe=RECIPE, steps_per_epoch=STEPS, epochs=EPOCHS, seed=0, runtime=RUNTIME,
+        objective=objective,
+    )  # fmt: skip
+    before = loop.model[0].weight.detach().clone()
+    loop.step(*next(Synthetic().epoch(0)), STEPS)  # at the peak of the learning rate
+    assert not torch.equal(objective.seen, before)
+    assert torch.equal(objective.seen, loop.model[0].weight)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 16])
 def test_accumulating_over_parts_of_a_batch_is_one_batch(parts):
     """Without BatchNorm, which sees its micro-batch only; 3 do not divide 16 evenly."""
@@ -480,10 +498,16 @@ def test_a_training_that_is_complete_is_not_run_again(tmp_path, uninterrupted):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"epochs": 4}, "epochs 3, not 4"),
-        ({"seed": 1}, "seed 0, not 1"),
-        ({"recipe": dataclasses.replace(RECIPE, momentum=0.8)}, "recipe .*, not .*0.8"),
-        ({"objective": Objective(label_smoothing=0.1)}, "objective Watched, not Objective"),
+        ({"epochs": 4}, "epochs is 3 there and 4 here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        (
+            {"recipe": dataclasses.replace(RECIPE, momentum=0.8)},
+            r"recipe\.momentum is 0\.9 there and 0\.8 here",
+        ),
+        (
+            {"objective": Objective(label_smoothing=0.1)},
+            'objective is "Watched" there and "Objective" here',
+        ),
     ],
 )
 def test_checkpoints_of_another_training_are_refused(tmp_path, change, said):
@@ -496,7 +520,9 @@ def test_checkpoints_of_another_training_are_refused(tmp_path, change, said):
 def test_checkpoints_of_another_network_are_refused(tmp_path):
     with pytest.raises(Interrupted):
         run(network(), objective=Watched(interrupt=2), folder=tmp_path)
-    with pytest.raises(InputError, match=r"parameters .*; use another folder or remove this one"):
+    with pytest.raises(
+        InputError, match=r"parameters is .*; use another folder or remove this one"
+    ):
         run(network(norm=False), objective=Watched(), folder=tmp_path)
 
 
@@ -699,7 +725,11 @@ def test_channels_last_is_automatic_on_cuda_only():
         ({"batches": Synthetic(65)}, "recipe.batch_size is 65, but there are 64 training images"),
         (
             {"recipe": dataclasses.replace(RECIPE, batch_size=32, accumulation=17)},
-            "recipe.accumulation is 17, but the data has only enough images for batches of 16; ",
+            "recipe.accumulation is 17, but of the 16 images .* takes at least two, for BatchNorm",
+        ),
+        (
+            {"recipe": dataclasses.replace(RECIPE, accumulation=9)},
+            "recipe.accumulation is 9, but of the 16 images .* takes at least two, for BatchNorm",
         ),
     ],
 )

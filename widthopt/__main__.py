@@ -16,10 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from launchers.work import Failed
 from widthopt.errors import InputError
@@ -73,20 +70,16 @@ def main() -> None:
         _end(error, WRONG_INPUT)
     except Failed as error:
         _end(error, FAILED)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        from widthopt.config import refusal  # noqa: PLC0415 (imports torch)
-
-        _end(refusal(error, words), WRONG_INPUT)
-    except ValueError as error:
-        from widthopt.config import NO_CHOICE, refusal  # noqa: PLC0415 (imports torch)
-
-        if NO_CHOICE not in str(error):
-            raise
-        _end(refusal(error, words), WRONG_INPUT)
     except BrokenPipeError:  # whoever read the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        _end("stopped; the same command goes on from the last checkpoint", STOPPED)
+    except Exception as error:
+        from widthopt.config import of_configuration, refusal  # noqa: PLC0415 (imports torch)
+
+        if not of_configuration(error):
+            raise
+        _end(refusal(error, words), WRONG_INPUT)
+    except KeyboardInterrupt as error:
+        _end(str(error) or "stopped; the same command goes on from the last checkpoint", STOPPED)
 
 
 def _find_ours_first() -> None:
@@ -175,27 +168,29 @@ def _run(config: DictConfig) -> None:
 
 
 def _report(words: Sequence[str]) -> None:
-    """``widthopt report [SWEEP or RUN ...] [--root FOLDER]``."""
+    """``widthopt report [FIGURE, SWEEP or RUN ...] [--root FOLDER]``."""
     parser = argparse.ArgumentParser(
         "widthopt report",
         description="The figures and tables of sweeps, from the records there are; or runs side by "
         "side.",
     )
     parser.add_argument(
-        "names", nargs="*", help="sweeps, or folders of runs; all sweeps (or runs) by default"
+        "names",
+        nargs="*",
+        help="how the names of figures or sweeps begin, or folders of runs; all by default",
     )
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
     from widthopt.report import compare, runs  # noqa: PLC0415 (imports torch)
-    from widthopt.sweeps import draw, manifests, show  # noqa: PLC0415
+    from widthopt.sweeps import asked_for, draw, show  # noqa: PLC0415
 
     root = arguments.root
     folders = [Path(name) for name in arguments.names if os.sep in name or Path(name).is_dir()]
     if not folders:
-        found = manifests(root, arguments.names)
+        found, only = asked_for(root, arguments.names)
         drawn = [one for one in found if one.figures]
         if drawn:
-            draw(root, drawn)
+            draw(root, drawn, only=only)
             return
         folders = [] if arguments.names else runs(root)
         if not folders and found:
@@ -219,6 +214,10 @@ def _status(words: Sequence[str]) -> None:
     from widthopt.sweeps import manifests  # noqa: PLC0415
 
     root = arguments.root
+    if not root.is_dir():
+        raise InputError(
+            f"--root is {root}, but there is no such folder; name the one that runs are kept in"
+        )
     tables = states(root, manifests(root, arguments.sweeps))
     show_status(tables, as_json=arguments.json, every=arguments.all)
 
@@ -279,7 +278,7 @@ def _doctor(words: Sequence[str]) -> None:
     overrides = ["hydra/launcher=slurm", *arguments.overrides]
     if any(word.startswith("hydra/launcher=") for word in arguments.overrides):
         overrides = arguments.overrides
-    values = launcher(overrides, config_dir=arguments.config_dir)
+    values, device = launcher(overrides, config_dir=arguments.config_dir)
     if "setup" not in values:
         raise InputError(
             "hydra/launcher is none of SLURM's, but those are what is checked; use "
@@ -287,7 +286,7 @@ def _doctor(words: Sequence[str]) -> None:
         )
     options = {key: one for key, one in values.items() if key not in {"_target_", "work", "sure"}}
     bad = 0
-    for one in checks(arguments.root, options, job=arguments.job):
+    for one in checks(arguments.root, options, device=device, job=arguments.job):
         sys.stdout.write(f"{'ok ' if one.well else 'BAD'} {one.what:<15} {one.said}\n")
         sys.stdout.flush()
         bad += not one.well
@@ -311,7 +310,8 @@ def _run_again(words: Sequence[str]) -> None:
     from widthopt.training import Diverged, Interrupted  # noqa: PLC0415
 
     try:
-        logger.info("%s is %s", arguments.name, do(arguments.root, arguments.name))
+        do(arguments.root, arguments.name)
+        logger.info("%s is done", arguments.name)
     except Diverged as error:
         _end(error, FAILED)
     except Interrupted as error:
@@ -413,6 +413,9 @@ def _plan(words: Sequence[str]) -> None:
         "widthopt plan", description="What a run or a sweep would do, and what it costs."
     )
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="of no effect: what is swept is seen"
+    )
     parser.add_argument("--config-dir", help="a folder of further choices")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of eight accelerators")
     parser.add_argument("--rate", type=float, help="MACs per second of one; a V100's by default")
@@ -426,9 +429,8 @@ def _plan(words: Sequence[str]) -> None:
     from widthopt.planning import GPU_MACS_PER_SECOND, Plan  # noqa: PLC0415
     from widthopt.report import show_plan  # noqa: PLC0415
 
-    overrides = [word for word in arguments.overrides if word not in {"-m", "--multirun"}]
-    check_once(overrides)
-    requests = compose_sweep(overrides, config_dir=arguments.config_dir)
+    check_once(arguments.overrides)
+    requests = compose_sweep(arguments.overrides, config_dir=arguments.config_dir)
     plan = Plan.of(requests, images=False)
     show_plan(
         plan,

@@ -5,12 +5,14 @@ import difflib
 import json
 import math
 import re
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -96,8 +98,10 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
         return requests(loader, expanded(loader, words))
 
 
-def launcher(overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
-    """The values of the launcher that these overrides choose, as plain data.
+def launcher(
+    overrides: Sequence[str], *, config_dir: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """The values of the launcher that these overrides choose, as plain data; the runs' device.
 
     Args:
         overrides: As typed behind ``widthopt``.
@@ -110,7 +114,7 @@ def launcher(overrides: Sequence[str], *, config_dir: str | None = None) -> dict
         composed = hydra_compose(CONFIG_NAME, overrides=words, return_hydra_config=True)
         values = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return {str(key): value for key, value in values.items()}, str(composed.runtime.device)
 
 
 @contextmanager
@@ -123,10 +127,8 @@ def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             yield words
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise refusal(error, words) from error
-    except ValueError as error:
-        if isinstance(error, InputError) or NO_CHOICE not in str(error):
+    except Exception as error:
+        if not of_configuration(error):
             raise
         raise refusal(error, words) from error
 
@@ -267,8 +269,24 @@ def figures(values: Any) -> tuple[Any, ...]:
     for place, one in enumerate(values):
         key = f"figures[{place}]"
         kind = _kind(key, one)
-        result.append(kind(**_typed(kind, key, one)))
+        made = kind(**_typed(kind, key, one))
+        lacking = [name for name in _FIGURE if not hasattr(made, name)]
+        if lacking:
+            raise InputError(
+                f"{key}._target_ is {one['_target_']}, but a figure has {', '.join(_FIGURE)}, and "
+                f"this has no {lacking[0]}; name one of widthopt.figures or of yours"
+            )
+        if not re.fullmatch(r"\w[\w.+-]*", made.name):
+            raise InputError(
+                f"{key}.name is {made.name}, but it begins the names of files, in letters, digits "
+                "and . + - _; correct it"
+            )
+        result.append(made)
     return tuple(result)
+
+
+_FIGURE = ("name", "title", "claim", "draw", "table")
+"""What figures and tables have; see `widthopt.figures.grid.Kind`."""
 
 
 def tracking(values: Any) -> Tracking:
@@ -325,6 +343,19 @@ def _typed(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
     return {name: _value(hints[name], f"{key}.{name}", values[name]) for name in names}
 
 
+def _with_key(group: str, key: str) -> list[str]:
+    """The choices of a group, as they are typed, that have a key."""
+    folder = files(CONFIG_MODULE) / group
+    if group not in _GROUPS or not folder.is_dir():
+        return []
+    found = sorted(one.name for one in folder.iterdir() if one.name.endswith(".yaml"))
+    return [
+        f"{group}={name.removesuffix('.yaml')}"
+        for name in found
+        if key in list(OmegaConf.create((folder / name).read_text("utf-8")))
+    ]
+
+
 def _unknown(key: str, names: Sequence[str]) -> str:
     """What to say about a key that is not among ``names``; the nearest of its own table's."""
     if key in names:  # Hydra gives a table that is there no new keys unasked
@@ -334,6 +365,8 @@ def _unknown(key: str, names: Sequence[str]) -> str:
     near = {name.rpartition(".")[2]: name for name in beside}
     close = difflib.get_close_matches(last, near, n=1)
     remedy = f"did you mean {near[close[0]]}?" if close else f"choose among {', '.join(beside)}"
+    if not close and (choices := _with_key(table, last)):
+        remedy = f"first choose {' or '.join(choices)}, which has it"
     return f"{key} is not a key, but only known keys are read; {remedy}"
 
 
@@ -399,8 +432,21 @@ def _missing(key: str) -> str:
     return f"{key} is missing, but this choice needs it; add {key}=... to the command"
 
 
-NO_CHOICE = "Config group override must be a string"
+_NO_CHOICE = "Config group override must be a string"
 """How Hydra's ValueError about ``network=3`` begins; it does not say which group."""
+
+
+def of_configuration(error: Exception) -> bool:
+    """Whether an error says that a configuration cannot be read: one of Hydra's, or any on its way.
+
+    A file that is no table, that is not UTF-8 or that includes itself has no error of its own.
+    """
+    if isinstance(error, InputError):
+        return False
+    return isinstance(error, HydraException | OmegaConfBaseException | YAMLError) or any(
+        frame.f_globals.get("__name__") == ConfigLoaderImpl.__module__
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
@@ -411,7 +457,7 @@ def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
         words: What was typed.
     """
     text = str(error)
-    if reason := _no_yaml(error) or _not_one(text, words):
+    if reason := _no_yaml(error) or _no_table(error, words) or _not_one(text, words):
         return InputError(reason)
     line = " ".join(text.split())
     if isinstance(error, OverrideParseException):
@@ -446,9 +492,22 @@ def _no_yaml(error: Exception) -> str | None:
     )
 
 
+def _no_table(error: Exception, words: Sequence[str]) -> str | None:
+    """What is wrong with a choice whose file Hydra could not make a table of."""
+    kinds = OSError | UnicodeDecodeError | RecursionError
+    if isinstance(error, HydraException) or not isinstance(error, kinds):
+        return None
+    chosen = [word for word in words if word.partition("=")[0] in (*_GROUPS, EXPERIMENT)]
+    problem = "one includes itself" if isinstance(error, RecursionError) else str(error)
+    return (
+        f"{' '.join(chosen) or 'the configuration'} cannot be read, but each choice is a file of "
+        f"UTF-8 with a table of keys ({problem}); correct it"
+    )
+
+
 def _not_one(text: str, words: Sequence[str]) -> str | None:
     """What is wrong where one choice or one value was wanted, and something else was given."""
-    if NO_CHOICE in text:
+    if _NO_CHOICE in text:
         typed = [word for word in words if not word.startswith("-")]
         group, value = next(
             (one.key_or_group, str(one.input_line).partition("=")[2])

@@ -11,16 +11,20 @@ from typing import Any
 
 from launchers import queue
 from launchers.launcher import again
+from launchers.work import Failed
 from widthopt.errors import InputError
 from widthopt.planning import Manifest
-from widthopt.store import Stage, State, Store
-from widthopt.sweeps import ENDED, Kept, manifests, perform, status, why
+from widthopt.store import Stage, State, Store, there
+from widthopt.sweeps import ENDED, Kept, home, manifests, perform, status, why
 
 
 logger = logging.getLogger("widthopt")
 
 FOLLOW_SECONDS = 0.5
 """Time between two looks at a log that is followed."""
+
+UNKNOWN = "as its files say: the queue does not answer"
+"""What is said of a job where nobody knows whether it lives."""
 
 ASK_SECONDS = 10.0
 """Time between two questions to the queue meanwhile."""
@@ -43,27 +47,39 @@ class Found:
         return self.sweeps[0].own[self.name]
 
 
-def live(root: Path) -> Mapping[str, str]:
-    """The jobs that wait or run, where this machine has a queue and the root has jobs.
+def live(root: Path) -> Mapping[str, str] | None:
+    """The jobs that wait or run, where the root has jobs; None, and said so, if nobody can tell."""
+    try:
+        return _live(root)
+    except InputError as error:
+        logger.warning("%s; until then runs are shown as what their files say", error)
+        return None
 
-    A queue that does not answer is said so, and known jobs count as ended.
+
+def _live(root: Path) -> Mapping[str, str]:
+    """The jobs that wait or run, where the root has jobs.
+
+    Raises:
+        InputError: The queue cannot be asked.
     """
     if not (root / "jobs").is_dir():
         return {}
     if not queue.there():
-        logger.warning(
-            "there is no squeue on this machine, so that runs in a queue count as ended; ask on a "
-            "login node"
+        raise InputError(
+            f"--root is {root}, but its runs are a queue's and there is no squeue on this machine; "
+            "ask on a login node"
         )
-        return {}
     from launchers.slurm import adopt  # noqa: PLC0415 (imports submitit)
 
-    try:
-        adopt(root)
-        return queue.live()
-    except InputError as error:
-        logger.warning("%s; what it knows is left out", error)
-        return {}
+    adopt(root)
+    return queue.live()
+
+
+def _told(stage: Stage, state: State, jobs: Mapping[str, str] | None) -> State:
+    """A state where it may be that nobody knows which jobs live: then none counts as ended."""
+    if jobs is None and state == "stale" and stage.submission() is not None:
+        return "running" if (stage.folder / "claim.json").exists() else "queued"
+    return state
 
 
 def find(root: Path, name: str) -> Found:
@@ -79,7 +95,7 @@ def find(root: Path, name: str) -> Found:
     if len(fitting) != 1 or not name:
         known = f"{len(fitting)} runs there begin so" if fitting else "there is no such run"
         raise InputError(
-            f"KEY is {name}, but {known} in {root}; widthopt status --all --root {root} lists them"
+            f"KEY is {name}, but {known} in {root}; widthopt status --all {there(root)} lists them"
         )
     mine = tuple(sweep for sweep in sweeps if fitting[0] in sweep.own)
     stage = mine[0].stages(Store(root / "stages"))[fitting[0]]
@@ -89,8 +105,16 @@ def find(root: Path, name: str) -> Found:
 def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
     """How far sweeps are, with what the queue knows of them; see `widthopt.sweeps.status`."""
     jobs = live(root)
-    tables = status(root, sweeps, jobs)
+    tables = status(root, sweeps, jobs or {})
     rows = [row for table in tables for row in table["runs"]]
+    if jobs is None:
+        for sweep, table in zip(sweeps, tables, strict=True):
+            stages = sweep.stages(Store(root / "stages"))
+            for row in table["runs"]:
+                state = _told(stages[row["name"]], row["state"], jobs)
+                row["queue"] = UNKNOWN if state != row["state"] else None
+                row["state"] = state
+        return tables
     ended = {row["job"] for row in rows if row["state"] in ENDED and not row["why"] and row["job"]}
     causes = _how_ended(root, ended) if ended and queue.there() else {}
     for row in rows:
@@ -113,7 +137,8 @@ def show(root: Path, name: str) -> dict[str, Any]:
     attempts = stage.folder / "attempts.jsonl"
     lines = attempts.read_text("utf-8").splitlines() if attempts.exists() else []
     submission = stage.submission() or {}
-    state = found.sweeps[0].states(Store(root / "stages"), jobs)[found.name]
+    state = found.sweeps[0].states(Store(root / "stages"), jobs or {})[found.name]
+    state = _told(stage, state, jobs)
     failure = stage.failure() or {}
     return {
         "name": found.name,
@@ -125,7 +150,7 @@ def show(root: Path, name: str) -> dict[str, Any]:
         "sweeps": [sweep.name for sweep in found.sweeps],
         "folder": str(stage.folder),
         "job": submission.get("job"),
-        "queue": jobs.get(str(submission.get("job"))),
+        "queue": UNKNOWN if jobs is None else jobs.get(str(submission.get("job"))),
         "code": submission.get("code"),
         "attempts": [json.loads(line) for line in lines],
         "macs": found.row["macs"],
@@ -148,18 +173,19 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
     stage = find(root, name).stage
     path = stage.folder / (f"log-{rank}.txt" if rank else "log.txt")
     early = (stage.submission() or {}).get("log")
-    for kind in ("err", "out") if early else ():
-        said = root / f"{early}_{rank}_log.{kind}"
-        if said.exists():
-            yield said.read_text("utf-8", "replace")
+    before = [root / f"{early}_{rank}_log.{kind}" for kind in ("err", "out")] if early else []
+    told = [one for one in before if one.exists()]
+    yield from (one.read_text("utf-8", "replace") for one in told)
     if follow:
         yield from _followed(path, root, stage)
+        late = [one for one in before if one not in told and one.exists()]
+        yield from (one.read_text("utf-8", "replace") for one in late)
     elif path.exists():
         yield path.read_text("utf-8", "replace")
     elif not early:
         raise InputError(
             f"KEY is {stage.folder.name}, but process {rank} of it has printed nothing; see "
-            f"widthopt show {stage.folder.name}"
+            f"widthopt show {stage.folder.name} {there(root)}"
         )
 
 
@@ -169,7 +195,7 @@ def _followed(path: Path, root: Path, stage: Stage) -> Iterator[str]:
     while True:
         if time.monotonic() > asked + ASK_SECONDS:
             jobs, asked = live(root), time.monotonic()
-        ended = stage.state(jobs) not in {"queued", "running"}
+        ended = _told(stage, stage.state(jobs or {}), jobs) not in {"queued", "running"}
         if path.exists():
             with path.open("rb") as file:
                 file.seek(read)
@@ -199,7 +225,7 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
     sweeps, chosen = _sweeps_or_run(root, name)
     mine = {sweep.name for sweep in sweeps}
     others = {run for one in manifests(root) if one.name not in mine for run in one.own}
-    jobs = live(root)
+    jobs = _live(root)
     wanted: dict[str, str] = {}
     for sweep in sweeps:
         for run, stage in sweep.stages(Store(root / "stages")).items():
@@ -242,18 +268,27 @@ def retry(root: Path, name: str) -> None:
     """
     sweeps, chosen = _sweeps_or_run(root, name)
     for sweep in sweeps if not chosen else sweeps[:1]:
-        again(Kept(root, sweep, chosen))
+        again(Kept(root.resolve(), sweep, chosen))
 
 
-def do(root: Path, name: str) -> State:
-    """Do one run here and now, in this process, as it was frozen; its state afterwards.
+def do(root: Path, name: str) -> None:
+    """Do one run here and now, in this process, as it was frozen.
 
     Raises:
         InputError: There is no such run, or it cannot be done.
+        Failed: It was not done all the same.
     """
     stage = find(root, name).stage
-    perform(stage.folder / "spec.json")
-    return stage.state()
+    spec = stage.folder / "spec.json"
+    if (folder := home(spec)) is not None:
+        sys.path.append(str(folder))  # its network may be a module there
+    perform(spec)
+    state = stage.state()
+    if state != "done":
+        raise Failed(
+            f"{stage.folder.name} is {state}, but it was to be done; see widthopt show "
+            f"{stage.folder.name} {there(root)}"
+        )
 
 
 def _sweeps_or_run(root: Path, name: str) -> tuple[list[Manifest], list[str]]:

@@ -4,9 +4,14 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from widthopt.errors import InputError
+
+
+_SHOWN = 4
+_LONGEST = 40
 
 
 def canonical(fields: Any) -> str:
@@ -33,6 +38,50 @@ def key(kind: str, fields: Any) -> str:
     They are the start of the SHA-256 of the kind, a line end and the `canonical` text.
     """
     return hashlib.sha256(f"{kind}\n{canonical(fields)}".encode()).hexdigest()[:12]
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Where two sets of fields differ, in one line for a message; empty where they do not.
+
+    Of tables, their values that differ are named. A few are; long values are cut.
+
+    Args:
+        there: Fields that were kept, as `canonical` takes them.
+        here: Fields of now.
+    """
+    found = list(_differing(there, here, ""))
+    shown = [
+        f"{name} is {_short(one)} there and {_short(other)} here"
+        for name, one, other in found[:_SHOWN]
+    ]
+    if len(found) > _SHOWN:
+        shown.append(f"and {len(found) - _SHOWN} more")
+    return "; ".join(shown)
+
+
+def _differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], where: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """Names and both values, those of tables last: they may be many."""
+    tables = []
+    for name in sorted(there.keys() | here.keys()):
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            tables.append((one, other, f"{where}{name}."))
+        elif canonical(one) != canonical(other):
+            yield f"{where}{name}", one, other
+    for table in tables:
+        yield from _differing(*table)
+
+
+def _short(value: Any) -> str:
+    text = canonical(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def digest(fields: Any) -> str:
+    """The SHA-256 of the `canonical` text, by which a file shows that it is as it was written."""
+    return hashlib.sha256(canonical(fields).encode()).hexdigest()
 
 
 def _plain(value: Any, where: str) -> Any:

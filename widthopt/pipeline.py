@@ -32,6 +32,7 @@ from widthopt.setting import Network, Recipe, Resources, Runtime, Setting
 from widthopt.store import Stage, Store, this_job, writable, write_atomically, writing
 from widthopt.surgery import Blueprint
 from widthopt.tracking import About, Tracker, Tracking, tracked
+from widthopt.tracking.metrics import in_figure
 from widthopt.training import Interrupted, Log, train
 from widthopt.widths import TOLERANCE, Match, match_macs, multipliers
 
@@ -574,13 +575,18 @@ def _show_search(tracker: Tracker, point: Point, method: str, result: SearchResu
             "budget_macs": point.search_budget(method),
             "seconds": result.seconds,
             **{f"flags/{name}": one for name, one in result.flags.items()},
-            **{
-                f"details/{name}": one
-                for name, one in result.details.items()
-                if not isinstance(one, list | tuple)
-            },
+            **dict(_named("details", result.details)),
         }
     )
+
+
+def _named(start: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Single values by name, those of tables within tables too; lists are left out."""
+    for name, one in values.items():
+        if isinstance(one, Mapping):
+            yield from _named(f"{start}/{name}", one)
+        elif not isinstance(one, list | tuple):
+            yield f"{start}/{name}", one
 
 
 def _show_training(tracker: Tracker, record: Record) -> None:
@@ -588,16 +594,12 @@ def _show_training(tracker: Tracker, record: Record) -> None:
     found = record.found
     tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
     tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
-    saved, figures = 100 * found.saved, tracker.about.figures
-    tracker.rows(  # a row is what lines of W&B are drawn from
-        [
-            {
-                f"figures/{name}/saved_pct": saved,
-                f"figures/{name}/{record.network}/top1": record.top1,
-            }
-            for name in figures
-        ]
-    )
+    saved = 100 * found.saved
+    shown = [
+        in_figure(name, network=record.network, saved_pct=saved, top1=record.top1)
+        for name in tracker.about.figures
+    ]
+    tracker.rows([row for row, _ in shown])  # a row is what lines of W&B are drawn from
     tracker.summary(
         {
             "test/top1": record.top1,
@@ -610,8 +612,7 @@ def _show_training(tracker: Tracker, record: Record) -> None:
             "overhead_saved_pct": saved,
             "seconds": record.train_seconds,
             **{f"flags/{name}": one for name, one in found.flags.items()},
-            **{f"figures/{name}/saved_pct": saved for name in figures},
-            **{f"figures/{name}/top1": record.top1 for name in figures},
+            **{name: one for _, summary in shown for name, one in summary.items()},
         }
     )
 

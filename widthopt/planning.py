@@ -6,9 +6,9 @@ the same run share it, so that it is done once.
 """
 
 import json
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from widthopt import identity
@@ -39,6 +39,8 @@ class Run:
         seed: Its seed.
         needs: The name of the run that must be done before, if there is one.
         macs: What it takes, in closed form.
+        apart: What tells it from runs of its plan that would else be described alike: values
+            by their name.
     """
 
     kind: Literal["search", "train"]
@@ -48,6 +50,7 @@ class Run:
     seed: int
     needs: tuple[str, ...]
     macs: int
+    apart: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -59,13 +62,15 @@ class Run:
         """What it is, in words."""
         request, setting = self.point.request, self.point.target
         words = f"{request.network.name} on {request.dataset.name}"
+        end = "".join(f", {name} {value}" for name, value in self.apart.items())
+        end += f", seed {self.seed}"
         if self.method == "uniform":
-            return f"{words}, {_axes(setting)}: training, un-optimised, seed {self.seed}"
+            return f"{words}, {_axes(setting)}: training, un-optimised{end}"
         proxy = self.point.setting(self.method)
         if self.kind == "search":
-            return f"{words}, {_axes(proxy)}: {request.algorithm.name} search, seed {self.seed}"
+            return f"{words}, {_axes(proxy)}: {request.algorithm.name} search{end}"
         found = f"{request.algorithm.name} at {_axes(proxy)}"
-        return f"{words}, {_axes(setting)}: training, {found}, seed {self.seed}"
+        return f"{words}, {_axes(setting)}: training, {found}{end}"
 
 
 def _axes(setting: Any) -> str:
@@ -150,7 +155,7 @@ class Plan:
                         trainings[name] = Run("train", train, point, method, seed, needs, macs)
                     figures = request.figures
                     points.append(PlannedPoint(point, method, seed, search, name, figures))
-        return cls(tuple(points), {**searches, **trainings})
+        return cls(tuple(points), _told_apart({**searches, **trainings}))
 
     def states(self, live: Collection[str] = ()) -> dict[str, State]:
         """How far each run is, by name.
@@ -194,6 +199,40 @@ class Plan:
         )
 
 
+def _told_apart(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs; those that would be described alike, each with the values in which they differ."""
+    alike = defaultdict(list)
+    for run in runs.values():
+        alike[run.what].append(run)
+    told = dict(runs)
+    for ones in alike.values():
+        values = {}
+        for run in ones:
+            named = dict(_leaves(run.stage.fields))
+            for need in run.needs:  # of which a training's own fields have but the name
+                named.pop(("origin", "search"))
+                named |= _leaves(runs[need].stage.fields, ("search",))
+            values[run.name] = named
+        names = dict.fromkeys(name for one in values.values() for name in one)
+        for run in ones:
+            apart = {
+                name[-1]: values[run.name].get(name)
+                for name in names
+                if len({identity.canonical(one.get(name)) for one in values.values()}) > 1
+            }
+            told[run.name] = replace(run, apart=apart)
+    return told
+
+
+def _leaves(fields: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of nested mappings, with the names that lead to it."""
+    if isinstance(fields, Mapping):
+        for name, value in fields.items():
+            yield from _leaves(value, (*path, name))
+    else:
+        yield path, fields
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a plan comes to.
@@ -220,7 +259,7 @@ class Cost:
     wall_hours_left: float
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of a manifest's JSON form."""
 
 
@@ -233,7 +272,8 @@ class Manifest:
         points: Each with ``what`` it is in words, its ``method``, ``algorithm`` and ``seed``, the
             names of its ``train``ing and of the un-optimised network's beside it (``baseline``),
             and the ``figures`` that show it.
-        runs: By name: ``kind`` and ``fields`` of the stage, ``needs``, ``what`` and ``macs``.
+        runs: By name: ``kind`` and ``fields`` of the stage, ``needs``, ``what`` and ``macs``; of
+            baselines beside them neither needs nor MACs.
         figures: By name, what a report draws, as ``figures`` in ``conf/experiment`` has it.
         tracking: How the figures are tracked, as ``conf/tracking`` has it; not at all if empty.
     """
@@ -271,7 +311,12 @@ class Manifest:
                 figures[figure.name] = {"_target_": name, **asdict(figure)}
             baseline = one.point.train_stage("uniform", one.seed)
             if baseline.folder.name not in runs:
-                runs[baseline.folder.name] = {"kind": "baseline", "fields": baseline.fields}
+                beside = Run("train", baseline, one.point, "uniform", one.seed, (), macs=0)
+                runs[baseline.folder.name] = {
+                    "kind": "baseline",
+                    "fields": baseline.fields,
+                    "what": beside.what,
+                }
             points.append(
                 {
                     "what": plan.runs[one.train].what,
@@ -288,20 +333,22 @@ class Manifest:
 
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False) + "\n"
+        plain = json.loads(json.dumps(asdict(self), allow_nan=False))
+        content = {"format": FORMAT, "sha256": identity.digest(plain), "sweep": plain}
+        return json.dumps(content) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, name: str) -> "Manifest":
+    def from_json(cls, text: str | bytes, *, name: str) -> "Manifest":
         """Read what `to_json` wrote.
 
         Raises:
-            InputError: It is something else.
+            InputError: It is something else, or it was changed since.
         """
         try:
             content = json.loads(text)
-            version = content.pop("format")
-            found = cls(**content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            version, plain = content["format"], content.get("sweep")
+            whole = version != FORMAT or identity.digest(plain) == content["sha256"]
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{name} is no sweep's file ({error}), but one is needed; give the same sweep again"
             ) from error
@@ -310,7 +357,12 @@ class Manifest:
                 f"{name} has format {version}, but this version reads {FORMAT}; give the same "
                 "sweep again"
             )
-        return found
+        if not whole:
+            raise InputError(
+                f"{name} was changed after it was written, but only what was planned is done; "
+                "restore it, or give the same sweep again"
+            )
+        return cls(**plain)
 
     def stages(self, store: Store) -> dict[str, Stage]:
         """The stages of its runs, by name; those of baselines too."""

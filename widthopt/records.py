@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from widthopt import identity
 from widthopt.errors import InputError
 
 
-FORMAT = 2
+FORMAT = 3
 """Version of the JSON form."""
 
 METHODS = ("uniform", "direct", "transfer")
@@ -140,15 +141,16 @@ def from_plain(content: Mapping[str, Any]) -> Record:
 
 def to_json(records: Sequence[Record]) -> str:
     """Records as JSON text; `from_json` reads it back."""
-    content = {"format": FORMAT, "records": [asdict(record) for record in records]}
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    plain = json.loads(json.dumps([asdict(record) for record in records], allow_nan=False))
+    content = {"format": FORMAT, "sha256": identity.digest(plain), "records": plain}
+    return json.dumps(content, indent=2) + "\n"
 
 
-def from_json(text: str, *, name: str = "record.json") -> list[Record]:
+def from_json(text: str | bytes, *, name: str = "record.json") -> list[Record]:
     """Read what `to_json` wrote.
 
     Raises:
-        InputError: It is something else.
+        InputError: It is something else, or it was changed since.
     """
     try:
         content = json.loads(text)
@@ -156,11 +158,24 @@ def from_json(text: str, *, name: str = "record.json") -> list[Record]:
             raise InputError(
                 f"{name} has format {content['format']}, but this version reads {FORMAT}; run again"
             )
+        if not _as_written(content["records"], content["sha256"]):
+            raise InputError(
+                f"{name} is not what was written, but only that is shown; restore it, or run "
+                "again, which makes it again from the runs that are done"
+            )
         return [from_plain(one) for one in content["records"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name} is no record ({error}), but one is needed; run again") from error
+
+
+def _as_written(plain: Any, digest: Any) -> bool:
+    """Whether plain data is what this digest was made of."""
+    try:
+        return bool(identity.digest(plain) == digest)
+    except InputError:  # a number that is not finite
+        return False
 
 
 def read_channels(path: Path) -> dict[str, int]:

@@ -43,7 +43,7 @@ def report(request: Request) -> Path:
     writable(Path(request.root))
     point.store.check()
     show_plan(plan, states)
-    records = run(point, show=lambda line: console.print(f"[bold]{line}[/bold]"))
+    records = run(point, show=lambda line: console.print(line, style="bold"))
     folder = point.folder
     pictures = draw(records, folder / "figures")
     console.print(table(records))
@@ -70,7 +70,7 @@ def compare(folders: Sequence[Path], *, into: Path) -> None:
     for folder in folders:
         path = folder / "record.json"
         try:
-            text = path.read_text("utf-8")
+            text = path.read_bytes()
         except OSError as error:
             raise InputError(
                 f"RUN is {folder}, but there is no record in it ({error.strerror}); give a run's "
@@ -128,7 +128,16 @@ def _told_apart(
         for one in fresh
         if one.found.method != "uniform"
     )
-    return [replace(one, algorithm=f"{one.algorithm} {key}") for one in fresh] if taken else fresh
+    if not taken:
+        return fresh
+    # By their proxy where that tells them apart, since it is what sweeps differ in most.
+    mine, theirs = (
+        {tuple(one.proxy.values()) for one in records if one.found.method == "transfer"}
+        for records in (fresh, others)
+    )
+    if len(mine) == 1 and not mine & theirs:
+        key = "-".join(f"{value:g}" for value in mine.pop())
+    return [replace(one, algorithm=f"{one.algorithm} {key}") for one in fresh]
 
 
 def runs(root: Path) -> list[Path]:
@@ -138,13 +147,17 @@ def runs(root: Path) -> list[Path]:
 
 def _console(*, width: int | None = None) -> Console:
     """Standard output; wide enough for the table where it is not a terminal."""
-    console = Console(width=width, highlight=False)
-    return console if console.is_terminal or width else Console(width=118, highlight=False)
+    console = Console(width=width, **_PLAIN)
+    return console if console.is_terminal or width else Console(width=118, **_PLAIN)
+
+
+_PLAIN: Mapping[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+"""What is printed are names and others' messages: brackets in them are no commands to rich."""
 
 
 def _write_table(records: Sequence[Record], path: Path) -> None:
     text = io.StringIO()
-    Console(width=118, highlight=False, file=text).print(table(records))
+    Console(width=118, file=text, **_PLAIN).print(table(records))
     write_atomically(path, text.getvalue())
 
 
@@ -255,13 +268,14 @@ _NOTEWORTHY = ("running", "queued", "failed", "blocked", "stale")
 
 
 def show_figures(
-    drawn: Sequence[tuple[Kind, Sequence[Record], Sequence[str]]], *, into: Path
+    drawn: Sequence[tuple[Kind, Sequence[Record], Sequence[str]]], *, into: Path, whole: bool = True
 ) -> dict[str, dict[str, str]]:
     """Draw figures and tables, and one page with all of them; print where they are.
 
     Args:
         drawn: Each with its records, and the names of the points that are missing.
         into: The folder they go to: PNG and PDF, CSV and Markdown, ``index.html``.
+        whole: Whether they are all there are; of some alone no page is made.
 
     Returns:
         Of each, the names of its pictures' and tables' files, by ``figures/...`` and
@@ -287,10 +301,14 @@ def show_figures(
         write_atomically(into / f"{kind.name}.md", grid.markdown())
         files_of[f"tables/{kind.name}"] = f"{kind.name}.csv"
         sections.append(Section(kind.name, kind.title, kind.claim, images, [grid], list(missing)))
-        seen = f"{len(records)} records" + (f", {len(missing)} points missing" if missing else "")
+        lacking = f", {len(missing)} point{'s' * (len(missing) > 1)} missing" if missing else ""
+        seen = f"{len(records)} record{'s' * (len(records) != 1)}{lacking}"
         console.print(f"{kind.name}: {kind.title} ({seen})")
-    write_atomically(into / "index.html", page("Width transfer", sections))
-    console.print(str(into / "index.html"), soft_wrap=True)
+        for name in () if whole else files_of.values():
+            console.print(str(into / name), soft_wrap=True)
+    if whole:
+        write_atomically(into / "index.html", page("Width transfer", sections))
+        console.print(str(into / "index.html"), soft_wrap=True)
     return media
 
 
@@ -322,7 +340,8 @@ def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool, every: bo
         return
     console = _console()
     for one in tables:
-        result = Table(title=f"{one['sweep']}, {one['points']} points", title_justify="left")
+        console.print(f"{one['sweep']}, {one['points']} points", soft_wrap=True)
+        result = Table()
         states = [
             state for state in get_args(State) if any(r["state"] == state for r in one["runs"])
         ]
@@ -339,7 +358,8 @@ def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool, every: bo
             if every or row["state"] in {"failed", "stale", "running"}:
                 why = f": {' '.join(row['why'].split())}" if row["why"] else ""
                 job = f", job {row['job']} {row['queue']}" if row.get("queue") else ""
-                console.print(f"{row['state']}: {row['name']} ({row['what']}){job}{why}")
+                told = f"{row['state']}: {row['name']} ({row['what']}){job}{why}"
+                console.print(told, soft_wrap=True)
 
 
 def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None:

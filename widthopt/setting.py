@@ -66,7 +66,7 @@ class Recipe:
     """How a network is trained; the paper's own is ``conf/recipe/paper.yaml``.
 
     Attributes:
-        batch_size: Images in one optimiser step.
+        batch_size: Images in one optimiser step, from 2: the last map may be a single pixel.
         accumulation: Micro-batches that one optimiser step is split into.
         epochs: Epochs of a final training.
         search_epochs: Epochs of a width search; the schedule is squeezed into them.
@@ -95,7 +95,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for key, holds, rule in (
-            ("batch_size", self.batch_size >= 1, "a step takes at least one image"),
+            (
+                "batch_size",
+                self.batch_size >= 2,  # noqa: PLR2004
+                "a step takes at least two images, for BatchNorm's statistics",
+            ),
             ("accumulation", self.accumulation >= 1, "a step has at least one micro-batch"),
             (
                 "accumulation",

@@ -16,12 +16,12 @@ files and from the jobs that live, and from no clock.
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
 import secrets
+import shlex
 import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping
@@ -136,6 +136,11 @@ def writable(root: Path) -> None:
             write_through(probe, b"widthopt")
         finally:
             probe.unlink(missing_ok=True)
+
+
+def there(root: Path) -> str:
+    """How a command is told where runs are kept, as it is typed."""
+    return f"--root {shlex.quote(str(root))}"
 
 
 def blocked(states: Mapping[str, State], needs: Mapping[str, Collection[str]]) -> dict[str, State]:
@@ -419,7 +424,7 @@ class Stage:
 
     def _signed(self, result: dict[str, Any]) -> dict[str, Any]:
         """What ``result.json`` says: the result, whose it is, and whether it is whole."""
-        digest = hashlib.sha256(identity.canonical(result).encode()).hexdigest()
+        digest = identity.digest(result)
         return {"format": _RESULT_FORMAT, "key": self.key, "sha256": digest, "result": result}
 
     def _read(self, name: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +26,23 @@ from widthopt.errors import InputError
 from widthopt.pipeline import Point, logged, recorded, run, searched, trained
 from widthopt.planning import GPU_MACS_PER_SECOND, Manifest, Plan, Run
 from widthopt.records import Record
-from widthopt.store import Stage, State, Store, this_job, writable, write_atomically, writing
-from widthopt.tracking import About, show_media
+from widthopt.store import (
+    Stage,
+    State,
+    Store,
+    there,
+    this_job,
+    writable,
+    write_atomically,
+    writing,
+)
+from widthopt.tracking import About, show_in, show_media
 from widthopt.training import Interrupted
 
 
 logger = logging.getLogger("widthopt")
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is frozen of a run."""
 
 ENDED: tuple[State, ...] = ("failed", "stale")
@@ -50,6 +60,11 @@ class _Staged:
     """What is alike in all work whose items are stages; see `launchers.work.Work`."""
 
     interruptions = (Interrupted,)
+
+    @property
+    def imports(self) -> Sequence[str]:
+        """See `launchers.work.Work`."""
+        return ()
 
     def stage(self, name: str) -> Stage:
         """The stage of an item."""
@@ -111,6 +126,14 @@ class Sweep(_Staged):
     def name(self) -> str:
         """See `launchers.work.Work`."""
         return self.manifest.name
+
+    @property
+    def imports(self) -> Sequence[str]:
+        """See `_Staged`: what reads images, and what tracks runs."""
+        asked = [one.point.request for one in self.plan.points]
+        names = [name for one in asked for name in getattr(one.dataset, "IMPORTS", ())]
+        names += [name for one in asked for name in one.tracking.imports]
+        return list(dict.fromkeys(names))
 
     def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
         """See `launchers.work.Work`."""
@@ -266,7 +289,8 @@ def why(stage: Stage) -> str:
     found = stage.failure()
     if found is not None:
         rank = f"process {found['rank']}: " if found.get("rank") else ""
-        return rank + (" ".join(str(found["message"]).split()) or str(found["type"]))
+        message = " ".join(str(found.get("message", "")).split())
+        return rank + (message or str(found.get("type", "unknown")))
     # It ended before it began: the last line that its process left says why, if it is a reason.
     log = stage.folder / "log.txt"
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
@@ -310,8 +334,13 @@ class _Named:
 
 
 def _specified(run: Run, figures: Sequence[str]) -> dict[str, Any]:
-    """All that a process needs to do a run."""
+    """All that a process needs to do a run.
+
+    Its root is left out, for it is the one that the run lies in, wherever that is then; other
+    paths start from ``home``, the folder that the sweep was given in.
+    """
     config = frozen(run.point.request)
+    del config["root"]
     config["methods"], config["seeds"] = [run.method], [run.seed]
     config["runtime"]["progress"] = False
     return {
@@ -321,8 +350,22 @@ def _specified(run: Run, figures: Sequence[str]) -> dict[str, Any]:
         "seed": run.seed,
         "needs": list(run.needs),
         "figures": list(figures),
+        "home": os.getcwd(),  # noqa: PTH109 (as the user sees it)
         "config": config,
     }
+
+
+_SPECIFIED = {"kind", "method", "seed", "needs", "figures", "home", "config"}
+
+
+def home(spec: Path) -> Path | None:
+    """The folder that a frozen run was given in, if it is still there.
+
+    Raises:
+        InputError: There is no frozen run at this path.
+    """
+    folder = Path(_read_spec(spec)["home"])
+    return folder if folder.is_dir() else None
 
 
 def _read_spec(spec: Path) -> dict[str, Any]:
@@ -334,7 +377,7 @@ def _read_spec(spec: Path) -> dict[str, Any]:
     content: dict[str, Any] = {}
     try:
         content = json.loads(spec.read_text("utf-8"))
-        known = content.keys() >= {"kind", "method", "seed", "needs", "figures", "config"}
+        known = content.keys() >= _SPECIFIED
         fault = "" if known and content["format"] == FORMAT else "of another version"
     except (OSError, KeyError, AttributeError, ValueError) as error:
         fault = str(error)
@@ -370,21 +413,31 @@ class _Unready(InputError):  # noqa: N818 (the name is what it is)
 
 def _perform(spec: Path, content: Mapping[str, Any], rank: int) -> None:
     method, seed, needs = content["method"], content["seed"], content["needs"]
-    asked = request(OmegaConf.create(content["config"]))
-    point = Point(replace(asked, figures=tuple(_Named(name) for name in content["figures"])))
+    spec = spec.resolve()
+    root = spec.parents[2]  # it is <root>/stages/<name>/spec.json
     start = f"{this_job() or 'here'}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     meeting = spec.parent / f".meeting-{start}.json"
     log = f"log-{rank}.txt" if rank else "log.txt"
-    with distributed.together(point.device, meeting=meeting), logged(spec.parent / log):
-        if content["kind"] == "search":
-            searched(point, method, seed)
-            return
-        if needs and point.search_stage(method, seed).result() is None:
-            raise _Unready(
-                f"{spec.parent.name} is a training that needs {needs[0]}, but that is not done; do "
-                "it first"
+    with chdir(home(spec) or "."):
+        asked = request(OmegaConf.create({**content["config"], "root": str(root)}))
+        point = Point(replace(asked, figures=tuple(_Named(name) for name in content["figures"])))
+        staged = point.search_stage if content["kind"] == "search" else point.train_stage
+        meant = staged(method, seed).folder.name
+        if meant != spec.parent.name:
+            raise InputError(
+                f"{spec.parent.name}/spec.json is of another run ({meant}), but what it says names "
+                "its folder; give the same sweep again"
             )
-        trained(point, method, seed)
+        with distributed.together(point.device, meeting=meeting), logged(spec.parent / log):
+            if content["kind"] == "search":
+                searched(point, method, seed)
+                return
+            if needs and point.search_stage(method, seed).result() is None:
+                raise _Unready(
+                    f"{spec.parent.name} is a training that needs {needs[0]}, but that is not "
+                    "done; do it first"
+                )
+            trained(point, method, seed)
 
 
 def manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
@@ -403,10 +456,47 @@ def manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
             known = ", ".join(path.stem for path in paths) or "none"
             raise InputError(f"{name} is no sweep in {root}, but the sweeps there are: {known}")
     chosen = [one for one in paths if not names or one.stem.startswith(tuple(names))]
-    return [Manifest.from_json(one.read_text("utf-8"), name=str(one)) for one in chosen]
+    return [Manifest.from_json(one.read_bytes(), name=str(one)) for one in chosen]
 
 
-def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
+def asked_for(root: Path, names: Sequence[str]) -> tuple[list[Manifest], list[str]]:
+    """The sweeps and the figures that a person names.
+
+    Args:
+        root: The folder that runs are kept in.
+        names: How sweeps' names begin, or figures'; all sweeps if there are none. The whole name
+            of a figure means the figure, though a sweep's begins so.
+
+    Returns:
+        The sweeps, of which those with one of the figures if there are any; the figures.
+
+    Raises:
+        InputError: There is neither such a sweep nor such a figure.
+    """
+    every = manifests(root)
+    whole = {figure for sweep in every for figure in sweep.figures}
+    begin = tuple(
+        name
+        for name in names
+        if name not in whole and any(sweep.name.startswith(name) for sweep in every)
+    )
+    chosen = [sweep for sweep in every if not begin or sweep.name.startswith(begin)]
+    known = dict.fromkeys(figure for sweep in chosen for figure in sweep.figures)
+    rest = tuple(name for name in names if name not in begin)
+    for name in rest:
+        if not any(figure.startswith(name) for figure in known):
+            sweeps = ", ".join(sweep.name for sweep in every) or "none"
+            drawn = f", and the figures {', '.join(known)}" if known else ""
+            raise InputError(
+                f"{name} is no sweep or figure in {root}, but the sweeps there are: {sweeps}{drawn}"
+            )
+    wanted = [figure for figure in known if rest and figure.startswith(rest)]
+    if wanted:
+        chosen = [sweep for sweep in chosen if not sweep.figures.keys().isdisjoint(wanted)]
+    return chosen, wanted
+
+
+def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) -> None:
     """Draw the figures and tables of sweeps from the records there are, and one page of all.
 
     Where the sweeps are tracked, so is what is drawn.
@@ -414,6 +504,8 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
     Args:
         root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
         sweeps: One or more; those that have the same figure share it.
+        only: The names of the figures to draw, and no page nor anything tracked; all if there
+            are none.
     """
     store = Store(root / "stages")
     store.check(write=False)
@@ -423,7 +515,8 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
     results: dict[str, dict[str, Any] | None] = {}
     for sweep in sweeps:
         stages = sweep.stages(store)
-        kinds |= sweep.figures
+        _find(sweep, stages)
+        kinds |= {name: one for name, one in sweep.figures.items() if not only or name in only}
         for point in sweep.points:
             pairs = [(point["train"], point["method"]), (point["baseline"], "uniform")]
             for name, method in pairs:
@@ -434,21 +527,28 @@ def draw(root: Path, sweeps: Sequence[Manifest]) -> None:
                     if result is not None:
                         one = recorded(result, method=method, algorithm=point["algorithm"])
                         records.setdefault(figure, {})[name] = one
-                    elif name == point["train"]:
-                        wanted.setdefault(figure, {})[name] = point["what"]
                     else:
-                        what = f"the un-optimised network beside it, seed {point['seed']}"
-                        wanted.setdefault(figure, {}).setdefault(name, what)
+                        wanted.setdefault(figure, {})[name] = sweep.runs[name]["what"]
     drawn = [
         (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
         for one in figures(list(kinds.values()))
     ]
-    media = report.show_figures(drawn, into=root / "report")
-    for sweep in sweeps:
+    media = report.show_figures(drawn, into=root / "report", whole=not only)
+    for sweep in () if only else sweeps:
         files: dict[str, str] = {}
         for name in sweep.figures:
             files |= media[name]
         _track(root, sweep, files)
+
+
+def _find(sweep: Manifest, stages: Mapping[str, Stage]) -> None:
+    """See that a sweep's tracked runs are found by its figures, whoever did them first."""
+    shown: dict[str, dict[str, None]] = {}
+    for point in sweep.points:
+        for name in (point["train"], point["baseline"], *sweep.runs[point["train"]]["needs"]):
+            shown.setdefault(name, {}).update(dict.fromkeys(point["figures"]))
+    for name, found in shown.items():
+        show_in(list(found), stages[name].folder)
 
 
 def figures_run(sweep: Manifest) -> str:
@@ -478,8 +578,12 @@ def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
         tags=how.tags,
         fields={"sweep": sweep.name},
     )
-    files = {name: f"../{file}" for name, file in media.items()}
-    show_media(how, about, root / "report" / about.id, files)
+    folder = root / "report" / about.id
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in media.values():  # as this sweep has it: another's report draws the same name
+        write_atomically(folder / file, (root / "report" / file).read_bytes())
+    show_media(how, about, folder, media)
 
 
 def show(root: Path, sweeps: Sequence[Manifest]) -> None:
@@ -507,7 +611,7 @@ def show(root: Path, sweeps: Sequence[Manifest]) -> None:
     if not found:
         raise InputError(
             f"--root is {root}, but no point of {', '.join(one.name for one in sweeps)} is done; "
-            "see widthopt status"
+            f"see widthopt status {there(root)}"
         )
     by_proxy = [(key.partition(" ")[2], records) for key, records in found.items()]
     report.side_by_side(by_proxy, into=root / "report")

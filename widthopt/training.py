@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthopt import checkpoints, distributed
 from widthopt.devices import autocast, memory_format, place, resolve_device
 from widthopt.errors import InputError
 from widthopt.evaluation import right_at_1_and_5
-from widthopt.identity import canonical
+from widthopt.identity import canonical, differences
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
 
@@ -550,7 +551,7 @@ def train(
 
     Source: paper appendix A.
     """
-    _possible(recipe, batches)
+    _possible(recipe, batches, model)
     recipe = dataclasses.replace(recipe, batch_size=batches.batch_size)
     loop = Loop(
         model,
@@ -602,7 +603,7 @@ def train(
     )
 
 
-def _possible(recipe: Recipe, batches: Batches) -> None:
+def _possible(recipe: Recipe, batches: Batches, model: nn.Module) -> None:
     """Check what can be checked before the first step.
 
     Raises:
@@ -613,10 +614,17 @@ def _possible(recipe: Recipe, batches: Batches) -> None:
             f"recipe.batch_size is {batches.batch_size:,}, but there are {batches.images:,} "
             "training images; lower it"
         )
-    if recipe.accumulation > batches.batch_size:
+    share = batches.batch_size // distributed.ranks()
+    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if share // recipe.accumulation < (2 if normed else 1):
+        key, value, remedy = (
+            ("accumulation", recipe.accumulation, "lower it")
+            if recipe.accumulation > 1
+            else ("batch_size", batches.batch_size, "raise it, or use fewer processes")
+        )
         raise InputError(
-            f"recipe.accumulation is {recipe.accumulation:,}, but the data has only enough images "
-            f"for batches of {batches.batch_size:,}; lower it"
+            f"recipe.{key} is {value:,}, but of the {share:,} images of a step that a process gets "
+            f"each micro-batch takes at least {'two, for BatchNorm' if normed else 'one'}; {remedy}"
         )
 
 
@@ -696,16 +704,11 @@ class _Saved:
             raise RuntimeError(f"{self._folder} is not the same folder for all processes")
         if found is None:
             return
-        theirs = found.state["identity"]
-        other = [
-            f"{name} {theirs.get(name)}, not {value}"
-            for name, value in self._identity.items()
-            if canonical(theirs.get(name)) != canonical(value)
-        ]
+        other = differences(found.state["identity"], self._identity)
         if other:
             raise InputError(
-                f"folder is {self._folder}, but its checkpoints are of another training "
-                f"({'; '.join(other)}); use another folder or remove this one"
+                f"folder is {self._folder}, but its checkpoints are of another training ({other}); "
+                "use another folder or remove this one"
             )
         self._loop.load(found.tensors)
         for name, value in found.state["tally"].items():

@@ -113,6 +113,9 @@ class DatasetChoice:
     The resolution is that of the target where nobody says another, and has its place there.
     """
 
+    IMPORTS: ClassVar[tuple[str, ...]] = ()
+    """Modules that its images need, beside this one, and that take long to import."""
+
     name: str
     resolution: int
     mean: tuple[float, float, float]

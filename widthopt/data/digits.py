@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ class Digits(DatasetChoice):
 
     Source: Alpaydin and Kaynak, 1998, "Optical Recognition of Handwritten Digits".
     """
+
+    IMPORTS: ClassVar[tuple[str, ...]] = ("sklearn.datasets",)
 
     def class_count(self) -> int:
         """How many classes there are."""

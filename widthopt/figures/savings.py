@@ -26,6 +26,7 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
     counted, relative to a search on the target itself, so its unit cancels.
     """
     groups = by_algorithm(records)
+    places = [0.0]
     for number, (algorithm, its) in enumerate(groups.items()):
         for method, ones in by_method(its).items():
             top1 = Summary.of(one.top1 for one in ones)
@@ -34,8 +35,9 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
                     _baseline(axes, top1)
                 continue
             saved = Summary.of(100 * one.found.saved for one in ones)
+            places.append(saved.mean + APART * (number - (len(groups) - 1) / 2))
             axes.errorbar(
-                saved.mean + APART * (number - (len(groups) - 1) / 2),
+                places[-1],
                 top1.mean,
                 yerr=top1.std or None,
                 color=COLOURS[method] if len(groups) == 1 else SERIES[number % len(SERIES)],
@@ -45,7 +47,7 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
                 linestyle="none",
                 label=f"{algorithm}, {method}",
             )
-    axes.set_xlim(-4, 104)
+    axes.set_xlim(min(-4.0, min(places) - 2), 104)  # a proxy may be dearer than its target
     axes.margins(y=0.2)
     low, high = axes.get_ylim()
     slack = max(0.0, LEAST_SPAN - (high - low)) / 2

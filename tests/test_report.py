@@ -1,0 +1,26 @@
+"""What a person sees of runs, whatever words others put into it."""
+
+import pytest
+
+from widthopt import report
+
+
+ROWS = {
+    "name": "search-0123456789ab", "kind": "search", "what": "a[/b] [red]search :smile:",
+    "job": "7", "queue": "RUNNING",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/__w/pytorch/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+        "process 2: [enforce fail at pair.cc] and [bold]bold[/bold] and [Errno 28] :warning:",
+    ],
+)
+def test_a_status_tells_a_failure_in_its_own_words(message, capsys):
+    row = {**ROWS, "state": "failed", "why": message}
+    report.show_status([{"sweep": "sweep[/x]-1", "points": 1, "runs": [row]}], as_json=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(f"failed: {row['name']} ({row['what']}), job 7 RUNNING: {message}")
+    assert said.startswith("sweep[/x]-1, 1 points")
