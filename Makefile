@@ -37,7 +37,7 @@ test-slow: install  ## the tests that take longer
 
 test-slurm: install  ## the tests on a real SLURM, which is installed if need be (Debian, as root)
 	bash tests/slurm/packages.sh
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slurm tests/slurm
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -620,8 +620,11 @@ def _listening() -> set[int]:
 
 
 def _owned(folder: Path) -> IO[str] | None:
-    """A lock that its owner holds as long as it lives; None if another has it."""
-    file = (folder / "owner").open("a")
+    """A lock that its owner holds as long as it lives; None if another has it, or it is gone."""
+    try:
+        file = (folder / "owner").open("a")
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
