@@ -137,6 +137,21 @@ def test_help_says_what_there_is_without_loading_torch(tmp_path):
     assert everything(tmp_path) == []
 
 
+def test_a_network_of_ones_own_is_planned_without_loading_torchvision(tmp_path):
+    (tmp_path / "my_network.py").write_text(NETWORK)
+    script = (
+        f"import sys\nsys.argv = ['widthopt', 'plan', *{TINY!r}]\n"
+        "from widthopt.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('loaded:', sorted({'torch', 'torchvision', 'wandb'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(  # noqa: S603 (our own words)
+        [sys.executable, "-c", script],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.endswith("loaded: ['torch']\n")
+
+
 # Sizes.
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import models
 
 from widthopt.errors import InputError
-from widthopt.networks import TorchvisionNetwork
+from widthopt.networks import TorchvisionNetwork, initialise
 from widthopt.setting import Setting
 from widthopt.surgery import Blueprint, resize
 from widthopt.tracing import trace
@@ -274,6 +274,29 @@ def test_fresh_weights_follow_the_law_of_torchvisions_constructor(family):
     model, theirs = FAMILIES[family](), FAMILIES[family]()
     graph = trace(model, 96)
     assert_same_law(resize(model, graph, graph.channels, seed=1), theirs)
+
+
+class Derived(models.SqueezeNet):
+    """A user's own, of torchvision's."""
+
+
+def test_a_network_derived_from_torchvisions_starts_by_its_law():
+    model, theirs = Derived(), models.squeezenet1_0()
+    graph = trace(model, 96)
+    assert_same_law(resize(model, graph, graph.channels, seed=1), theirs)
+
+
+class Namesake(nn.Sequential):
+    """A user's own that is called as one of torchvision's, in a module that is called so too."""
+
+    __module__, __qualname__ = "resnet", "ResNet"
+
+
+def test_a_namesake_of_torchvisions_starts_as_torchs_layers_do():
+    model = Namesake(nn.Conv2d(8, 64, 1), nn.BatchNorm2d(64))
+    initialise(model, seed=1)
+    # Uniform within 1 / sqrt(fan-in); torchvision's law for a ResNet is a Gaussian.
+    assert model[0].weight.abs().max() <= 8**-0.5
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,9 @@ else as torch's layers do. The laws are those of the constructors in torchvision
 import math
 from collections.abc import Callable
 
-import widthopt.operators  # noqa: F401  (before torchvision)
-
-
-# isort: split
 import torch
 from torch import nn
 from torch.nn import init
-from torchvision import models
-from torchvision.models.googlenet import GoogLeNet
-from torchvision.models.inception import Inception3
 
 
 Law = Callable[[str, nn.Module], None]
@@ -30,7 +23,7 @@ def initialise(model: nn.Module, *, seed: int) -> None:
         model: Any network; its layers' sizes need not be those it was built with.
         seed: The weights depend on this and on the network alone.
     """
-    law = next((law for kind, law in _LAWS.items() if isinstance(model, kind)), None)
+    law = _law(type(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reset = getattr(model, "reset_parameters", None)
@@ -127,18 +120,27 @@ def _googlenet(_: str, module: nn.Module) -> None:
         init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
 
 
-_LAWS: dict[type[nn.Module], Law] = {
-    models.ResNet: _resnet,
-    models.MobileNetV2: _mobilenet,
-    models.MobileNetV3: _mobilenet,
-    models.VGG: _mobilenet,  # the same two laws: Gaussian by fan-out, and 0.01
-    models.MNASNet: _mnasnet,
-    models.RegNet: _regnet,
-    models.EfficientNet: _efficientnet,
-    models.ConvNeXt: _convnext,
-    models.DenseNet: _densenet,
-    models.SqueezeNet: _squeezenet,
-    Inception3: _inception,
-    GoogLeNet: _googlenet,
+_LAWS: dict[str, Law] = {
+    "torchvision.models.resnet.ResNet": _resnet,
+    "torchvision.models.mobilenetv2.MobileNetV2": _mobilenet,
+    "torchvision.models.mobilenetv3.MobileNetV3": _mobilenet,
+    "torchvision.models.vgg.VGG": _mobilenet,  # the same two laws: Gaussian by fan-out, and 0.01
+    "torchvision.models.mnasnet.MNASNet": _mnasnet,
+    "torchvision.models.regnet.RegNet": _regnet,
+    "torchvision.models.efficientnet.EfficientNet": _efficientnet,
+    "torchvision.models.convnext.ConvNeXt": _convnext,
+    "torchvision.models.densenet.DenseNet": _densenet,
+    "torchvision.models.squeezenet.SqueezeNet": _squeezenet,
+    "torchvision.models.inception.Inception3": _inception,
+    "torchvision.models.googlenet.GoogLeNet": _googlenet,
 }
-"""Laws that differ from torch's own; AlexNet and ShuffleNetV2 start as torch's layers do."""
+"""Laws that differ from torch's own; AlexNet and ShuffleNetV2 start as torch's layers do.
+
+The classes are named, since torchvision takes as long to import as torch.
+"""
+
+
+def _law(kind: type[nn.Module]) -> Law | None:
+    """The law of a network of torchvision's, or of one that a user has derived from it."""
+    laws = (_LAWS.get(f"{one.__module__}.{one.__qualname__}") for one in kind.__mro__)
+    return next((law for law in laws if law is not None), None)
