@@ -279,6 +279,7 @@ def test_a_cluster_that_is_stopped_leaves_nothing(tmp_path):
 def test_a_cluster_that_does_not_start_says_why_and_leaves_nothing(monkeypatch):
     one = Cluster(nodes=1, accounting=False, settings={"SelectType": "select/unheard"})
     with tempfile.TemporaryDirectory() as place:  # a shorter path than those that tests are given
+        Path(place).chmod(0o755)  # as munged wants it
         monkeypatch.setattr(tempfile, "tempdir", place)
         with pytest.raises(ClusterError, match="find plugin for select/unheard"):
             one.start()
