@@ -12,6 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Tests that run at once. Each file is one process's, so that what its tests share is made once.
 JOBS ?= 2
 APART := -n $(JOBS) --dist loadfile
+# Clusters that tests of SLURM use at once; these tests wait most of the time.
+CLUSTERS ?= 3
 
 .PHONY: help install demo test test-slow test-slurm check format bench wheel clean
 
@@ -37,7 +39,7 @@ test-slow: install  ## the tests that take longer
 
 test-slurm: install  ## the tests on a real SLURM, which is installed if need be (Debian, as root)
 	bash tests/slurm/packages.sh
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slurm tests/slurm
+	$(BIN)/python -m pytest -n $(CLUSTERS) --dist worksteal -m slurm tests/slurm
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .
