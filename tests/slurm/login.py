@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 
 from commands import ENVIRONMENT, NETWORK, command
 
@@ -18,9 +19,33 @@ BASE = (
 SWEEP = ("-m", *BASE, "hydra/launcher=slurm", "hydra.launcher.resources.cpus_per_task=1")
 ONE = (*SWEEP, "projection.width=0.5", "seeds=[0]")
 """One search and one training."""
-LONG = "recipe.search_epochs=150"
-"""A search of some ten seconds, long enough to be disturbed."""
+EPOCHS = 60
+LONG = f"recipe.search_epochs={EPOCHS}"
+"""A search that is long enough to be disturbed while it goes `Folder.slowly`; else it is short."""
 PATIENCE_SECONDS = 240
+
+SLOWLY = """
+
+import pathlib
+import time
+
+
+class Slowly(nn.ReLU):
+    def forward(self, images):
+        real = self.training and images.device.type != "meta"
+        if real and pathlib.Path("slowly").exists():
+            time.sleep(0.1)
+        return super().forward(images)
+
+
+Slowly.__module__ = "torch.nn"  # so that it is not traced into
+
+
+class MyNetwork(MyNetwork):
+    def __init__(self, num_classes, width=16):
+        super().__init__(num_classes, width)
+        self.stem[2] = Slowly()
+"""
 
 
 class Folder:
@@ -29,7 +54,15 @@ class Folder:
     def __init__(self, path, cluster):
         self.path, self.cluster = path, cluster
         self.environment = {**ENVIRONMENT, **cluster.environment}
-        (path / "my_network.py").write_text(NETWORK)
+        self.network = path / "my_network.py"
+        self.network.write_text(NETWORK + SLOWLY)
+
+    @contextmanager
+    def slowly(self):
+        """Meanwhile each step of a training takes longer, but no more of a processor."""
+        (self.path / "slowly").touch()
+        yield
+        (self.path / "slowly").unlink()
 
     def start(self, *words, **more):
         return subprocess.Popen(  # noqa: S603
@@ -83,6 +116,10 @@ class Folder:
         log = self.path / "runs" / "stages" / row["name"] / "log.txt"
         self.until(lambda: log.exists() and log.read_text().count(": epoch ") >= epochs)
         return row
+
+    def until_started(self, row, times):
+        """Wait until a run has been started so many times."""
+        self.until(lambda: len(self.attempts(row["name"])) == times)
 
     def logs(self):
         return {

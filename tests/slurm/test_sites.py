@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from commands import one_line
-from login import LONG, ONE, SWEEP, Folder, preempted, whole
+from login import EPOCHS, LONG, ONE, SWEEP, Folder, preempted, whole
 from PIL import Image
 
 
@@ -276,10 +276,11 @@ def test_a_limit_on_jobs_is_filled_and_the_same_command_sends_the_rest(folder):
 
 
 def test_a_command_that_waits_outlives_the_controllers_absence(folder):
-    process = folder.start(*ONE, "recipe.search_epochs=600", "hydra.launcher.wait=true")
-    folder.until(lambda: (folder.path / "runs" / "sweeps").exists() and folder.rows()[0]["job"])
-    folder.until_running()
-    folder.cluster.restart_controller(away_seconds=30)
+    with folder.slowly():
+        process = folder.start(*ONE, LONG, "hydra.launcher.wait=true")
+        folder.until(lambda: (folder.path / "runs" / "sweeps").exists() and folder.rows()[0]["job"])
+        folder.until_running()
+        folder.cluster.restart_controller(away_seconds=30)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "asking again" in said
@@ -305,13 +306,16 @@ def test_the_elements_of_an_array_are_put_back_and_their_trainings_wait(folder):
         *SWEEP, "projection.width=0.5,0.75,1", "seeds=[0]", LONG,
         "hydra.launcher.resources.gpus_per_node=8",
     )  # fmt: skip
-    folder.send(*words, submitted=6)
-    searches = [row for row in folder.rows() if row["kind"] == "search"]
-    assert {row["job"].partition("_")[2] for row in searches} == {"0", "1", "2"}
-    for row in searches:
-        log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
-        folder.until(lambda log=log: log.exists() and ": epoch 3 " in log.read_text())
-    preempted(folder, None)
+    with folder.slowly():
+        folder.send(*words, submitted=6)
+        searches = [row for row in folder.rows() if row["kind"] == "search"]
+        assert {row["job"].partition("_")[2] for row in searches} == {"0", "1", "2"}
+        for row in searches:
+            log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
+            folder.until(lambda log=log: log.exists() and ": epoch 3 " in log.read_text())
+        preempted(folder, None)
+        for row in searches:
+            folder.until_started(row, 2)
     folder.until_over()
     assert {len(folder.attempts(row["name"])) for row in searches} == {2}
     trainings = [row["name"] for row in folder.rows() if row["kind"] == "train"]
@@ -332,15 +336,17 @@ def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
         nodes=1, accounting=False, settings={"SlurmctldParameters": "idle_on_node_suspend"}
     ) as silent:
         folder = Folder(tmp_path, silent)
-        # Longer than the ten seconds that SLURM leaves a job that it takes away.
-        longer = "recipe.search_epochs=600"
-        words = (*ONE, longer, "hydra.launcher.resources.gpus_per_node=8")
-        folder.send(*words, submitted=2)
-        row = folder.until_running()
-        preempted(folder, row)
+        words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
+        with (
+            folder.slowly()
+        ):  # for longer than the ten seconds that SLURM leaves what it takes away
+            folder.send(*words, submitted=2)
+            row = folder.until_running()
+            preempted(folder, row)
+            folder.until_started(row, 2)
         folder.until_over()
         assert len(folder.attempts(row["name"])) == 2
         log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
         assert "goes on when SLURM has room" not in log
-        assert log.count("epoch 1 of 600") == 1
+        assert log.count(f"epoch 1 of {EPOCHS}") == 1
         assert whole(folder, *words)

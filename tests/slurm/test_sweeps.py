@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import NETWORK, one_line
+from commands import one_line
 from login import (
+    EPOCHS,
     LONG,
     ONE,
     PATIENCE_SECONDS,
@@ -76,26 +77,27 @@ def test_trainings_share_their_searches(folder):
 
 
 def test_commands_know_a_run_from_any_shell(folder):
-    words = (*ONE, "recipe.search_epochs=600")
-    folder.send(*words, submitted=2)
-    search = folder.until_running()
-    shown = json.loads(folder.widthopt("show", search["name"]).stdout)
-    assert (shown["state"], shown["job"], shown["queue"]) == ("running", search["job"], "RUNNING")
-    assert folder.row("train")["state"] == "queued"
-    assert "epoch 1 of" in folder.widthopt("logs", search["name"][:12]).stdout
-    folder.send(*words, submitted=2 - 2)
-    ended = folder.widthopt("cancel", "sweep")
-    assert set(ended.stdout.split()) == {row["name"] for row in folder.rows()}
-    assert folder.queue() == {}
-    assert {row["state"] for row in folder.rows()} == {"stale"}
-    assert folder.row("search")["why"].startswith("SLURM: CANCELLED")
+    with folder.slowly():
+        folder.send(*ONE, LONG, submitted=2)
+        search = folder.until_running()
+        shown = json.loads(folder.widthopt("show", search["name"]).stdout)
+        assert shown["job"] == search["job"]
+        assert (shown["state"], shown["queue"]) == ("running", "RUNNING")
+        assert folder.row("train")["state"] == "queued"
+        assert "epoch 1 of" in folder.widthopt("logs", search["name"][:12]).stdout
+        folder.send(*ONE, LONG, submitted=2 - 2)
+        ended = folder.widthopt("cancel", "sweep")
+        assert set(ended.stdout.split()) == {row["name"] for row in folder.rows()}
+        assert folder.queue() == {}
+        assert {row["state"] for row in folder.rows()} == {"stale"}
+        assert folder.row("search")["why"].startswith("SLURM: CANCELLED")
     again = folder.widthopt("retry", "sweep")
     assert again.stderr.startswith("2 runs submitted"), again.stderr
     followed = folder.widthopt("logs", "-f", search["name"])
-    assert "epoch 600 of 600" in followed.stdout
+    assert f"epoch {EPOCHS} of {EPOCHS}" in followed.stdout
     folder.until_over()
     assert len(folder.attempts(search["name"])) == 2
-    assert whole(folder, *words)
+    assert whole(folder, *ONE, LONG)
 
 
 def test_what_another_sweep_needs_is_not_cancelled(folder):
@@ -178,7 +180,7 @@ def requeued(folder, row):
 def node_killed(folder, row):
     node = folder.attempts(row["name"])[-1]["host"]
     folder.cluster.kill_node(node)
-    folder.until(lambda: len(folder.attempts(row["name"])) > 1)
+    folder.until_started(row, 2)
     folder.cluster.start_node(node)
 
 
@@ -192,32 +194,35 @@ def controller_restarted(folder, _row):
 )
 def test_a_search_that_is_disturbed_ends_with_the_very_same_result(folder, disturb, starts):
     words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
-    folder.send(*words, submitted=2)
-    row = folder.until_running()
-    disturb(folder, row)
+    with folder.slowly():
+        folder.send(*words, submitted=2)
+        row = folder.until_running()
+        disturb(folder, row)
+        folder.until_started(row, starts)
     folder.until_over()
     assert len(folder.attempts(row["name"])) == starts
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
     # It went on from where it was, and did not begin anew.
-    assert log.count("epoch 1 of 150") == 1, log
+    assert log.count(f"epoch 1 of {EPOCHS}") == 1, log
     assert whole(folder, *words)
 
 
 def test_a_time_limit_is_a_pause(folder):
-    """The search would take ten seconds, so it is stopped until the limit of a minute is near."""
+    """The search is stopped until the limit of a minute is near."""
     words = (*ONE, LONG, "hydra.launcher.resources.minutes=1", "hydra.launcher.warn_seconds=5")
-    folder.send(*words, submitted=2)
-    row = folder.until_running()
-    log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
-    process = int(log.read_text().splitlines()[0].rpartition(" ")[2])
-    os.kill(process, signal.SIGSTOP)
+    with folder.slowly():
+        folder.send(*words, submitted=2)
+        row = folder.until_running()
+        log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
+        process = int(log.read_text().splitlines()[0].rpartition(" ")[2])
+        os.kill(process, signal.SIGSTOP)
     folder.until(lambda: _warned(process))
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGCONT)
     folder.until_over()
     assert len(folder.attempts(row["name"])) == 2
     assert "goes on when SLURM has room for it" in log.read_text()
-    assert log.read_text().count("epoch 1 of 150") == 1
+    assert log.read_text().count(f"epoch 1 of {EPOCHS}") == 1
     said = folder.cluster.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
     assert "TIMEOUT" not in said
     assert whole(folder, *words)
@@ -234,10 +239,10 @@ def _warned(process):
 
 
 def test_a_job_that_is_put_back_too_often_is_given_up(folder):
-    folder.send(*ONE, LONG, "hydra.launcher.max_requeues=0", submitted=2)
-    row = folder.until_running()
-    requeued(folder, row)
-    folder.until_over()
+    with folder.slowly():
+        folder.send(*ONE, LONG, "hydra.launcher.max_requeues=0", submitted=2)
+        requeued(folder, folder.until_running())
+        folder.until_over()
     found = folder.row("search")
     assert (found["state"], folder.row("train")["state"]) == ("stale", "stale")
     assert found["why"] == "this job was put back 1 times, which is too often"
@@ -245,27 +250,30 @@ def test_a_job_that_is_put_back_too_often_is_given_up(folder):
 
 def test_without_the_right_to_requeue_the_same_command_goes_on(folder):
     words = (*ONE, LONG, "hydra.launcher.requeue=false")
-    folder.send(*words, submitted=2)
-    row = folder.until_running()
-    folder.cluster.run("scancel", "--signal=USR2", row["job"])
-    folder.until_over()
+    with folder.slowly():
+        folder.send(*words, submitted=2)
+        row = folder.until_running()
+        folder.cluster.run("scancel", "--signal=USR2", row["job"])
+        folder.until_over()
     assert folder.row("search")["why"] == "stopped before its end; give the same sweep again"
     folder.send(*words, submitted=2)
     folder.until_over()
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
-    assert log.count("epoch 1 of 150") == 1
+    assert log.count(f"epoch 1 of {EPOCHS}") == 1
     assert whole(folder, *ONE, LONG)
 
 
 def test_workers_that_load_images_take_no_warning(folder):
     # Only the paper's augmentation takes processes of their own here.
-    words = (*ONE, "recipe.search_epochs=15", "runtime.workers=2", "recipe.augmentation=paper")
-    folder.send(*words, submitted=2)
-    row = folder.until_running()
-    log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
-    process = log.read_text().splitlines()[0].rpartition(" ")[2]
-    folder.until(lambda: len(_children(process)) >= 2)
-    folder.cluster.run("scancel", "--signal=USR2", row["job"])
+    words = (*ONE, "recipe.search_epochs=8", "runtime.workers=2", "recipe.augmentation=paper")
+    with folder.slowly():
+        folder.send(*words, submitted=2)
+        row = folder.until_running(epochs=1)
+        log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
+        process = log.read_text().splitlines()[0].rpartition(" ")[2]
+        folder.until(lambda: len(_children(process)) >= 2)
+        folder.cluster.run("scancel", "--signal=USR2", row["job"])
+        folder.until_started(row, 2)
     folder.until_over()
     assert log.read_text().count("goes on when SLURM has room for it") == 1
     assert "Traceback" not in log.read_text()
@@ -279,24 +287,25 @@ def _children(process):
 
 def test_a_node_whose_slurmd_alone_is_killed_loses_nothing(folder):
     """SLURM, after half a minute of silence, starts its job elsewhere."""
-    words = (*ONE, "recipe.search_epochs=600")
-    folder.send(*words, submitted=2)
-    row = folder.until_running()
-    node = folder.attempts(row["name"])[-1]["host"]
-    folder.cluster.kill_daemon_of(node)
-    folder.until(lambda: len(folder.attempts(row["name"])) > 1)
+    with folder.slowly():
+        folder.send(*ONE, LONG, submitted=2)
+        row = folder.until_running()
+        node = folder.attempts(row["name"])[-1]["host"]
+        folder.cluster.kill_daemon_of(node)
+        folder.until_started(row, 2)
     folder.cluster.start_node(node)
     folder.until_over()
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
-    assert log.count("epoch 1 of 600") == 1
-    assert whole(folder, *words)
+    assert log.count(f"epoch 1 of {EPOCHS}") == 1
+    assert whole(folder, *ONE, LONG)
 
 
 def test_code_that_is_edited_while_it_waits_changes_nothing(folder):
     folder.send(*ONE, "+hydra.launcher.options.begin=now+5", submitted=2)
-    (folder.path / "my_network.py").write_text("raise ValueError('edited')")
+    before = folder.network.read_text()
+    folder.network.write_text("raise ValueError('edited')")
     folder.until_over()
-    (folder.path / "my_network.py").write_text(NETWORK)
+    folder.network.write_text(before)
     assert whole(folder, *ONE)
 
 
@@ -428,7 +437,7 @@ def failing(num_classes, width=16):
 
 
 def test_the_failure_of_any_process_is_the_jobs_and_is_told(folder):
-    with (folder.path / "my_network.py").open("a") as file:
+    with folder.network.open("a") as file:
         file.write(RANK_FAILS)
     words = (*ONE, "network.factory=my_network.failing")
     words = tuple(word for word in words if word != "network.factory=my_network.MyNetwork")
@@ -442,12 +451,12 @@ def test_the_failure_of_any_process_is_the_jobs_and_is_told(folder):
 
 
 def test_a_process_of_several_that_is_killed_is_the_failure_of_its_run(folder):
-    words = (*ONE, "recipe.search_epochs=600", "hydra.launcher.resources.tasks_per_node=4")
-    folder.send(*words, submitted=2)
-    row = folder.until_running()
-    log = folder.path / "runs" / "stages" / row["name"] / "log-2.txt"
-    os.kill(int(log.read_text().splitlines()[0].rpartition(" ")[2]), signal.SIGKILL)
-    folder.until_over()
+    with folder.slowly():
+        folder.send(*ONE, LONG, "hydra.launcher.resources.tasks_per_node=4", submitted=2)
+        row = folder.until_running()
+        log = folder.path / "runs" / "stages" / row["name"] / "log-2.txt"
+        os.kill(int(log.read_text().splitlines()[0].rpartition(" ")[2]), signal.SIGKILL)
+        folder.until_over()
     row = folder.row("search")
     assert row["state"] in {"failed", "stale"}, row  # as another process had time to say why or not
     assert row["why"]
@@ -484,7 +493,7 @@ def slow(num_classes, width=16):
 
 
 def test_a_warning_outside_of_training_frees_the_process_that_waits_for_another(folder):
-    with (folder.path / "my_network.py").open("a") as file:
+    with folder.network.open("a") as file:
         file.write(SLOW)
     (folder.path / "slow").touch()
     words = (
@@ -506,17 +515,19 @@ def test_a_warning_outside_of_training_frees_the_process_that_waits_for_another(
 
 def test_processes_that_are_preempted_agree_where_to_stop(folder):
     words = (
-        *ONE, "recipe.search_epochs=300", "hydra.launcher.resources.tasks_per_node=2",
+        *ONE, LONG, "hydra.launcher.resources.tasks_per_node=2",
         "hydra.launcher.resources.gpus_per_node=8",
     )  # fmt: skip
-    folder.send(*words, submitted=2)
-    row = folder.until_running(epochs=10)
-    preempted(folder, row)
+    with folder.slowly():
+        folder.send(*words, submitted=2)
+        row = folder.until_running()
+        preempted(folder, row)
+        folder.until_started(row, 2)
     folder.until_over()
     assert {one["state"] for one in folder.rows()} == {"done"}
     assert len(folder.attempts(row["name"])) == 2
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
-    assert log.count("epoch 1 of 300") == 1
+    assert log.count(f"epoch 1 of {EPOCHS}") == 1
     disturbed = folder.results()
     # The same two processes undisturbed find the same, to the last bit.
     for path in (folder.path / "runs").glob("stages/*"):
@@ -603,10 +614,10 @@ def test_a_dead_controller_is_named_and_nothing_is_written(folder):
 
 def test_nothing_needs_accounting(tmp_path, bare):
     folder = Folder(tmp_path, bare)
-    folder.send(*ONE, LONG, submitted=2)
-    row = folder.until_running()
-    bare.run("scancel", row["job"])
-    folder.until_over()
+    with folder.slowly():
+        folder.send(*ONE, LONG, submitted=2)
+        bare.run("scancel", folder.until_running()["job"])
+        folder.until_over()
     assert (folder.row("search")["state"], folder.row("train")["state"]) == ("stale", "stale")
     folder.send(*ONE, LONG, submitted=2)
     folder.until_over()

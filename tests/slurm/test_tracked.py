@@ -32,16 +32,21 @@ def lasting(stage):
 def test_a_run_that_is_put_back_has_every_row_once(folder):
     words = (
         *tracked(SWEEP, "offline"), "projection.width=0.5,1", "seeds=[0]",
-        "recipe.search_epochs=60", "hydra.launcher.resources.gpus_per_node=8",
+        LONG, "hydra.launcher.resources.gpus_per_node=8",
     )  # fmt: skip
     folder.environment["HOME"] = str(folder.path)
-    folder.send(*words, submitted=4)
-    stages = {row["name"]: folder.path / "runs" / "stages" / row["name"] for row in folder.rows()}
-    searches = [stages[name] for name in stages if name.startswith("search")]
-    for stage in searches:
-        metrics = stage / "metrics.jsonl"
-        folder.until(lambda metrics=metrics: metrics.exists() and len(logged(metrics.parent)) > 5)
-    preempted(folder, None)
+    with folder.slowly():
+        folder.send(*words, submitted=4)
+        rows = folder.rows()
+        stages = {row["name"]: folder.path / "runs" / "stages" / row["name"] for row in rows}
+        searches = [stages[name] for name in stages if name.startswith("search")]
+        for stage in searches:
+            file = stage / "metrics.jsonl"
+            folder.until(lambda file=file: file.exists() and len(logged(file.parent)) > 5)
+        preempted(folder, None)
+        for row in rows:
+            if row["kind"] == "search":
+                folder.until_started(row, 2)
     folder.until_over()
     assert [len(folder.attempts(stage.name)) for stage in searches] == [2, 2]
     assert whole(folder, *words)
@@ -77,15 +82,16 @@ def processes():
 
 
 def test_a_key_in_the_environment_is_found_nowhere(folder):
-    words = (*tracked(ONE, "online"), "recipe.search_epochs=40")
+    words = (*tracked(ONE, "online"), LONG)
     with Server() as server:
         folder.environment |= {
             "HOME": str(folder.path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY,
         }  # fmt: skip
-        done = folder.widthopt(*words)
-        said = [done.stdout, done.stderr, *processes()]
-        folder.until_running()
-        lines = processes()
+        with folder.slowly():
+            done = folder.widthopt(*words)
+            said = [done.stdout, done.stderr, *processes()]
+            folder.until_running()
+            lines = processes()
         for row in folder.rows():
             said.append(folder.cluster.run("scontrol", "-dd", "show", "job", row["job"]))
             said.append(folder.cluster.run("scontrol", "write", "batch_script", row["job"], "-"))
@@ -119,11 +125,13 @@ def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_s
     folder.widthopt("cancel", "sweep")
     other = KEY[::-1]
     folder.environment["WANDB_API_KEY"] = other
-    folder.send(
-        *ONE, LONG, "+hydra.launcher.options.export=NONE",
-        'hydra.launcher.setup=["unset SLURM_EXPORT_ENV","export OMP_NUM_THREADS=1"]', submitted=2,
-    )  # fmt: skip
-    folder.until_running()
-    assert other.encode() not in kept(folder.cluster.folder)
+    with folder.slowly():
+        folder.send(
+            *ONE, LONG, "+hydra.launcher.options.export=NONE",
+            'hydra.launcher.setup=["unset SLURM_EXPORT_ENV","export OMP_NUM_THREADS=1"]',
+            submitted=2,
+        )  # fmt: skip
+        folder.until_running()
+        assert other.encode() not in kept(folder.cluster.folder)
     folder.until_over()
     assert whole(folder, *ONE, LONG)
