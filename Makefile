@@ -29,7 +29,7 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## width transfer, whole, on real digits: 5 minutes or less on 2 cores
-	$(BIN)/widthopt experiment=demo
+	$(BIN)/widthopt experiment=demo hydra/launcher=local
 
 test: install  ## the default tests
 	$(BIN)/python -m pytest $(APART) -m "not slow and not gpu and not slurm"
