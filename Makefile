@@ -11,9 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 # Tests that run at once. Each file is one process's, so that what its tests share is made once.
 JOBS ?= 2
-APART := -n $(JOBS) --dist loadfile
-# Clusters that tests of SLURM use at once; these tests wait most of the time.
-CLUSTERS ?= 3
+# Tests that mostly wait, for servers and for SLURM, of which each process starts a cluster.
+WAITING_JOBS ?= 3
 
 .PHONY: help install demo test test-slow test-slurm check format bench wheel clean
 
@@ -32,14 +31,14 @@ demo: install  ## width transfer, whole, on real digits: 5 minutes or less on 2 
 	$(BIN)/widthopt experiment=demo hydra/launcher=local
 
 test: install  ## the default tests
-	$(BIN)/python -m pytest $(APART) -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not slurm"
 
 test-slow: install  ## the tests that take longer
-	$(BIN)/python -m pytest $(APART) -m "slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n $(WAITING_JOBS) --dist loadfile -m "slow and not gpu and not slurm"
 
 test-slurm: install  ## the tests on a real SLURM, which is installed if need be (Debian, as root)
 	bash tests/slurm/packages.sh
-	$(BIN)/python -m pytest -n $(CLUSTERS) --dist worksteal -m slurm tests/slurm
+	$(BIN)/python -m pytest -n $(WAITING_JOBS) --dist worksteal -m slurm tests/slurm
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .
