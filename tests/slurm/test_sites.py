@@ -337,9 +337,8 @@ def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
     ) as silent:
         folder = Folder(tmp_path, silent)
         words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
-        with (
-            folder.slowly()
-        ):  # for longer than the ten seconds that SLURM leaves what it takes away
+        # For longer than the ten seconds that SLURM leaves a job that it takes away.
+        with folder.slowly():
             folder.send(*words, submitted=2)
             row = folder.until_running()
             preempted(folder, row)
