@@ -149,9 +149,12 @@ def test_modules_are_loaded(folder):
 
 
 def test_a_warning_that_comes_before_python_can_take_it_ends_nothing(folder):
-    folder.send(*ONE, wrapper(folder, seconds=4), submitted=2)
+    folder.send(
+        *ONE, wrapper(folder, seconds=4), "+hydra.launcher.options.begin=now+15", submitted=2
+    )
+    job = folder.row("search")["job"]
     folder.until((folder.path / "inside").exists)
-    folder.cluster.run("scancel", "--signal=USR2", folder.row("search")["job"])
+    folder.cluster.run("scancel", "--signal=USR2", job)
     folder.until_over()
     assert whole(folder, *ONE)
 

@@ -152,7 +152,7 @@ def test_ctrl_c_ends_the_wait_and_no_job(folder):
 
 def test_what_a_job_said_before_it_began_is_followed_too(folder):
     setup = 'hydra.launcher.setup=["set -e","echo there is no such module","exit 7"]'
-    folder.send(*ONE, setup, "+hydra.launcher.options.begin=now+20", submitted=2)
+    folder.send(*ONE, setup, "+hydra.launcher.options.begin=now+30", submitted=2)
     name = folder.row("search")["name"]
     assert folder.row("search")["state"] == "queued"
     assert "there is no such module" in folder.widthopt("logs", "-f", name).stdout
@@ -328,18 +328,19 @@ HELD = """
 
 
 def test_two_submitters_at_once_send_each_run_once(folder):
-    words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
+    words = (*SWEEP, LONG, "projection.width=0.5,1", "seeds=[0]")
     first = start_patched(folder, HELD, *words)
-    try:
-        folder.until((folder.path / "held").exists)  # it has seen what is in the queue: nothing
-        second = folder.start(*words)
-        said = [second.stderr.readline()]
-        while said[-1] and "waiting for it" not in said[-1]:
-            said.append(second.stderr.readline())
-        assert said[-1] == "another process submits from runs; waiting for it\n"
-    finally:
-        (folder.path / "go").touch()  # else it waits for ever
-    ends = [one.communicate(timeout=PATIENCE_SECONDS)[1] for one in (first, second)]
+    with folder.slowly():  # so that the second one finds them in the queue
+        try:
+            folder.until((folder.path / "held").exists)  # it has seen the queue, which is empty
+            second = folder.start(*words)
+            said = [second.stderr.readline()]
+            while said[-1] and "waiting for it" not in said[-1]:
+                said.append(second.stderr.readline())
+            assert said[-1] == "another process submits from runs; waiting for it\n"
+        finally:
+            (folder.path / "go").touch()  # else it waits for ever
+        ends = [one.communicate(timeout=PATIENCE_SECONDS)[1] for one in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], ends
     assert ends[0].splitlines()[-1].startswith("4 runs submitted; see: ")
     assert ends[1].splitlines()[-1].startswith("0 runs submitted, 4 are in the queue already; ")
@@ -360,11 +361,12 @@ KILLED_AFTER = """
 
 
 def test_jobs_whose_submitter_was_killed_before_it_noted_them_are_adopted(folder):
-    words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
-    killed = patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(folder.queue()) == 2
-    rows = folder.rows()
+    words = (*SWEEP, LONG, "projection.width=0.5,1", "seeds=[0]")
+    with folder.slowly():
+        killed = patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert len(folder.queue()) == 2
+        rows = folder.rows()
     assert [row["state"] for row in rows if row["kind"] == "train"] == ["missing", "missing"]
     # Nobody wrote their jobs down but those who asked for the state, which adopts them.
     assert all(row["job"] for row in rows if row["kind"] == "search")
