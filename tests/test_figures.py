@@ -228,6 +228,18 @@ def test_several_algorithms_are_rows_of_one_table_with_one_baseline():
     assert found[1]["top-1 %"] == "94.0±1.4"
 
 
+def test_the_baseline_is_shown_whichever_algorithm_it_came_with():
+    uniform, other = record("uniform", 0), replace(record("direct", 0), algorithm="dmcp")
+    records = [other, uniform, record("direct", 0), replace(record("uniform", 1), algorithm="dmcp")]
+    found = rows(table(records))
+    assert [(row["algorithm"], row["method"]) for row in found] == [
+        ("-", "uniform"), ("dmcp", "direct"), ("morphnet", "direct"),
+    ]  # fmt: skip
+    assert found[0]["top-1 %"] == "90.5±0.7"  # of two seeds, each with another algorithm
+    axes = drawn(savings, [other, uniform, record("direct", 0)])
+    assert "uniform" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 def test_widths_are_compared_between_seeds_with_direct_ones_and_with_uniform_ones():
     widths = {
         ("uniform", 0): (1, 1, 1, 1), ("uniform", 1): (1, 1, 1, 1),
@@ -379,3 +391,16 @@ def test_runs_that_differ_in_their_proxy_are_named_by_it(tmp_path, capsys):
     named = [line[1] for line in lines if len(line) > 5 and line[0] == "morphnet"]
     proxy = "-".join(f"{value:g}" for value in narrow[0].proxy.values())
     assert set(named) == {"transfer", proxy, "c" * 12}
+
+
+def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
+    first, second = record("transfer", 0), record("transfer", 1)
+    narrow = replace(second, proxy={**second.proxy, "width": 0.25})
+    folders = [
+        run_folder(tmp_path, f"small-digits-{name * 12}", [replace(one, stages={"search": name})])
+        for name, one in (("a", first), ("b", narrow))
+    ]
+    report.compare(folders, into=tmp_path / "report")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    tops = [line[-2] for line in lines if "transfer" in line and "+" in line[-1]]
+    assert tops == ["92.0", "96.0"]  # and not 94.0±2.8

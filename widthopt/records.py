@@ -122,6 +122,15 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {method: ones for method, ones in present.items() if ones}
 
 
+def baseline(records: Sequence[Record]) -> list[Record]:
+    """The un-optimised network at each seed: it is the same whatever searches beside it."""
+    found: dict[int, Record] = {}
+    for record in records:
+        if record.found.method == "uniform":
+            found.setdefault(record.found.seed, record)
+    return list(found.values())
+
+
 def by_algorithm(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records of each algorithm there is, in the order they come."""
     groups: dict[str, list[Record]] = {}

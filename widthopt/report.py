@@ -128,6 +128,14 @@ def _told_apart(
         for one in fresh
         if one.found.method != "uniform"
     )
+    # Two proxies are no two seeds of one, even where their seeds differ.
+    taken |= any(
+        one.found.method == other.found.method == "transfer"
+        and (one.algorithm, one.target) == (other.algorithm, other.target)
+        and one.proxy != other.proxy
+        for one in fresh
+        for other in others
+    )
     if not taken:
         return fresh
     # By their proxy where that tells them apart, since it is what sweeps differ in most.

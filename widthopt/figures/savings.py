@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from widthopt.figures.style import COLOURS, MARKERS, SERIES
-from widthopt.records import Record, Summary, by_algorithm, by_method
+from widthopt.records import Record, Summary, baseline, by_algorithm, by_method
 
 
 LEAST_SPAN = 2.0
@@ -26,14 +26,14 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
     counted, relative to a search on the target itself, so its unit cancels.
     """
     groups = by_algorithm(records)
+    if plain := baseline(records):
+        _baseline(axes, Summary.of(one.top1 for one in plain))
     places = [0.0]
     for number, (algorithm, its) in enumerate(groups.items()):
         for method, ones in by_method(its).items():
-            top1 = Summary.of(one.top1 for one in ones)
             if method == "uniform":
-                if number == 0:
-                    _baseline(axes, top1)
                 continue
+            top1 = Summary.of(one.top1 for one in ones)
             saved = Summary.of(100 * one.found.saved for one in ones)
             places.append(saved.mean + APART * (number - (len(groups) - 1) / 2))
             axes.errorbar(

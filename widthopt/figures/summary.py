@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from widthopt.records import Record, Summary, by_algorithm, by_method
+from widthopt.records import Record, Summary, baseline, by_algorithm, by_method
 
 
 def table(records: Sequence[Record]) -> Table:
@@ -26,12 +26,13 @@ def table(records: Sequence[Record]) -> Table:
     for name in names:
         left = name in {"algorithm", "method", "channels"}
         result.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for number, (algorithm, its) in enumerate(groups.items()):
-        for method, ones in by_method(its).items():
-            if method == "uniform" and number > 0:
-                continue  # the same network, trained once
-            cells = {"algorithm": "-" if method == "uniform" else algorithm, **_cells(method, ones)}
-            result.add_row(*(cells[name] for name in names))
+    found = [("-", "uniform", baseline(records))] if baseline(records) else []
+    for algorithm, its in groups.items():
+        of_methods = by_method(its).items()
+        found += [(algorithm, method, ones) for method, ones in of_methods if method != "uniform"]
+    for algorithm, method, ones in found:
+        cells = {"algorithm": algorithm, **_cells(method, ones)}
+        result.add_row(*(cells[name] for name in names))
     return result
 
 
