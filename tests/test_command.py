@@ -116,6 +116,19 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(folder):
     assert not list(folder.rglob("result.json"))
 
 
+def test_where_there_are_no_sweeps_commands_say_so(tmp_path):
+    (tmp_path / "runs").mkdir()
+    done = widthopt("status", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (
+        0, "no sweeps in runs; widthopt report shows single runs\n"
+    )  # fmt: skip
+    assert widthopt("status", "--json", folder=tmp_path).stdout == "[]\n"
+    assert one_line(widthopt("show", "search-abc", folder=tmp_path), 2) == (
+        "KEY is search-abc, but in runs there are no sweeps, whose runs have such names; start one "
+        "with -m, or see single runs with widthopt report"
+    )
+
+
 # Help.
 
 

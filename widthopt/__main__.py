@@ -219,6 +219,8 @@ def _status(words: Sequence[str]) -> None:
             f"--root is {root}, but there is no such folder; name the one that runs are kept in"
         )
     tables = states(root, manifests(root, arguments.sweeps))
+    if not tables and not arguments.json:
+        print(f"no sweeps in {root}; widthopt report shows single runs")  # noqa: T201
     show_status(tables, as_json=arguments.json, every=arguments.all)
 
 

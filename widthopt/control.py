@@ -90,6 +90,11 @@ def find(root: Path, name: str) -> Found:
     """
     sweeps = manifests(root)
     names = sorted({one for sweep in sweeps for one in sweep.own})
+    if not names:
+        raise InputError(
+            f"KEY is {name}, but in {root} there are no sweeps, whose runs have such names; start "
+            "one with -m, or see single runs with widthopt report"
+        )
     fitting = [one for one in names if one.startswith(name) or one.partition("-")[2] == name]
     fitting = fitting or [one for one in names if one.partition("-")[2].startswith(name)]
     if len(fitting) != 1 or not name:
