@@ -208,11 +208,11 @@ def test_a_search_that_is_disturbed_ends_with_the_very_same_result(folder, distu
 
 
 def test_a_time_limit_is_a_pause(folder):
-    """The search is stopped until the limit of a minute is near."""
-    words = (*ONE, LONG, "hydra.launcher.resources.minutes=1", "hydra.launcher.warn_seconds=5")
+    """The search is stopped until the limit is near; SLURM may warn up to a minute earlier."""
+    words = (*ONE, LONG, "hydra.launcher.resources.minutes=2", "hydra.launcher.warn_seconds=5")
     with folder.slowly():
         folder.send(*words, submitted=2)
-        row = folder.until_running()
+        row = folder.until_running(epochs=1)
         log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
         process = int(log.read_text().splitlines()[0].rpartition(" ")[2])
         os.kill(process, signal.SIGSTOP)
