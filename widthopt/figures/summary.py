@@ -26,7 +26,8 @@ def table(records: Sequence[Record]) -> Table:
     for name in names:
         left = name in {"algorithm", "method", "channels"}
         result.add_column(name, justify="left" if left else "right", no_wrap=True)
-    found = [("-", "uniform", baseline(records))] if baseline(records) else []
+    plain = baseline(records)
+    found = [("-", "uniform", plain)] if plain else []
     for algorithm, its in groups.items():
         of_methods = by_method(its).items()
         found += [(algorithm, method, ones) for method, ones in of_methods if method != "uniform"]
