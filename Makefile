@@ -14,7 +14,7 @@ JOBS ?= 2
 # Tests that mostly wait, for servers and for SLURM, of which each process starts a cluster.
 WAITING_JOBS ?= 3
 
-.PHONY: help install demo test test-slow test-slurm check format bench wheel clean
+.PHONY: help install demo test test-slow test-slurm test-mutants check format bench wheel clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -31,7 +31,7 @@ demo: install  ## width transfer, whole, on real digits: 5 minutes or less on 2 
 	$(BIN)/widthopt experiment=demo hydra/launcher=local
 
 test: install  ## the default tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not slurm and not mutant"
 
 test-slow: install  ## the tests that take longer
 	$(BIN)/python -m pytest -n $(WAITING_JOBS) --dist loadfile -m "slow and not gpu and not slurm"
@@ -39,6 +39,9 @@ test-slow: install  ## the tests that take longer
 test-slurm: install  ## the tests on a real SLURM, which is installed if need be (Debian, as root)
 	bash tests/slurm/packages.sh
 	$(BIN)/python -m pytest -n $(WAITING_JOBS) --dist worksteal -m slurm tests/slurm
+
+test-mutants: install  ## puts known faults into the code and sees a test fail for each
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m mutant tests/mutants
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .
