@@ -7,12 +7,12 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from widthopt.errors import InputError
 
@@ -62,6 +62,13 @@ def _given(word: str) -> Iterator[tuple[str, str]]:
         yield name, ",".join(values)
 
 
+def _values(config: DictConfig, group: str) -> Iterator[tuple[str, str]]:
+    """Every value of a group in a configuration, with its key, as it is written there."""
+    table = OmegaConf.to_container(config[group])
+    if isinstance(table, dict):
+        yield from _leaves(table, group)
+
+
 def _leaves(table: Mapping[Any, Any], key: str) -> Iterator[tuple[str, str]]:
     """Every value of nested tables, with its key."""
     for name, value in table.items():
@@ -100,6 +107,8 @@ def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
     for name in names:
         first = [] if name is None else [f"{EXPERIMENT}={name}"]
         config = loader.load_configuration(CONFIG_NAME, [*fixed, *first], RunMode.MULTIRUN)
+        if name is not None:
+            _check_choices(loader, config, parser.parse_overrides(rest))
         swept = config.hydra.sweeper.params or {}
         if not isinstance(swept, Mapping):
             raise InputError(
@@ -114,6 +123,39 @@ def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
         (batch,) = BasicSweeper.split_arguments(overrides, None)
         points += [[*fixed, *first, *one] for one in batch]
     return points
+
+
+def _check_choices(loader: ConfigLoader, config: DictConfig, typed: Sequence[Override]) -> None:
+    """Raise where an experiment has values of its own for a choice that was typed.
+
+    An experiment's values go before those of any choice, so that what was typed would be another
+    thing than what is run.
+
+    Args:
+        loader: Hydra's.
+        config: The experiment's configuration, with nothing that was typed.
+        typed: The overrides that were.
+
+    Raises:
+        InputError: An experiment and a choice contradict each other.
+    """
+    chosen = config.hydra.runtime.choices
+    groups = [one for one in typed if one.key_or_group in chosen and not one.is_delete()]
+    if not groups:
+        return
+    same = [f"{one.key_or_group}={chosen[one.key_or_group]}" for one in groups]
+    without = loader.load_configuration(CONFIG_NAME, same, RunMode.MULTIRUN)
+    given = {key for one in typed for key, _ in _given(one.input_line or "")}
+    for one in groups:
+        group = one.key_or_group
+        its, usual = (dict(_values(made, group)) for made in (config, without))
+        own = sorted(key for key, value in its.items() if usual.get(key) != value)
+        if left := [key for key in own if key not in given]:
+            value = (one.input_line or "").partition("=")[2]
+            raise InputError(
+                f"{group} is {value}, but experiment={chosen[EXPERIMENT]} has values of its own "
+                f"for {', '.join(left)}; give values for these too, or leave {group}={value} out"
+            )
 
 
 def _empty(key: str, value: str) -> InputError:

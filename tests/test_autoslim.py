@@ -18,7 +18,7 @@ from widthopt.errors import InputError
 from widthopt.evaluation import evaluate
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import Supernet
+from widthopt.supernet import Supernet, enlarged
 from widthopt.surgery import Blueprint
 from widthopt.training import Interrupted, train
 
@@ -241,6 +241,20 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(InputError, match=f"^{message}"):
         AutoSlim(**(DEFAULT | options))
+
+
+@pytest.mark.parametrize("grid", ["fraction", "step"])
+def test_a_divisor_that_no_layer_has_room_for_is_refused(grid):
+    graph = Blueprint(SMALL).resized(enlarged(BASE, 1.5))
+    widest = max(graph.free[name].classes for name in graph.searchable)
+    message = (
+        rf"^algorithm.divisor is {widest + 1}, but no layer of the supernet has more than "
+        rf"{widest} channels to divide; use a smaller one$"
+    )
+    with pytest.raises(InputError, match=message):
+        AutoSlim(**(DEFAULT | {"grid": grid, "divisor": widest + 1})).options(graph)
+    grids = AutoSlim(**(DEFAULT | {"grid": grid, "divisor": widest})).options(graph)
+    assert set(grids) == set(graph.free)
 
 
 @pytest.mark.parametrize("share", [0.001, 2.3])

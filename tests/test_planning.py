@@ -599,6 +599,22 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(asked, key, value):
             "experiment is mini, but there is no such choice; use one of " + ", ".join(EXPERIMENTS),
         ),
         (
+            ["experiment=mini_uniform", "recipe=smoke", "recipe.epochs=1", "seeds=[0]"],
+            (
+                "recipe is smoke, but experiment=mini_uniform has values of its own for "
+                "recipe.learning_rate, recipe.search_epochs, recipe.warmup_epochs; give values for "
+                "these too, or leave recipe=smoke out"
+            ),
+        ),
+        (
+            ["experiment=demo", "projection=none,compound_1"],
+            (
+                "projection is none,compound_1, but experiment=demo has values of its own for "
+                "projection.fraction, projection.width; give values for these too, or leave "
+                "projection=none,compound_1 out"
+            ),
+        ),
+        (
             ["experiment=fig3_width", "projection.width=abc"],
             "projection.width is abc, but it must be a number; correct it",
         ),
@@ -608,6 +624,22 @@ def test_a_mistake_in_a_sweep_is_one_line(words, line):
     with pytest.raises(InputError) as error:
         Plan.of(compose_sweep(words), images=False)
     assert str(error.value) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["network=mobilenet_v2"], ("network", "name"), "mobilenet_v2"),
+        (["tracking=disabled", "seeds=[3]"], ("recipe", "epochs"), 6),
+        (["projection=none", "projection.width=0.2", "projection.fraction=1"],
+         ("projection", "width"), 0.2),
+    ],
+)  # fmt: skip
+def test_a_choice_that_an_experiment_leaves_whole_may_be_made(words, key, value):
+    group, name = key
+    assert {one.fields[group][name] for one in compose_sweep(["experiment=demo", *words])} == {
+        value
+    }
 
 
 def test_two_values_of_one_key_contradict_each_other():

@@ -221,7 +221,17 @@ class AutoSlim:
         return graph
 
     def options(self, graph: WidthGraph) -> Grids:
-        """The channel counts that each width variable of a supernet may have."""
+        """The channel counts that each width variable of a supernet may have.
+
+        Raises:
+            InputError: The divisor is larger than any of them.
+        """
+        widest = max(graph.free[name].classes for name in graph.searchable)
+        if self.divisor > widest:
+            raise InputError(
+                f"algorithm.divisor is {self.divisor:,}, but no layer of the supernet has more "
+                f"than {widest:,} channels to divide; use a smaller one"
+            )
 
         def rule(count: int) -> list[int]:
             return binned(
