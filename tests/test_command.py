@@ -105,6 +105,22 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
     assert everything(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("projection=half", "--config-dir", "own", "recipe.epoch=3"),
+        ("projection=half", "-m", "--config-dir=own", "seeds=[0],[1]", "--yes", "recipe.epoch=3"),
+        ("-m", "projection=half", "--config-dir", "own", "~seeds", "recipe.epoch=3"),
+    ],
+)
+def test_options_may_stand_between_overrides(tmp_path, words):
+    (tmp_path / "own" / "projection").mkdir(parents=True)
+    (tmp_path / "own" / "projection" / "half.yaml").write_text("defaults:\n  - width\n")
+    assert one_line(widthopt(*words, folder=tmp_path), 2) == (
+        "recipe.epoch is not a key, but only known keys are read; did you mean recipe.epochs?"
+    )
+
+
 def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(folder):
     line = one_line(
         widthopt(*TINY, "recipe.learning_rate=1e9", "methods=[uniform]", folder=folder), 1

@@ -124,6 +124,7 @@ def _hydra() -> None:
     check_once(sys.argv[1:])
     if YES in sys.argv:
         sys.argv[sys.argv.index(YES)] = "hydra.launcher.sure=true"
+    sys.argv[1:] = _options_last(sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(_run)()
     except Exception as error:
@@ -132,6 +133,19 @@ def _hydra() -> None:
         if isinstance(error, Interrupted):  # of a run in a sweep in this process
             _end(error, STOPPED)
         raise
+
+
+def _options_last(words: Sequence[str]) -> list[str]:
+    """The overrides, then options with what they take: Hydra reads none between two overrides."""
+    overrides: list[str] = []
+    options: list[str] = []
+    takes = False
+    for word in words:
+        option = word.startswith("-")
+        own = option or (takes and "=" not in word and not word.startswith("~"))
+        (options if own else overrides).append(word)
+        takes = option and "=" not in word
+    return [*overrides, *options]
 
 
 def _run(config: DictConfig) -> None:
