@@ -1,5 +1,7 @@
 """Figures and tables from records made by hand: what is drawn is what the records say."""
 
+import json
+import re
 from dataclasses import replace
 
 import matplotlib as mpl
@@ -10,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from widthopt import report
+from widthopt.errors import InputError
 from widthopt.figures import channels, savings, similarity
 from widthopt.figures.style import COLOURS, MARKERS, RC
 from widthopt.figures.summary import short, table
@@ -349,58 +352,141 @@ def test_what_went_wrong_in_a_search_is_said():
     assert report._complaints(RECORDS[1]) == []  # noqa: SLF001
 
 
-def run_folder(tmp_path, name, records):
+def run_folder(tmp_path, name, records, **config):
+    """A run's folder; what its configuration says of a group is replaced."""
+    groups = {
+        "network": {"name": "resnet18"},
+        "algorithm": {"name": "morphnet", "strength": 1.0, "floor": 2},
+        "recipe": {"epochs": 3, "search_epochs": 2, "learning_rate": 0.1},
+        "projection": {"width": 0.5},
+        "budget_macs": None,
+    } | config
     (tmp_path / name).mkdir()
     (tmp_path / name / "record.json").write_text(to_json(records))
+    (tmp_path / name / "config.yaml").write_text(json.dumps(groups))
     return tmp_path / name
 
 
+def kept(records, name):
+    """Records with stages of their own; un-optimised networks share theirs by seed."""
+    return [replace(one, stages={"train": f"{name}{number}"}) for number, one in enumerate(records)]
+
+
+def told(said):
+    """The rows of all tables: the algorithm if it is named, the method, and the other cells."""
+    for line in map(str.strip, said.splitlines()):
+        found = re.fullmatch(rf"(?:(.*\S) +)?({'|'.join(METHODS)}) +([-\d].*)", line)
+        if found:
+            yield found[1], found[2], found[3].split()
+
+
+OPTIMISED = [one for one in RECORDS if one.found.method != "uniform"]
+STRONG = {"algorithm": {"name": "morphnet", "strength": 7.0, "floor": 2}}
+
+
 def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_name(tmp_path, capsys):
-    uniform = [
-        replace(one, stages={"train": f"u{one.found.seed}"})
-        for one in RECORDS
-        if one.found.method == "uniform"
-    ]
-    rest = [one for one in RECORDS if one.found.method != "uniform"]
-    first = [replace(one, stages={"search": f"a{n}"}) for n, one in enumerate(rest)]
-    second = [replace(one, stages={"search": f"b{n}"}) for n, one in enumerate(rest)]
+    uniform = kept([one for one in RECORDS if one.found.method == "uniform"], "u")
     folders = [
-        run_folder(tmp_path, "small-digits-aaaaaaaaaaaa", [*uniform, *first]),
-        run_folder(tmp_path, "small-digits-bbbbbbbbbbbb", [*uniform, *second]),
-        run_folder(tmp_path, "small-digits-cccccccccccc", first),
+        run_folder(tmp_path, "a", [*uniform, *kept(OPTIMISED, "a")]),
+        run_folder(tmp_path, "b", [*uniform, *kept(OPTIMISED, "b")], **STRONG),
+        run_folder(tmp_path, "c", kept(OPTIMISED, "a")),
     ]
     report.compare(folders, into=tmp_path / "report")
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    cells = [tuple(line[:3]) for line in lines if len(line) > 5]
-    assert cells.count(("-", "uniform", "16-64")) == 1
-    assert cells.count(("morphnet", "direct", "8-110")) == 1
-    assert cells.count(("morphnet", "bbbbbbbbbbbb", "direct")) == 2  # a row of either table
+    found = list(told(capsys.readouterr().out))
+    names = ["morphnet strength 1", "morphnet strength 7"]
+    first, second = found[:5], found[5:]
+    assert [one[:2] for one in first] == [
+        ("-", "uniform"), *((name, method) for name in names for method in METHODS[1:])
+    ]  # fmt: skip
+    assert [one[:2] for one in second] == [one[:2] for one in first[1:]]
+    assert {one[2][-2] for one in first if one[1] == "transfer"} == {"94.0±2.8"}
+    assert [one[2][-2:] for one in second] == [["of", "2"]] * 4  # not 4: c is a again
 
 
-def test_runs_that_differ_in_their_proxy_are_named_by_it(tmp_path, capsys):
+def test_runs_that_differ_in_their_proxy_are_named_by_it_and_compared_with_one_direct_search(
+    tmp_path, capsys
+):
     moved = [one for one in RECORDS if one.found.method == "transfer"]
     narrow = [replace(one, proxy={**one.proxy, "width": 0.25}) for one in moved]
     folders = [
-        run_folder(tmp_path, f"small-digits-{name * 12}", [
-            replace(one, stages={"search": f"{name}{n}"}) for n, one in enumerate(records)
-        ])
-        for name, records in (("a", moved), ("b", narrow), ("c", narrow))
-    ]  # fmt: skip
+        run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
+        run_folder(tmp_path, "b", kept(narrow, "b"), projection={"width": 0.25}),
+    ]
     report.compare(folders, into=tmp_path / "report")
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    named = [line[1] for line in lines if len(line) > 5 and line[0] == "morphnet"]
-    proxy = "-".join(f"{value:g}" for value in narrow[0].proxy.values())
-    assert set(named) == {"transfer", proxy, "c" * 12}
+    found = list(told(capsys.readouterr().out))[3:]
+    assert [one[:2] for one in found] == [
+        ("morphnet", "direct"),
+        ("morphnet 0.5-1-24-1", "transfer"),
+        ("morphnet 0.25-1-24-1", "transfer"),
+    ]
+    assert [one[2][1] for one in found[1:]] == ["1.000", "1.000"]  # with the direct search
 
 
 def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
     first, second = record("transfer", 0), record("transfer", 1)
     narrow = replace(second, proxy={**second.proxy, "width": 0.25})
     folders = [
-        run_folder(tmp_path, f"small-digits-{name * 12}", [replace(one, stages={"search": name})])
-        for name, one in (("a", first), ("b", narrow))
+        run_folder(tmp_path, "a", kept([first], "a")),
+        run_folder(tmp_path, "b", kept([narrow], "b"), projection={"width": 0.25}),
     ]
     report.compare(folders, into=tmp_path / "report")
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    tops = [line[-2] for line in lines if "transfer" in line and "+" in line[-1]]
+    tops = [one[2][-2] for one in told(capsys.readouterr().out) if "+" in one[2][-1]]
     assert tops == ["92.0", "96.0"]  # and not 94.0±2.8
+
+
+def test_seeds_of_two_runs_belong_together(tmp_path, capsys):
+    folders = [
+        run_folder(tmp_path, name, kept([one], name), seeds=[one.found.seed])
+        for name, one in (("a", record("transfer", 0)), ("b", record("transfer", 1)))
+    ]
+    report.compare(folders, into=tmp_path / "report")
+    found = [one for one in told(capsys.readouterr().out) if "+" in one[2][-1]]
+    assert [(one[1], one[2][-2]) for one in found] == [("transfer", "94.0±2.8")]
+
+
+def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path, capsys):
+    longer = {"recipe": {"epochs": 6, "search_epochs": 2, "learning_rate": 0.1}}
+    searched = {"recipe": {"epochs": 3, "search_epochs": 9, "learning_rate": 0.1}}
+    folders = [
+        run_folder(tmp_path, "a", kept(ONE_SEED, "a")),
+        run_folder(tmp_path, "b", kept([record(one, 1) for one in METHODS], "b"), **longer),
+        run_folder(tmp_path, "c", kept(ONE_SEED[1:], "c"), **searched),
+    ]
+    report.compare(folders, into=tmp_path / "report")
+    said = capsys.readouterr().out
+    before, _, after = said.partition("\nepochs 6\n")
+    assert before.startswith("epochs 3\n")
+    assert {one[0] for one in told(before)} == {
+        "-", "morphnet search_epochs 2", "morphnet search_epochs 9"
+    }  # fmt: skip
+    assert {one[0] for one in told(after)} == {None, "morphnet"}  # there is one algorithm
+    assert [one[2][-2] for one in told(after) if "+" in one[2][-1]] == ["91.0", "95.0", "96.0"]
+    figures = sorted(path.parent.name for path in (tmp_path / "report").rglob("accuracy.png"))
+    assert figures == ["resnet18-digits-1-1-24-1-epochs-3", "resnet18-digits-1-1-24-1-epochs-6"]
+
+
+def test_names_have_no_more_values_than_tell_them_apart(tmp_path, capsys):
+    several = [
+        {"name": "morphnet", "strength": strength, "floor": floor, "tie": tie}
+        for strength, floor, tie in ((1.0, 2, "max"), (2.0, 2, "l2"), (1.0, 4, "max"))
+    ]
+    folders = [
+        run_folder(tmp_path, str(number), kept([record("direct", 0)], str(number)), algorithm=one)
+        for number, one in enumerate(several)
+    ]
+    report.compare(folders, into=tmp_path / "report")
+    assert {one[0] for one in told(capsys.readouterr().out)} == {
+        "morphnet strength 1 floor 2", "morphnet strength 2 floor 2", "morphnet strength 1 floor 4"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["- a", "recipe: 3", "a: [", "\tx", "{recipe: ${"])
+def test_a_configuration_that_was_broken_is_one_line(tmp_path, text):
+    folder = run_folder(tmp_path, "a", kept(ONE_SEED, "a"))
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        report.compare([folder], into=tmp_path / "report")
+    assert str(error.value) == (
+        f"{folder}/config.yaml is not what a run leaves, but runs are told apart by it; restore "
+        "it, or give the run's command again"
+    )

@@ -223,6 +223,28 @@ def test_the_status_is_that_of_the_files(whole):
     assert one_line(widthopt("status", "other", folder=folder), 2).startswith("other is no sweep")
 
 
+def test_what_a_sweep_varies_names_its_rows_and_is_never_averaged_over(folder):
+    varied = ("algorithm.strength=4,5", "recipe.epochs=1,2", "seeds=[0],[1]")
+    words = [word for word in TINY if not word.startswith("algorithm.strength")]
+    done = widthopt("-m", *words, *varied, "methods=[uniform,transfer]", folder=folder)
+    assert done.returncode == 0, done.stderr
+    again = widthopt("report", folder=folder)
+    for said in (done.stdout, again.stdout):
+        shown = said[said.index("epochs 1\n") :]
+        for title in ("epochs 1", "epochs 2"):
+            table = shown.partition(f"{title}\n")[2].partition("runs/report/")[0]
+            lines = [re.sub(" {2,}", "|", line.strip()) for line in table.splitlines()]
+            found = [line.split("|") for line in lines if line.startswith(("-|", "morphnet"))]
+            assert sorted((one[0], one[1]) for one in found[:3]) == [
+                ("-", "uniform"), ("morphnet strength 4", "transfer"),
+                ("morphnet strength 5", "transfer"),
+            ]  # fmt: skip
+            assert all("±" in one[-2] for one in found[:3])
+            assert [one[-1] for one in found[3:]] == ["2 of 2"] * 2
+    folders = sorted(path.parent.name for path in folder.glob("runs/report/*/accuracy.png"))
+    assert [name[-9:] for name in folders] == ["-epochs-1", "-epochs-2"]
+
+
 def test_runs_of_a_sweep_have_folders_like_any_run(whole):
     folder, _ = whole
     found = [path.parent for path in (folder / "runs").glob("*/record.json")]

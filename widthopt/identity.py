@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from widthopt.errors import InputError
@@ -72,6 +72,30 @@ def _differing(
             yield f"{where}{name}", one, other
     for table in tables:
         yield from _differing(*table)
+
+
+def apart(tables: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...], Any]]:
+    """Of each of several tables, its values that are not the same in all of them.
+
+    Args:
+        tables: Nested dictionaries, as `canonical` takes them.
+
+    Returns:
+        For each table its values by the names that lead to them; None where it has none.
+    """
+    values = [dict(_leaves(one, ())) for one in tables]
+    paths = dict.fromkeys(path for one in values for path in one)
+    told = [path for path in paths if len({canonical(one.get(path)) for one in values}) > 1]
+    return [{path: one.get(path) for path in told} for one in values]
+
+
+def _leaves(fields: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of nested tables, with the names that lead to it."""
+    if isinstance(fields, Mapping):
+        for name, value in fields.items():
+            yield from _leaves(value, (*path, name))
+    else:
+        yield path, fields
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ the same run share it, so that it is done once.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -199,6 +199,9 @@ class Plan:
         )
 
 
+_SEARCH = ("own", "origin", "search")
+
+
 def _told_apart(runs: Mapping[str, Run]) -> dict[str, Run]:
     """The runs; those that would be described alike, each with the values in which they differ."""
     alike = defaultdict(list)
@@ -206,31 +209,18 @@ def _told_apart(runs: Mapping[str, Run]) -> dict[str, Run]:
         alike[run.what].append(run)
     told = dict(runs)
     for ones in alike.values():
-        values = {}
-        for run in ones:
-            named = dict(_leaves(run.stage.fields))
-            for need in run.needs:  # of which a training's own fields have but the name
-                named.pop(("origin", "search"))
-                named |= _leaves(runs[need].stage.fields, ("search",))
-            values[run.name] = named
-        names = dict.fromkeys(name for one in values.values() for name in one)
-        for run in ones:
-            apart = {
-                name[-1]: values[run.name].get(name)
-                for name in names
-                if len({identity.canonical(one.get(name)) for one in values.values()}) > 1
+        tables = [
+            {
+                "own": one.stage.fields,
+                "search": runs[one.needs[0]].stage.fields if one.needs else {},
             }
-            told[run.name] = replace(run, apart=apart)
+            for one in ones
+        ]
+        for run, values in zip(ones, identity.apart(tables), strict=True):
+            # Of its search a training's own fields have but the name.
+            named = {path[-1]: value for path, value in values.items() if path != _SEARCH}
+            told[run.name] = replace(run, apart=named)
     return told
-
-
-def _leaves(fields: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value of nested mappings, with the names that lead to it."""
-    if isinstance(fields, Mapping):
-        for name, value in fields.items():
-            yield from _leaves(value, (*path, name))
-    else:
-        yield path, fields
 
 
 @dataclass(frozen=True, slots=True)

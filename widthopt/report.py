@@ -3,17 +3,22 @@
 import io
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
+from widthopt import identity
 from widthopt.errors import InputError
 from widthopt.figures import channels as channels_figure
 from widthopt.figures import savings as savings_figure
@@ -24,7 +29,7 @@ from widthopt.figures.style import RC
 from widthopt.figures.summary import short, table
 from widthopt.pipeline import Request, run
 from widthopt.planning import GPU_MACS_PER_SECOND, Plan
-from widthopt.records import Record, from_json, read_channels
+from widthopt.records import Record, by_method, from_json, read_channels
 from widthopt.store import State, writable, write_atomically, writing
 
 
@@ -56,96 +61,166 @@ def report(request: Request) -> Path:
     return folder
 
 
+class Gathered(NamedTuple):
+    """Records that differ in nothing but their seeds, or in their method.
+
+    Attributes:
+        trained: What their final trainings depend on, but for widths and seed, as plain data.
+        searched: Likewise of their searches; empty where nothing was searched.
+        records: The records.
+    """
+
+    trained: Mapping[str, Any]
+    searched: Mapping[str, Any]
+    records: list[Record]
+
+
 def compare(folders: Sequence[Path], *, into: Path) -> None:
     """Show runs side by side: algorithms of one network and data in one table and one figure.
 
     Args:
-        folders: Runs' folders, with a ``record.json`` each.
+        folders: Runs' folders, with a ``record.json`` and a ``config.yaml`` each.
         into: Where the figures go, in a folder for each network and data set.
 
     Raises:
         InputError: A folder has no record, or the figures cannot be written.
     """
-    found = []
+    found: list[Gathered] = []
     for folder in folders:
         path = folder / "record.json"
         try:
-            text = path.read_bytes()
+            text, config = path.read_bytes(), _config(folder / "config.yaml")
         except OSError as error:
             raise InputError(
                 f"RUN is {folder}, but there is no record in it ({error.strerror}); give a run's "
                 "folder, such as runs/resnet18-digits-..."
             ) from error
-        key = folder.resolve().name.rpartition("-")[2]
-        found.append((key, from_json(text, name=str(path))))
+        recipe = {**config["recipe"], "search_epochs": None}
+        trained = {**{key: config.get(key) for key in _TRAINED}, "recipe": recipe}
+        for method, records in by_method(from_json(text, name=str(path))).items():
+            searched = {key: config.get(key) for key in _SEARCHED[method]}
+            found.append(Gathered(trained, searched, records))
     side_by_side(found, into=into)
 
 
-def side_by_side(found: Sequence[tuple[str, Sequence[Record]]], *, into: Path) -> None:
-    """Show records side by side, as `compare` does.
+def _config(path: Path) -> dict[str, Any]:
+    """The configuration that a run has left."""
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
+        raise InputError(
+            f"{path} is not what a run leaves, but runs are told apart by it; restore it, or give "
+            "the run's command again"
+        )
+    return {str(key): value for key, value in config.items()}
+
+
+_TRAINED = ("network", "dataset", "target")
+_SEARCHED: Mapping[str, Sequence[str]] = {
+    "uniform": (),
+    "direct": ("algorithm", "recipe", "budget_macs"),
+    "transfer": ("algorithm", "recipe", "budget_macs", "projection", "extrapolation"),
+}
+"""Groups of a configuration that a final training, and the search of a method, depend on."""
+
+
+def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
+    """Show records side by side: a table, one of similarities and a figure for each target.
+
+    What was trained otherwise has a table of its own; what was searched otherwise has a row of
+    its own, named by the values that differ.
 
     Args:
-        found: Records that belong together, and what to tell them from others by.
+        found: What there is; what is there twice is shown once.
         into: Where the figures go, in a folder for each network and data set.
 
     Raises:
         InputError: The figures cannot be written.
     """
-    groups: dict[str, list[Record]] = {}
-    for key, together in found:
-        for record in _told_apart(together, key, groups):
-            target = "-".join(f"{value:g}" for value in record.target.values())
-            group = f"{record.network}-{record.dataset}-{target}".replace("/", "_")
-            groups.setdefault(group, []).append(record)
+    targets: dict[str, list[Gathered]] = {}
+    for one in found:
+        first = one.records[0]
+        target = "-".join(f"{value:g}" for value in first.target.values())
+        name = f"{first.network}-{first.dataset}-{target}".replace("/", "_")
+        targets.setdefault(name, []).append(one)
     console = _console()
-    for name, records in groups.items():
-        console.print(table(records))
-        alike = similarity.table(records)
-        if alike.row_count:
-            console.print(alike)
-        with mpl.rc_context(RC):
-            figure = Figure()
-            savings_figure.draw(figure.subplots(), records)
-            path = into / name / "accuracy.png"
-            with writing(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path)
-        console.print(str(path), soft_wrap=True)
+    for name, its in targets.items():
+        told = _labels([one.trained for one in its])
+        for label in dict.fromkeys(told):
+            records = _named([one for one, own in zip(its, told, strict=True) if own == label])
+            if label:
+                console.print(label, style="bold")
+            console.print(table(records))
+            alike = similarity.table(records)
+            if alike.row_count:
+                console.print(alike)
+            with mpl.rc_context(RC):
+                figure = Figure()
+                savings_figure.draw(figure.subplots(), records)
+                path = into / f"{name} {label}".strip().replace(" ", "-") / "accuracy.png"
+                with writing(path.parent):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    figure.savefig(path)
+            console.print(str(path), soft_wrap=True)
 
 
-def _told_apart(
-    records: Sequence[Record], key: str, groups: Mapping[str, Sequence[Record]]
-) -> list[Record]:
-    """The records of a run that no other has; one algorithm's other settings get another name."""
-    others = [other for group in groups.values() for other in group]
-    fresh = [one for one in records if not any(one.stages == other.stages for other in others)]
-    used = {
-        (other.algorithm, other.found.method, other.found.seed, *other.target.items())
-        for other in others
-    }
-    taken = any(
-        (one.algorithm, one.found.method, one.found.seed, *one.target.items()) in used
-        for one in fresh
-        if one.found.method != "uniform"
-    )
-    # Two proxies are no two seeds of one, even where their seeds differ.
-    taken |= any(
-        one.found.method == other.found.method == "transfer"
-        and (one.algorithm, one.target) == (other.algorithm, other.target)
-        and one.proxy != other.proxy
-        for one in fresh
-        for other in others
-    )
-    if not taken:
-        return fresh
-    # By their proxy where that tells them apart, since it is what sweeps differ in most.
-    mine, theirs = (
-        {tuple(one.proxy.values()) for one in records if one.found.method == "transfer"}
-        for records in (fresh, others)
-    )
-    if len(mine) == 1 and not mine & theirs:
-        key = "-".join(f"{value:g}" for value in mine.pop())
-    return [replace(one, algorithm=f"{one.algorithm} {key}") for one in fresh]
+def _named(found: Sequence[Gathered]) -> list[Record]:
+    """Records that were trained alike, each once; what was searched otherwise has its own name."""
+    groups: dict[tuple[str, str], list[Gathered]] = {}
+    for one in found:
+        first = one.records[0]
+        groups.setdefault((first.algorithm, first.found.method), []).append(one)
+    result: list[Record] = []
+    for (algorithm, method), its in groups.items():
+        proxies = ["-".join(f"{value:g}" for value in one.records[0].proxy.values()) for one in its]
+        if method != "transfer" or len(set(proxies)) == 1:
+            proxies = [""] * len(its)
+        labels = _labels([one.searched for one in its], proxies)
+        for label, one in zip(labels, its, strict=True):
+            for record in one.records:
+                if not any(record.stages == other.stages for other in result):
+                    name = f"{algorithm} {label}".strip()
+                    result.append(replace(record, algorithm=name))
+    return result
+
+
+def _labels(tables: Sequence[Mapping[str, Any]], ends: Sequence[str] = ()) -> list[str]:
+    """What tells tables of plain values apart, for each: as few of the values as do; a known end.
+
+    Args:
+        tables: Nested tables; equal ones have the same label.
+        ends: What each label ends with; where that tells them apart, no value is needed.
+    """
+    ends = ends or [""] * len(tables)
+    values = [
+        {path: value for path, value in one.items() if not (any(ends) and path[0] in _PROXY)}
+        for one in identity.apart(tables)
+    ]
+    labels: list[list[str]] = [[] for _ in tables]
+    for path in values[0]:
+        more = [
+            [*label, f"{path[-1]} {_short(one[path])}"]
+            for label, one in zip(labels, values, strict=True)
+        ]
+        if _kinds(more, ends) > _kinds(labels, ends):
+            labels = more
+    return [" ".join(filter(None, (*label, end))) for label, end in zip(labels, ends, strict=True)]
+
+
+_PROXY = ("projection", "setting")
+"""Tables that say no more than a proxy's axes do."""
+
+
+def _kinds(labels: Sequence[Sequence[str]], ends: Sequence[str]) -> int:
+    return len({(*label, end) for label, end in zip(labels, ends, strict=True)})
+
+
+def _short(value: Any) -> str:
+    """A value as a part of a name."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.,+-]+", "", text)[:24]
 
 
 def runs(root: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from launchers.sweeper import EXPERIMENT
 from launchers.work import Item
-from widthopt import distributed, report
+from widthopt import distributed, identity, report
 from widthopt.config import figures, frozen, request, requests, tracking
 from widthopt.errors import InputError
 from widthopt.pipeline import Point, logged, recorded, run, searched, trained
@@ -209,7 +209,7 @@ class Sweep(_Staged):
         if self.manifest.figures:
             draw(self.root, [self.manifest])
         elif folders:
-            report.compare(folders, into=self.root / "report")
+            show(self.root, [self.manifest])
 
 
 class Kept(_Staged):
@@ -598,23 +598,31 @@ def show(root: Path, sweeps: Sequence[Manifest]) -> None:
     """
     store = Store(root / "stages")
     store.check(write=False)
-    found: dict[str, list[Record]] = {}
+    found: dict[str, report.Gathered] = {}
     for sweep in sweeps:
         stages = sweep.stages(store)
         for point in sweep.points:
             result = stages[point["train"]].result()
             if result is not None:
                 one = recorded(result, method=point["method"], algorithm=point["algorithm"])
-                # Seeds belong together; what else differs tells points apart.
-                proxy = "-".join(f"{value:g}" for value in one.proxy.values())
-                found.setdefault(f"{one.algorithm} {proxy}", []).append(one)
+                its = _gathered(sweep, point)
+                key = identity.canonical([one.algorithm, one.found.method, *its])
+                found.setdefault(key, report.Gathered(*its, [])).records.append(one)
     if not found:
         raise InputError(
             f"--root is {root}, but no point of {', '.join(one.name for one in sweeps)} is done; "
             f"see widthopt status {there(root)}"
         )
-    by_proxy = [(key.partition(" ")[2], records) for key, records in found.items()]
-    report.side_by_side(by_proxy, into=root / "report")
+    report.side_by_side(list(found.values()), into=root / "report")
+
+
+def _gathered(sweep: Manifest, point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a point's final training, and its search, depend on but for widths and seed."""
+    runs = [sweep.runs[name] for name in (point["train"], *sweep.runs[point["train"]]["needs"])]
+    trained, *searches = ({**one["fields"], "seed": None} for one in runs)
+    origin = trained.pop("origin")
+    searched = {"extrapolation": origin["extrapolation"], "budget": origin["budget"]}
+    return trained, {**searches[0], **searched} if searches else {}
 
 
 def status(

@@ -1,6 +1,6 @@
 """How alike the widths are that were found: the form of the paper's table 1 and figure A2."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from rich.table import Table
@@ -24,9 +24,9 @@ def table(records: Sequence[Record]) -> Table:
         result.add_column(name, no_wrap=True)
     for name in ("seeds", "direct", "uniform", "budget"):
         result.add_column(name, justify="right", no_wrap=True)
-    for algorithm, its in by_algorithm(records).items():
-        methods = by_method(its)
-        direct = {one.found.seed: one for one in methods.get("direct", [])}
+    groups = {name: by_method(its) for name, its in by_algorithm(records).items()}
+    for algorithm, methods in groups.items():
+        direct = {one.found.seed: one for one in _direct(algorithm, groups)}
         for method, ones in methods.items():
             if method == "uniform":
                 continue
@@ -42,6 +42,15 @@ def table(records: Sequence[Record]) -> Table:
                 f"{len(reached)} of {len(ones)}",
             )
     return result
+
+
+def _direct(
+    algorithm: str, groups: Mapping[str, Mapping[str, Sequence[Record]]]
+) -> Sequence[Record]:
+    """The direct searches of an algorithm; those that several proxies share have but its name."""
+    names = [name for name in groups if f"{algorithm} ".startswith(f"{name} ")]
+    found = [groups[name]["direct"] for name in sorted(names, key=len) if "direct" in groups[name]]
+    return found[-1] if found else ()
 
 
 def _ones(record: Record) -> dict[str, float]:
