@@ -1,4 +1,5 @@
 import functools
+import gc
 import random
 import re
 
@@ -42,6 +43,22 @@ def blueprint(name, width=1.0, resolution=64):
             fraction=1.0,
         )
     )
+
+
+def weights_held():
+    """Numbers in all parameters that are in memory."""
+    gc.collect()
+    held = [one for one in gc.get_objects() if type(one) is nn.Parameter]
+    return sum(one.numel() for one in held if not one.is_meta)
+
+
+def test_settings_that_are_only_counted_hold_no_weights():
+    before = weights_held()
+    plans = [blueprint("resnet18", width) for width in (0.25, 0.5, 1.0)]
+    counts = [plan.parameters(plan.graph.channels) for plan in plans]
+    assert counts[-1] == 11_689_512 - 990 * 513  # torchvision's, with 10 classes instead of 1000
+    assert counts == sorted(set(counts))
+    assert weights_held() == before
 
 
 @functools.cache

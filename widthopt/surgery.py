@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -33,16 +33,12 @@ class Blueprint:
         self._traced: WidthGraph = traced(*axes)
         self.graph = self._traced.resized(scaled(self._traced, setting.width))
 
-    @cached_property
-    def _model(self) -> nn.Module:
-        """The network at width multiplier 1; its weights do not matter."""
-        return _built(self.setting.network, self.setting.depth, self.setting.classes)
-
     def build(self, channels: Mapping[str, int], *, seed: int) -> nn.Module:
         """The network at these channel counts with fresh weights that depend on the seed."""
-        return resize(
-            self._model, self._traced, channels, seed=seed, rules=self.setting.network.rules
-        )
+        setting = self.setting
+        # Not kept: a sweep has hundreds of settings, and each network its weights.
+        model = _built(setting.network, setting.depth, setting.classes)
+        return resize(model, self._traced, channels, seed=seed, rules=setting.network.rules)
 
     def resized(self, channels: Mapping[str, int]) -> WidthGraph:
         """The graph of the network at these channel counts, which `build` makes."""
@@ -50,7 +46,9 @@ class Blueprint:
 
     def parameters(self, channels: Mapping[str, int]) -> int:
         """How many parameters the network has at these channel counts."""
-        model = on_meta(self._model)
+        network = self.setting.network
+        shapes: Any = _shapes if _hashable(network) else _shapes.__wrapped__
+        model = on_meta(shapes(network, self.setting.depth, self.setting.classes))
         _Resizer(self._traced, channels, {}).resize(model)
         return sum(parameter.numel() for parameter in model.parameters())
 
@@ -64,6 +62,12 @@ def _traced(network: Network, depth: int, classes: int, resolution: int) -> Widt
     model = _built(network, depth, classes)
     stages = network.stages(model)
     return trace(model, resolution, stages=stages, rules=network.rules)
+
+
+@lru_cache(maxsize=64)
+def _shapes(network: Network, depth: int, classes: int) -> nn.Module:
+    """The network at width multiplier 1 without weights; remembered as its graph is."""
+    return on_meta(_built(network, depth, classes))
 
 
 def _hashable(network: Network) -> bool:
