@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,9 @@ def test_a_sample_of_the_evaluation_images_is_in_random_order():
     assert sorted(drawn) == sorted(ordered)
     # Of 30 images in random order one is where it was, more or less.
     assert sum(one == other for one, other in zip(drawn, ordered, strict=True)) < 6
+    labels = [label for _, ones in evaluation.sample(30, batch_size=10, seed=0) for label in ones]
+    # Of 29 steps in random order a third goes to a lower class; in that of classes none does.
+    assert sum(after < before for before, after in pairwise(labels)) > 4
     assert images_of(evaluation.sample(12, batch_size=5, seed=0)) == drawn[:12]
     assert images_of(evaluation.sample(30, batch_size=10, seed=1)) != drawn
 
