@@ -81,10 +81,11 @@ def test_gradients_of_narrow_layers_are_right_in_channels_last(case, threads):
     """oneDNN's are not, of convolutions of one pixel with a stride: they come out otherwise."""
     code = f"import torch, test_devices; torch.manual_seed(0); torch.set_num_threads({threads}); "
     code += f"test_devices.{case}()"
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         capture_output=True,
         text=True,
         check=False,

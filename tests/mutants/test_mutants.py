@@ -20,6 +20,9 @@ FAULTS = [
     for path in sorted(Path(__file__).parent.glob("*.toml"))
     for fault in tomllib.loads(path.read_text())["fault"]
 ]
+PARTS = ["README.md", "conf", "launchers", "pyproject.toml", "setup.cfg", "tests", "widthopt"]
+"""What tests read."""
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 SECONDS = 300
 
 
@@ -56,21 +59,10 @@ def test_a_fault_has_its_place_in_the_code_and_its_test(tmp_path, fault):
 @pytest.mark.mutant
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_test_of_a_fault_notices_it(tmp_path, fault):
-    copied(
-        tmp_path, names=["conf", "launchers", "pyproject.toml", "setup.cfg", "tests", "widthopt"]
-    )
+    copied(tmp_path, names=PARTS)
     put_into(tmp_path, fault)
     ran = subprocess.run(  # noqa: S603 (our own tests)
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            f"tests/{fault['test']}",
-        ],
+        [*PYTEST, f"tests/{fault['test']}"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
