@@ -20,7 +20,7 @@ from work import FileWork
 
 import launchers
 from launchers.launcher import WidthoptInProcessLauncher, WidthoptLocalLauncher
-from launchers.local import Pool
+from launchers.local import TICK_SECONDS, Pool
 from launchers.progress import Progress
 from launchers.sweeper import expanded
 from launchers.work import Failed, Item
@@ -60,6 +60,10 @@ def pooled(folder, table, *, parallel=2, **options):
     return told
 
 
+LONGER_THAN_A_TICK = 1.4 * TICK_SECONDS
+"""What goes on still when the next are chosen."""
+
+
 def most_at_once(folder):
     """How many items went on at the same time at most."""
     most = now = 0
@@ -90,7 +94,7 @@ def test_what_needs_something_that_cannot_be_done_is_not_begun(tmp_path, order):
 
 def test_what_is_needed_comes_before_what_needs_it(tmp_path):
     table = {"last": (["middle"], "well"), "middle": (["first"], "well"), "first": ([], "well")}
-    pooled(tmp_path, table, parallel=3)
+    pooled(tmp_path, table, parallel=3, seconds=LONGER_THAN_A_TICK)
     lines = [line.split()[:2] for line in (tmp_path / "notes").read_text().splitlines()]
     assert [name for word, name in lines if word == "begin"] == ["first", "middle", "last"]
     assert most_at_once(tmp_path) == 1
@@ -99,7 +103,7 @@ def test_what_is_needed_comes_before_what_needs_it(tmp_path):
 @pytest.mark.parametrize("parallel", [1, 2, 3])
 def test_no_more_goes_on_at_once_than_was_said_and_no_less(tmp_path, parallel):
     table = {str(number): ([], "well") for number in range(6)}
-    pooled(tmp_path, table, parallel=parallel, seconds=0.1, together=parallel)
+    pooled(tmp_path, table, parallel=parallel, seconds=LONGER_THAN_A_TICK, together=parallel)
     assert most_at_once(tmp_path) == parallel
 
 

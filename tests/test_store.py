@@ -468,6 +468,11 @@ def test_asking_writes_nothing(stage, tmp_path):
     assert (stage.result(), stage.failure(), list(store.stages())) == (None, None, [])
     store.check(write=False)
     assert list(tmp_path.iterdir()) == []
+    stage.submitted("7")
+    assert stage.state() == "stale"
+    assert stage.result() is None
+    left = sorted(path.name for path in stage.folder.iterdir())
+    assert left == ["fields.json", "submission.json"]
 
 
 def test_a_submitted_stage_is_queued_while_its_job_lives(stage):
