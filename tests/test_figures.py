@@ -480,6 +480,21 @@ def test_names_have_no_more_values_than_tell_them_apart(tmp_path, capsys):
     }  # fmt: skip
 
 
+def test_values_that_read_alike_are_told_apart_nevertheless(tmp_path, capsys):
+    names = [f"a_module_with_a_rather_long_name.{end}" for end in ("One", "Other", "One")]
+    folders = [
+        run_folder(
+            tmp_path, str(number), kept([record("direct", number % 2)], str(number)),
+            algorithm={"name": "morphnet", "how": name},
+        )
+        for number, name in enumerate(names)
+    ]  # fmt: skip
+    report.compare(folders, into=tmp_path / "report")
+    assert {one[0] for one in told(capsys.readouterr().out)} == {
+        "morphnet how a_module_with_a_rather_l 1", "morphnet how a_module_with_a_rather_l 2"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["- a", "recipe: 3", "a: [", "\tx", "{recipe: ${"])
 def test_a_configuration_that_was_broken_is_one_line(tmp_path, text):
     folder = run_folder(tmp_path, "a", kept(ONE_SEED, "a"))

@@ -190,7 +190,7 @@ def _labels(tables: Sequence[Mapping[str, Any]], ends: Sequence[str] = ()) -> li
     """What tells tables of plain values apart, for each: as few of the values as do; a known end.
 
     Args:
-        tables: Nested tables; equal ones have the same label.
+        tables: Nested tables; equal ones have the same label, and no others.
         ends: What each label ends with; where that tells them apart, no value is needed.
     """
     ends = ends or [""] * len(tables)
@@ -198,23 +198,30 @@ def _labels(tables: Sequence[Mapping[str, Any]], ends: Sequence[str] = ()) -> li
         {path: value for path, value in one.items() if not (any(ends) and path[0] in _PROXY)}
         for one in identity.apart(tables)
     ]
-    labels: list[list[str]] = [[] for _ in tables]
+    chosen: list[tuple[str, ...]] = []
+    kinds: list[tuple[str, ...]] = [(end,) for end in ends]
     for path in values[0]:
         more = [
-            [*label, f"{path[-1]} {_short(one[path])}"]
-            for label, one in zip(labels, values, strict=True)
+            (*kind, identity.canonical(one[path])) for kind, one in zip(kinds, values, strict=True)
         ]
-        if _kinds(more, ends) > _kinds(labels, ends):
-            labels = more
-    return [" ".join(filter(None, (*label, end))) for label, end in zip(labels, ends, strict=True)]
+        if len(set(more)) > len(set(kinds)):
+            chosen, kinds = [*chosen, path], more
+    labels = [
+        " ".join(filter(None, (*(f"{path[-1]} {_short(one[path])}" for path in chosen), end)))
+        for one, end in zip(values, ends, strict=True)
+    ]
+    # Values that are cut or rounded may read alike.
+    alike: dict[str, dict[tuple[str, ...], int]] = {}
+    for label, kind in zip(labels, kinds, strict=True):
+        alike.setdefault(label, {}).setdefault(kind, len(alike[label]) + 1)
+    return [
+        f"{label} {alike[label][kind]}" if len(alike[label]) > 1 else label
+        for label, kind in zip(labels, kinds, strict=True)
+    ]
 
 
 _PROXY = ("projection", "setting")
 """Tables that say no more than a proxy's axes do."""
-
-
-def _kinds(labels: Sequence[Sequence[str]], ends: Sequence[str]) -> int:
-    return len({(*label, end) for label, end in zip(labels, ends, strict=True)})
 
 
 def _short(value: Any) -> str:
