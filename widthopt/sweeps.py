@@ -196,7 +196,7 @@ class Sweep(_Staged):
     def end(self) -> None:
         """See `launchers.work.Work`: figures where an experiment has some, else tables."""
         states = self.plan.states()
-        folders = []
+        done = False
         for point in {id(one.point): one.point for one in self.plan.points}.values():
             mine = [one for one in self.plan.points if one.point is point]
             if all(states[one.train] == "done" for one in mine):
@@ -205,10 +205,10 @@ class Sweep(_Staged):
                 records = run(gathered, show=logger.debug)
                 if not self.manifest.figures:
                     report.draw(records, gathered.folder / "figures")
-                folders.append(gathered.folder)
+                done = True
         if self.manifest.figures:
             draw(self.root, [self.manifest])
-        elif folders:
+        elif done:
             show(self.root, [self.manifest])
 
 
