@@ -106,6 +106,39 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
 
 
 @pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ("plan", "--nodes"),
+            "widthopt plan: argument --nodes: expected one argument; see widthopt plan --help",
+        ),
+        (
+            ("status", "-v"),
+            "widthopt status: unrecognized arguments: -v; see widthopt status --help",
+        ),
+        *(
+            (
+                (name, "--root", "none"),
+                ("--root is none, but there is no such folder; name the one that runs are kept in"),
+            )
+            for name in ("report", "status", "sync")
+        ),
+        (
+            ("recipe=smoke", "--config-dir", "none"),
+            (
+                "--config-dir is FOLDER/none, but there is no such folder; name one of your own "
+                "choices"
+            ),
+        ),
+    ],
+)
+def test_a_mistake_in_a_commands_options_is_one_line(tmp_path, words, line):
+    said = one_line(widthopt(*words, folder=tmp_path), 2)
+    assert said.replace(str(tmp_path.resolve()), "FOLDER") == line
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("projection=half", "--config-dir", "own", "recipe.epoch=3"),
@@ -384,19 +417,17 @@ def test_runs_are_shown_side_by_side(ran, folder):
     for word in ("uniform", "transfer", "seeds", "direct", "budget", "accuracy.png"):
         assert word in done.stdout
     assert list(folder.glob("runs/report/*/accuracy.png"))
+    named = widthopt("report", run_folder(ran[0]).name, folder=ran[0])
+    assert (named.returncode, named.stdout) == (0, done.stdout)
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["report"], "--root is runs, but no run there has a record; run one first"),
+        (["report", "--root", "."], "--root is ., but no run there has a record; run one first"),
         (
-            ["status", "--root", "nowhere"],
-            ("--root is nowhere, but there is no such folder; name the one that runs are kept in"),
-        ),
-        (
-            ["report", "nowhere"],
-            "nowhere is no sweep or figure in runs, but the sweeps there are: none",
+            ["report", "nowhere", "--root", "."],
+            "nowhere is no sweep or figure in ., but the sweeps there are: none",
         ),
         (
             ["report", "no/where"],

@@ -341,7 +341,7 @@ def test_what_went_wrong_in_a_search_is_said():
         "budget_reached": False,
     }
     one = replace(RECORDS[1], found=replace(RECORDS[1].found, flags=flags))
-    assert report._complaints(one) == [  # noqa: SLF001 (what a person reads below the table)
+    assert report._complaints([one]) == [  # noqa: SLF001 (what a person reads below the table)
         (
             "direct, seed 0: the search is not valid: removing its dead channels cost 3.2 points; "
             "cut: conv1"
@@ -349,7 +349,22 @@ def test_what_went_wrong_in_a_search_is_said():
         "direct, seed 0: fell to the floor: conv1, conv2",
         "direct, seed 0: the search did not reach its budget",
     ]
-    assert report._complaints(RECORDS[1]) == []  # noqa: SLF001
+    assert report._complaints(RECORDS) == []  # noqa: SLF001
+
+
+def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(tmp_path, capsys):
+    flags = {"unchanged": True}
+    bad = [replace(one, found=replace(one.found, flags=flags)) for one in OPTIMISED]
+    folders = [
+        run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
+        run_folder(tmp_path, "b", kept(bad, "b"), **STRONG),
+    ]
+    report.compare(folders, into=tmp_path / "report")
+    said = [line for line in capsys.readouterr().out.splitlines() if "pruned" in line]
+    nothing = "the search pruned nothing; its widths are the un-optimised ones"
+    assert said == [
+        f"morphnet strength 7, {method}, seeds 0, 1: {nothing}" for method in ("direct", "transfer")
+    ]
 
 
 def run_folder(tmp_path, name, records, **config):

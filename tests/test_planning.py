@@ -16,6 +16,7 @@ from widthopt.config import NEUTRAL, compose, compose_sweep, frozen, request, re
 from widthopt.errors import InputError
 from widthopt.pipeline import Point
 from widthopt.planning import GPU_MACS_PER_SECOND, Cost, Manifest, Plan
+from widthopt.report import show_plan
 from widthopt.sweeps import Sweep, draw
 
 
@@ -599,6 +600,29 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(asked, key, value):
             "experiment is mini, but there is no such choice; use one of " + ", ".join(EXPERIMENTS),
         ),
         (
+            ["algorithm=dmcp,autoslim", "algorithm.strength=1"],
+            (
+                "algorithm.strength is given, but not every choice of algorithm=dmcp,autoslim has "
+                "it; sweep in another command over those that have it, of algorithm=dmcp, "
+                "algorithm=morphnet, algorithm=morphnet_short"
+            ),
+        ),
+        (
+            ["hydra.launcher.max_parallel=2"],
+            (
+                "hydra.launcher.max_parallel is not a key, but only known keys are read; first "
+                "choose hydra/launcher=local, which has it"
+            ),
+        ),
+        (
+            ["hydra/launcher=local", "hydra.launcher.max_paralel=2"],
+            (
+                "hydra.launcher.max_paralel is not a key, but only known keys are read; did you "
+                "mean hydra.launcher.max_parallel?"
+            ),
+        ),
+        (["root="], "root is empty, but it names a folder; give one, such as root=runs"),
+        (
             ["experiment=mini_uniform", "recipe=smoke", "recipe.epochs=1", "seeds=[0]"],
             (
                 "recipe is smoke, but experiment=mini_uniform has values of its own for "
@@ -624,6 +648,28 @@ def test_a_mistake_in_a_sweep_is_one_line(words, line):
     with pytest.raises(InputError) as error:
         Plan.of(compose_sweep(words), images=False)
     assert str(error.value) == line
+
+
+def test_choices_of_ones_own_are_in_a_folder(tmp_path):
+    with pytest.raises(InputError) as error:
+        compose_sweep([], config_dir=str(tmp_path / "none"))
+    assert str(error.value) == (
+        f"--config-dir is {tmp_path}/none, but there is no such folder; name one of your own "
+        "choices"
+    )
+
+
+def test_a_plan_says_which_proxies_are_dearer_than_their_targets(capsys):
+    words = ["target.width=0.25", "projection.width=0.125,0.25,0.5", "seeds=[0,1]"]
+    plan = Plan.of(compose_sweep(words))
+    show_plan(plan, plan.states())
+    said = [line for line in capsys.readouterr().out.splitlines() if "takes about" in line]
+    # Twice as wide is four times the multiply-adds.
+    (line,) = said
+    assert line == (
+        "the proxy (0.5, 1, 32, 100%) takes about 4 times what its target (0.25, 1, 32, 100%) "
+        "does; lower what is larger in it, as in projection.width=..."
+    )
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,13 @@ def test_a_sweep_ends_with_its_figures_and_a_page(whole):
     for name in ("mine.png", "mine.pdf", "mine.csv", "mine.md", "index.html"):
         assert (report / name).stat().st_size > 0
     assert (report / "mine.png").read_bytes().startswith(b"\x89PNG")
-    assert "mine: Mine (6 records, 2 points missing)" in done.stdout
+    told = done.stdout.splitlines()
+    place = told.index("mine: Mine (6 records, 2 points missing)")
+    assert told[place + 1 : place + 3] == [
+        "  missing: my_network.MyNetwork on digits, (1, 1, 12, 100%): training, un-optimised, seed "
+        f"{seed}"
+        for seed in (0, 1)
+    ]
     assert "runs/report/index.html" in done.stdout
     page = (report / "index.html").read_text()
     assert (

@@ -181,9 +181,16 @@ def _run(config: DictConfig) -> None:
         _end(error, STOPPED)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
 def _report(words: Sequence[str]) -> None:
     """``widthopt report [FIGURE, SWEEP or RUN ...] [--root FOLDER]``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "widthopt report",
         description="The figures and tables of sweeps, from the records there are; or runs side by "
         "side.",
@@ -199,9 +206,9 @@ def _report(words: Sequence[str]) -> None:
     from widthopt.sweeps import asked_for, draw, show  # noqa: PLC0415
 
     root = arguments.root
-    folders = [Path(name) for name in arguments.names if os.sep in name or Path(name).is_dir()]
+    folders = [folder for name in arguments.names if (folder := _folder(name, root))]
     if not folders:
-        found, only = asked_for(root, arguments.names)
+        found, only = asked_for(_existing(root), arguments.names)
         drawn = [one for one in found if one.figures]
         if drawn:
             draw(root, drawn, only=only)
@@ -215,9 +222,29 @@ def _report(words: Sequence[str]) -> None:
     compare(folders, into=root / "report")
 
 
+def _existing(root: Path) -> Path:
+    """A root that is read.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    if not root.is_dir():
+        raise InputError(
+            f"--root is {root}, but there is no such folder; name the one that runs are kept in"
+        )
+    return root
+
+
+def _folder(name: str, root: Path) -> Path | None:
+    """The folder of a run that a word names, by its path or as it is called below a root."""
+    if os.sep in name or Path(name).is_dir():
+        return Path(name)
+    return root / name if (root / name).is_dir() else None
+
+
 def _status(words: Sequence[str]) -> None:
     """``widthopt status [SWEEP ...] [--root FOLDER] [--all] [--json]``."""
-    parser = argparse.ArgumentParser("widthopt status", description="How far sweeps are.")
+    parser = _Parser("widthopt status", description="How far sweeps are.")
     parser.add_argument("sweeps", nargs="*", help="how their names begin; all by default")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--all", action="store_true", help="name every run")
@@ -227,20 +254,16 @@ def _status(words: Sequence[str]) -> None:
     from widthopt.report import show_status  # noqa: PLC0415
     from widthopt.sweeps import manifests  # noqa: PLC0415
 
-    root = arguments.root
-    if not root.is_dir():
-        raise InputError(
-            f"--root is {root}, but there is no such folder; name the one that runs are kept in"
-        )
+    root = _existing(arguments.root)
     tables = states(root, manifests(root, arguments.sweeps))
     if not tables and not arguments.json:
         print(f"no sweeps in {root}; widthopt report shows single runs")  # noqa: T201
     show_status(tables, as_json=arguments.json, every=arguments.all)
 
 
-def _one(name: str, text: str, *, what: str = "KEY") -> argparse.ArgumentParser:
+def _one(name: str, text: str, *, what: str = "KEY") -> _Parser:
     """A parser of a command about one run, or about a sweep too."""
-    parser = argparse.ArgumentParser(f"widthopt {name}", description=text)
+    parser = _Parser(f"widthopt {name}", description=text)
     parser.add_argument("name", metavar=what, help="its name, or how it begins")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     return parser
@@ -280,7 +303,7 @@ def _cancel(words: Sequence[str]) -> None:
 
 def _doctor(words: Sequence[str]) -> None:
     """``widthopt doctor [hydra/launcher=...] [OVERRIDE ...] [--root FOLDER] [--job]``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "widthopt doctor", description="Check this site: its folder, its SLURM, its nodes."
     )
     parser.add_argument("overrides", nargs="*", help="hydra/launcher=... and its values")
@@ -336,7 +359,7 @@ def _run_again(words: Sequence[str]) -> None:
 
 def _dashboard(words: Sequence[str]) -> None:
     """``widthopt dashboard show|push [EXPERIMENT ...] [--project P] [--entity E]``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "widthopt dashboard",
         description="Weights & Biases' dashboard of the paper's figures: as JSON, or sent.",
     )
@@ -383,7 +406,7 @@ def _dashboard(words: Sequence[str]) -> None:
 
 def _sync(words: Sequence[str]) -> None:
     """``widthopt sync [SWEEP ...] [--root FOLDER] [--pause S] [--dry-run]``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "widthopt sync",
         description="Send to Weights & Biases what was tracked offline; again it sends only what "
         "is new. Needs `wandb login` once.",
@@ -397,7 +420,7 @@ def _sync(words: Sequence[str]) -> None:
         raise InputError(f"--pause is {arguments.pause:g}, but it is from 0 up; correct it")
     from widthopt.tracking.sync import sync, tracked  # noqa: PLC0415 (imports torch)
 
-    root, names = arguments.root, None
+    root, names = _existing(arguments.root), None
     if arguments.sweeps:
         from widthopt.sweeps import figures_run, manifests  # noqa: PLC0415
 
@@ -425,7 +448,7 @@ def _sync(words: Sequence[str]) -> None:
 
 def _plan(words: Sequence[str]) -> None:
     """``widthopt plan [OVERRIDE ...] [--config-dir FOLDER] [--nodes N] [--rate R] [--json]``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "widthopt plan", description="What a run or a sweep would do, and what it costs."
     )
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
@@ -459,7 +482,7 @@ def _plan(words: Sequence[str]) -> None:
 
 def _macs(words: Sequence[str]) -> None:
     """``widthopt macs [OVERRIDE ...] [--channels FILE] [--config-dir FOLDER] [--json]``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "widthopt macs", description="MACs, parameters and width variables of the target."
     )
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")

@@ -48,6 +48,8 @@ _VALUES = (
     "target", "budget_macs", "methods", "seeds", "root", "runtime", "resources", "figures",
 )  # fmt: skip
 
+_LAUNCHER = "hydra/launcher"
+
 NEUTRAL = ("root", "runtime", "resources", "figures", "tracking")
 """What no result depends on: where it is kept, how it is computed, what is drawn and logged."""
 
@@ -123,6 +125,8 @@ def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[
     launchers.register()
     words = list(overrides)
     if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise InputError(_no_config_dir(config_dir))
         words.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
@@ -220,6 +224,8 @@ def request(config: DictConfig, made: Made | None = None) -> Request:
         "root": _value(str, "root", values["root"]),
     }
     composed = {**plain_values, **{key: {**values[key], **one} for key, one in typed.items()}}
+    if not plain_values["root"].strip():
+        raise InputError("root is empty, but it names a folder; give one, such as root=runs")
     made = {} if made is None else made
     objects: dict[str, Any] = {}
     for key, kind in kinds.items():
@@ -346,7 +352,7 @@ def _typed(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
 def _with_key(group: str, key: str) -> list[str]:
     """The choices of a group, as they are typed, that have a key."""
     folder = files(CONFIG_MODULE) / group
-    if group not in _GROUPS or not folder.is_dir():
+    if group not in (*_GROUPS, _LAUNCHER) or not folder.is_dir():
         return []
     found = sorted(one.name for one in folder.iterdir() if one.name.endswith(".yaml"))
     return [
@@ -365,9 +371,22 @@ def _unknown(key: str, names: Sequence[str]) -> str:
     near = {name.rpartition(".")[2]: name for name in beside}
     close = difflib.get_close_matches(last, near, n=1)
     remedy = f"did you mean {near[close[0]]}?" if close else f"choose among {', '.join(beside)}"
-    if not close and (choices := _with_key(table, last)):
+    if not close and (choices := _with_key(table.replace(".", "/"), last)):
         remedy = f"first choose {' or '.join(choices)}, which has it"
     return f"{key} is not a key, but only known keys are read; {remedy}"
+
+
+def _not_in_all(key: str, words: Sequence[str]) -> str | None:
+    """What to say about a key that some choices of a sweep over its group have, and not all."""
+    group, _, name = key.rpartition(".")
+    swept = next((word for word in words if word.startswith(f"{group}=") and "," in word), None)
+    choices = _with_key(group, name)
+    if swept is None or not choices:
+        return None
+    return (
+        f"{key} is given, but not every choice of {swept} has it; sweep in another command over "
+        f"those that have it, of {', '.join(choices)}"
+    )
 
 
 _WORDS = {
@@ -457,7 +476,8 @@ def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
         words: What was typed.
     """
     text = str(error)
-    if reason := _no_yaml(error) or _no_table(error, words) or _not_one(text, words):
+    reason = _no_yaml(error) or _no_table(error, words) or _not_one(text, words) or _no_folder(text)
+    if reason:
         return InputError(reason)
     line = " ".join(text.split())
     if isinstance(error, OverrideParseException):
@@ -475,7 +495,7 @@ def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
     if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
         return InputError(_missing(found[1]))
     if found := re.search(r"Could not override '([^']+)'", text):
-        return InputError(_unknown(found[1], _keys(words)))
+        return InputError(_not_in_all(found[1], words) or _unknown(found[1], _keys(words)))
     key = getattr(error, "full_key", None) or "the configuration"
     return InputError(f"{key} cannot be read, but it must be ({line}); see widthopt --help")
 
@@ -505,6 +525,16 @@ def _no_table(error: Exception, words: Sequence[str]) -> str | None:
     )
 
 
+def _no_folder(text: str) -> str | None:
+    """What is wrong where Hydra does not find a person's choices."""
+    found = re.search(r"Additional config directory '(.+)' not found", text)
+    return _no_config_dir(found[1]) if found else None
+
+
+def _no_config_dir(folder: str) -> str:
+    return f"--config-dir is {folder}, but there is no such folder; name one of your own choices"
+
+
 def _not_one(text: str, words: Sequence[str]) -> str | None:
     """What is wrong where one choice or one value was wanted, and something else was given."""
     if _NO_CHOICE in text:
@@ -531,15 +561,18 @@ def _not_one(text: str, words: Sequence[str]) -> str | None:
 
 def _keys(words: Sequence[str]) -> list[str]:
     """Every key there is with the choices among ``words``, groups and values alike."""
-    groups = (*_GROUPS, EXPERIMENT, "hydra.searchpath")
+    groups = (*_GROUPS, EXPERIMENT, "hydra.searchpath", _LAUNCHER)
     chosen = [one for one in words if one.partition("=")[0] in groups and "," not in one]
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         try:
-            composed = hydra_compose(CONFIG_NAME, overrides=chosen)
+            composed = hydra_compose(CONFIG_NAME, overrides=chosen, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException):  # there may be the mistake
-            composed = hydra_compose(CONFIG_NAME)
+            composed = hydra_compose(CONFIG_NAME, return_hydra_config=True)
+        launcher = OmegaConf.to_container(composed.hydra.launcher)
     config = OmegaConf.to_container(composed)
     assert isinstance(config, dict)
+    del config["hydra"]
+    config["hydra.launcher"] = launcher
     names: list[str] = []
     for group, values in config.items():
         names.append(str(group))

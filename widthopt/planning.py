@@ -65,15 +65,15 @@ class Run:
         end = "".join(f", {name} {value}" for name, value in self.apart.items())
         end += f", seed {self.seed}"
         if self.method == "uniform":
-            return f"{words}, {_axes(setting)}: training, un-optimised{end}"
+            return f"{words}, {axes(setting)}: training, un-optimised{end}"
         proxy = self.point.setting(self.method)
         if self.kind == "search":
-            return f"{words}, {_axes(proxy)}: {request.algorithm.name} search{end}"
-        found = f"{request.algorithm.name} at {_axes(proxy)}"
-        return f"{words}, {_axes(setting)}: training, {found}{end}"
+            return f"{words}, {axes(proxy)}: {request.algorithm.name} search{end}"
+        found = f"{request.algorithm.name} at {axes(proxy)}"
+        return f"{words}, {axes(setting)}: training, {found}{end}"
 
 
-def _axes(setting: Any) -> str:
+def axes(setting: Any) -> str:
     """Width, depth, resolution and fraction as the paper writes them: (0.5, 1, 224, 10%)."""
     values = (setting.width, setting.depth, setting.resolution)
     return f"({', '.join(f'{one:g}' for one in values)}, {100 * setting.fraction:g}%)"

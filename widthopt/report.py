@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -28,8 +28,9 @@ from widthopt.figures.page import Section, page
 from widthopt.figures.style import RC
 from widthopt.figures.summary import short, table
 from widthopt.pipeline import Request, run
-from widthopt.planning import GPU_MACS_PER_SECOND, Plan
-from widthopt.records import Record, by_method, from_json, read_channels
+from widthopt.planning import GPU_MACS_PER_SECOND, Plan, axes
+from widthopt.projection import nominal_saving
+from widthopt.records import Record, by_algorithm, by_method, from_json, read_channels
 from widthopt.store import State, writable, write_atomically, writing
 
 
@@ -52,9 +53,8 @@ def report(request: Request) -> Path:
     folder = point.folder
     pictures = draw(records, folder / "figures")
     console.print(table(records))
-    for record in records:
-        for line in _complaints(record):
-            console.print(line)
+    for line in _complaints(records):
+        console.print(line)
     _write_table(records, folder / "table.txt")
     for path in (*pictures, folder / "record.json", folder / "channels"):
         console.print(str(path), soft_wrap=True)
@@ -156,6 +156,8 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
             alike = similarity.table(records)
             if alike.row_count:
                 console.print(alike)
+            for line in _complaints(records):
+                console.print(line, soft_wrap=True)
             with mpl.rc_context(RC):
                 figure = Figure()
                 savings_figure.draw(figure.subplots(), records)
@@ -231,8 +233,9 @@ def _short(value: Any) -> str:
 
 
 def runs(root: Path) -> list[Path]:
-    """The folders below a root that have a record, in the order of their names."""
-    return sorted(path.parent for path in root.glob("*/record.json"))
+    """The folders below a root that have a record, in the order in which these were written."""
+    found = root.glob("*/record.json")
+    return [path.parent for path in sorted(found, key=lambda one: (one.stat().st_mtime_ns, one))]
 
 
 def _console(*, width: int | None = None) -> Console:
@@ -251,24 +254,35 @@ def _write_table(records: Sequence[Record], path: Path) -> None:
     write_atomically(path, text.getvalue())
 
 
-def _complaints(record: Record) -> list[str]:
-    """What went wrong in a search, so that matching FLOPs does not hide it."""
-    flags, found = record.found.flags, record.found
-    name = f"{found.method}, seed {found.seed}"
-    lines = []
+def _complaints(records: Sequence[Record]) -> list[str]:
+    """What went wrong in searches, so that matching FLOPs does not hide it; seeds together."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    several = len(by_algorithm([one for one in records if one.found.method != "uniform"])) > 1
+    for record in records:
+        method = record.found.method
+        name = f"{record.algorithm}, {method}" if several else method
+        for what in _wrong(record.found.flags):
+            seeds.setdefault((name, what), []).append(str(record.found.seed))
+    return [
+        f"{name}, seed{'s' * (len(its) > 1)} {', '.join(its)}: {what}"
+        for (name, what), its in seeds.items()
+    ]
+
+
+def _wrong(flags: Mapping[str, Any]) -> Iterator[str]:
+    """What went wrong in a search."""
     if flags.get("valid") is False:
-        lines.append(
-            f"{name}: the search is not valid: removing its dead channels cost "
-            f"{flags['masked_accuracy_gap']:.1f} points; cut: "
-            f"{', '.join(flags['cut']) or 'nothing'}"
+        cut = ", ".join(flags["cut"]) or "nothing"
+        yield (
+            f"the search is not valid: removing its dead channels cost "
+            f"{flags['masked_accuracy_gap']:.1f} points; cut: {cut}"
         )
     if flags.get("unchanged"):
-        lines.append(f"{name}: the search pruned nothing; its widths are the un-optimised ones")
+        yield "the search pruned nothing; its widths are the un-optimised ones"
     if flags.get("collapsed"):
-        lines.append(f"{name}: fell to the floor: {', '.join(flags['collapsed'])}")
+        yield f"fell to the floor: {', '.join(flags['collapsed'])}"
     if flags.get("budget_reached") is False:
-        lines.append(f"{name}: the search did not reach its budget")
-    return lines
+        yield "the search did not reach its budget"
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -344,6 +358,8 @@ def show_plan(
         result.add_row(f"for {cost.points} points", "", "", "", short(cost.macs_left))
     console = _console()
     console.print(result)
+    for line in _dear(plan):
+        console.print(line, soft_wrap=True)
     others = {name: count for name, count in cost.states.items() if name in _NOTEWORTHY}
     for name, count in others.items():
         console.print(f"{count} {name}")
@@ -354,7 +370,23 @@ def show_plan(
         )
 
 
+def _dear(plan: Plan) -> list[str]:
+    """Proxies that take more than their targets to search: what is typed are their own values."""
+    lines: dict[str, None] = {}
+    for one in plan.points:
+        times = 1 / nominal_saving(one.point.target, one.point.proxy)
+        if one.method == "transfer" and times > 1:
+            proxy, target = (axes(each) for each in (one.point.proxy, one.point.target))
+            line = f"the proxy {proxy} takes about {times:.2g} times what its target {target} does"
+            lines[f"{line}; lower what is larger in it, as in projection.width=..."] = None
+    return list(lines)
+
+
 _NOTEWORTHY = ("running", "queued", "failed", "blocked", "stale")
+
+
+LISTED_MISSING = 2
+"""Missing points of a figure that are named where it is printed; the page names all."""
 
 
 def show_figures(
@@ -394,6 +426,10 @@ def show_figures(
         lacking = f", {len(missing)} point{'s' * (len(missing) > 1)} missing" if missing else ""
         seen = f"{len(records)} record{'s' * (len(records) != 1)}{lacking}"
         console.print(f"{kind.name}: {kind.title} ({seen})")
+        for name in missing[:LISTED_MISSING]:
+            console.print(f"  missing: {name}", soft_wrap=True)
+        if len(missing) > LISTED_MISSING:
+            console.print(f"  and {len(missing) - LISTED_MISSING} more, on the page")
         for name in () if whole else files_of.values():
             console.print(str(into / name), soft_wrap=True)
     if whole:

@@ -93,7 +93,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 def _section(section: Section) -> str:
     lines = [f'<section id="{_address(section)}">', f"<h2>{html.escape(section.title)}</h2>"]
     if section.claim:
-        lines.append(f"<blockquote>The paper: {html.escape(section.claim)}</blockquote>")
+        lines.append(f"<blockquote>Claim: {html.escape(section.claim)}</blockquote>")
     for number, image in enumerate(section.images, 1):
         data = base64.b64encode(image).decode("ascii")
         more = f", picture {number}" if len(section.images) > 1 else ""
