@@ -650,6 +650,7 @@ def test_wandb_imported_ahead_starts_nothing(tmp_path):
 
 
 def test_sync_of_nothing_says_so(tmp_path):
+    (tmp_path / "runs").mkdir()
     done = widthopt("sync", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "0 sent, 0 had been sent before, 0 still run\n")
 
@@ -679,6 +680,7 @@ def test_runs_are_sent_with_a_pause_between_them_and_tried_again_after_a_while(
 
 
 def test_sync_names_what_is_no_sweep(tmp_path):
+    (tmp_path / "runs").mkdir()
     assert one_line(widthopt("sync", "fig3", folder=tmp_path), 2) == (
         "fig3 is no sweep in runs, but the sweeps there are: none"
     )
