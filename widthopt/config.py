@@ -568,11 +568,11 @@ def _keys(words: Sequence[str]) -> list[str]:
             composed = hydra_compose(CONFIG_NAME, overrides=chosen, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException):  # there may be the mistake
             composed = hydra_compose(CONFIG_NAME, return_hydra_config=True)
-        launcher = OmegaConf.to_container(composed.hydra.launcher)
+        own = OmegaConf.to_container(composed.hydra.launcher)
     config = OmegaConf.to_container(composed)
     assert isinstance(config, dict)
     del config["hydra"]
-    config["hydra.launcher"] = launcher
+    config["hydra.launcher"] = own
     names: list[str] = []
     for group, values in config.items():
         names.append(str(group))

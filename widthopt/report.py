@@ -142,8 +142,7 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
     targets: dict[str, list[Gathered]] = {}
     for one in found:
         first = one.records[0]
-        target = "-".join(f"{value:g}" for value in first.target.values())
-        name = f"{first.network}-{first.dataset}-{target}".replace("/", "_")
+        name = f"{first.network}-{first.dataset}-{_dashed(first.target)}".replace("/", "_")
         targets.setdefault(name, []).append(one)
     console = _console()
     for name, its in targets.items():
@@ -168,6 +167,11 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
             console.print(str(path), soft_wrap=True)
 
 
+def _dashed(setting: Mapping[str, float]) -> str:
+    """A setting's axes as a part of a name: 0.25-1-20-1."""
+    return "-".join(f"{value:g}" for value in setting.values())
+
+
 def _named(found: Sequence[Gathered]) -> list[Record]:
     """Records that were trained alike, each once; what was searched otherwise has its own name."""
     groups: dict[tuple[str, str], list[Gathered]] = {}
@@ -176,7 +180,7 @@ def _named(found: Sequence[Gathered]) -> list[Record]:
         groups.setdefault((first.algorithm, first.found.method), []).append(one)
     result: list[Record] = []
     for (algorithm, method), its in groups.items():
-        proxies = ["-".join(f"{value:g}" for value in one.records[0].proxy.values()) for one in its]
+        proxies = [_dashed(one.records[0].proxy) for one in its]
         if method != "transfer" or len(set(proxies)) == 1:
             proxies = [""] * len(its)
         labels = _labels([one.searched for one in its], proxies)
@@ -429,7 +433,8 @@ def show_figures(
         for name in missing[:LISTED_MISSING]:
             console.print(f"  missing: {name}", soft_wrap=True)
         if len(missing) > LISTED_MISSING:
-            console.print(f"  and {len(missing) - LISTED_MISSING} more, on the page")
+            where = ", on the page" if whole else ""
+            console.print(f"  and {len(missing) - LISTED_MISSING} more{where}")
         for name in () if whole else files_of.values():
             console.print(str(into / name), soft_wrap=True)
     if whole:
