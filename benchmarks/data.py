@@ -23,11 +23,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from widthopt.data import Dataset, Split, search_split
-from widthopt.data.choice import DatasetChoice
+from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe, Runtime
-from widthopt.training import Loop, resolve_device
+from widthopt.training.loop import Loop, resolve_device
 
 
 REPOSITORY = Path(__file__).parent.parent

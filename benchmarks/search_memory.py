@@ -22,11 +22,11 @@ import torch
 from harness import Figure, main
 from search_step import RUNTIME, looping, searching
 
-from widthopt.config import compose
+from widthopt.config.compose import compose
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import enlarged
 from widthopt.setting import Setting
-from widthopt.supernet import enlarged
-from widthopt.surgery import Blueprint
 
 
 STEPS = 1000

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import queue
-from launchers.slurm import Resources, Slurm, file_system, how_ended, shared
-from launchers.work import Item
+from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers.slurm import Resources, Slurm, file_system, how_ended, shared
+from hydra_plugins.widthopt_launchers.workload import Task
 from widthopt.errors import InputError
-from widthopt.store import writable, write_atomically
+from widthopt.files import writable, write_atomically
 
 
 PROBE_SECONDS = 300
@@ -117,7 +117,7 @@ def _folder(root: Path) -> Iterator[Check]:
 
 
 class _Probe:
-    """One job that looks at the node it gets; see `launchers.work.Work`."""
+    """One job that looks at the node it gets; see `Workload`."""
 
     interruptions = ()
     imports = ()
@@ -131,42 +131,42 @@ class _Probe:
     def folder(self) -> Path:
         return self.root / "stages" / "doctor"
 
-    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
-        """See `launchers.work.Work`."""
+    def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
+        """See `Workload`."""
 
-    def items(self) -> Sequence[Item]:
-        """See `launchers.work.Work`."""
-        return [Item("doctor", "a look at a node", (), 0.0)]
+    def tasks(self) -> Sequence[Task]:
+        """See `Workload`."""
+        return [Task("doctor", "a look at a node", (), 0.0)]
 
-    def freeze(self, name: str) -> Path:
-        """See `launchers.work.Work`."""
+    def write_spec(self, name: str) -> Path:
+        """See `Workload`."""
         del name
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "spec.json", json.dumps({"lock": "lock"}))
         return self.folder / "spec.json"
 
     def job(self, name: str) -> str:
-        """See `launchers.work.Work`."""
+        """See `Workload`."""
         del name
         return self._job
 
-    def submitted(self, name: str, job: str, **details: str) -> None:
-        """See `launchers.work.Work`."""
+    def record_job(self, name: str, job: str, **details: str) -> None:
+        """See `Workload`."""
         del name, details
         self._job = job
 
-    def done(self, name: str) -> bool:
-        """See `launchers.work.Work`."""
+    def is_done(self, name: str) -> bool:
+        """See `Workload`."""
         del name
         return (self.folder / "found.json").exists()
 
     def failure(self, name: str) -> str:
-        """See `launchers.work.Work`."""
+        """See `Workload`."""
         del name
         return ""
 
     def end(self) -> None:
-        """See `launchers.work.Work`."""
+        """See `Workload`."""
 
 
 _ASK_TORCH = "import torch; print(torch.__version__, torch.accelerator.device_count())"
@@ -215,28 +215,28 @@ def _accelerators(asked: int, found: Mapping[str, Any], device: str) -> Iterator
 def _node(root: Path, options: Mapping[str, Any], device: str) -> Iterator[Check]:
     """What a job finds on a node."""
     own = Path(tempfile.mkdtemp(prefix=".doctor.", dir=root))
-    work = _Probe(own)
-    work.folder.mkdir(parents=True)
+    workload = _Probe(own)
+    workload.folder.mkdir(parents=True)
     values = {key: one for key, one in options.items() if key != "wait"}
-    slurm = Slurm(**{**values, "perform": "launchers.doctor.probe"})
+    slurm = Slurm(**{**values, "run_spec": "hydra_plugins.widthopt_launchers.doctor.probe"})
     try:
-        with (work.folder / "lock").open("w") as lock:
+        with (workload.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            slurm.submit(work)
+            slurm.submit(workload)
             until = time.monotonic() + PROBE_SECONDS
-            while not work.done("doctor") and time.monotonic() < until:
-                if work.job("doctor") not in queue.live() and not work.done("doctor"):
+            while not workload.is_done("doctor") and time.monotonic() < until:
+                if workload.job("doctor") not in queue.live() and not workload.is_done("doctor"):
                     break
                 time.sleep(0.5)
-            if not work.done("doctor"):
-                job = work.job("doctor")
+            if not workload.is_done("doctor"):
+                job = workload.job("doctor")
                 why = queue.live().get(job) or how_ended(own, [job]).get(job, "it left no word")
                 queue.cancel([job])
                 said = f"job {job} did not look at a node ({why}); see the files in {own}"
                 yield _badly("node", said)
                 return
-        found = json.loads((work.folder / "found.json").read_text("utf-8"))
-        skew = abs(found["time"] - (work.folder / "found.json").stat().st_mtime)
+        found = json.loads((workload.folder / "found.json").read_text("utf-8"))
+        skew = abs(found["time"] - (workload.folder / "found.json").stat().st_mtime)
         yield _well("node",
             f"{found['host']}: python {found['python']}, torch {found['torch']}, "
             f"{found['gpus']} GPUs, {found['processes']} processes",

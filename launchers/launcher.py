@@ -16,12 +16,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import Container, DictConfig, OmegaConf
 
-from launchers import queue
-from launchers.local import Pool
-from launchers.progress import Progress
-from launchers.work import Failed, Work
+from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers.local import Pool
+from hydra_plugins.widthopt_launchers.progress import Progress
+from hydra_plugins.widthopt_launchers.workload import Failed, Workload
 from widthopt.errors import InputError
-from widthopt.store import there, write_atomically, writing
+from widthopt.files import write_atomically, writing
+from widthopt.runs.states import there
 
 
 logger = logging.getLogger("widthopt")
@@ -33,34 +34,34 @@ def named(path: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def keep(work: Work, launcher: "_Launcher") -> None:
-    """Write down beside a sweep how it was started, for `again`."""
-    values = {"launcher": type(launcher).__name__, "work": launcher.work}
-    values |= {"perform": launcher.perform, **launcher.options}
+def save_launch_spec(workload: Workload, launcher: "_Launcher") -> None:
+    """Write down beside a sweep how it was started, for `relaunch`."""
+    values = {"launcher": type(launcher).__name__, "workload": launcher.workload}
+    values |= {"run_spec": launcher.run_spec, **launcher.options}
     values["home"] = os.getcwd()  # noqa: PTH109 (as the user sees it)
-    path = work.root / "launchers" / f"{work.name}.json"
+    path = workload.root / "launchers" / f"{workload.name}.json"
     with writing(path.parent):
         path.parent.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
-def again(work: Work) -> None:
-    """Do what is left of some work as it was started before, and in the folder where that was.
+def relaunch(workload: Workload) -> None:
+    """Do what is left of a workload as it was started before, and in the folder where that was.
 
     Args:
-        work: It is kept at an absolute path.
+        workload: It is kept at an absolute path.
 
     Raises:
         InputError: How that was is not known, or it cannot be done.
         Failed: Some of it was not done.
     """
-    path = work.root / "launchers" / f"{work.name}.json"
+    path = workload.root / "launchers" / f"{workload.name}.json"
     kinds = (WidthoptInProcessLauncher, WidthoptLocalLauncher, WidthoptSlurmLauncher)
     try:
         values = json.loads(path.read_text("utf-8"))
         kind = {one.__name__: one for one in kinds}[values.pop("launcher")]
         home = Path(values.pop("home"))
-        launcher = kind(sure=True, **values)
+        launcher = kind(assume_yes=True, **values)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} does not say how the sweep was started ({error}), but that is needed; give "
@@ -69,23 +70,23 @@ def again(work: Work) -> None:
     with chdir(home if home.is_dir() else "."):  # the code is there that a cluster gets
         sys.path.append(os.getcwd())  # noqa: PTH109 (as it stands in the path)
         launcher.prepare()
-        work.begin(sure=True, live=launcher.live)
-        launcher.carry_out(work)
+        workload.begin(assume_yes=True, live=launcher.live)
+        launcher.carry_out(workload)
 
 
 class _Launcher(Launcher):
     """Plans all points, does what is left to do, and shows what came out."""
 
-    def __init__(self, *, work: str, perform: str, sure: bool, **options: Any) -> None:
+    def __init__(self, *, workload: str, run_spec: str, assume_yes: bool, **options: Any) -> None:
         """Take over the values of ``conf/hydra/launcher``.
 
         Args:
-            work: Dotted name of what makes `Work` of Hydra's loader and the points.
-            perform: Dotted name of what does one item, given the path that was frozen.
-            sure: Do not ask, however much it is.
+            workload: Dotted name of what makes `Workload` of Hydra's loader and the points.
+            run_spec: Dotted name of what does one task, given the path that was frozen.
+            assume_yes: Do not ask, however much it is.
             options: Those of one launcher.
         """
-        self.work, self.perform, self.sure = work, perform, sure
+        self.workload, self.run_spec, self.assume_yes = workload, run_spec, assume_yes
         # Plain data: Hydra hands over its own kinds of tables and lists.
         self.options: dict[str, Any] = {
             key: OmegaConf.to_container(value) if isinstance(value, Container) else value
@@ -111,30 +112,30 @@ class _Launcher(Launcher):
         """
         del initial_job_idx
         assert self.context is not None
-        if not isinstance(self.sure, bool):
+        if not isinstance(self.assume_yes, bool):
             raise InputError(
-                f"hydra.launcher.sure is {self.sure}, but it must be true or false; correct it"
+                f"hydra.launcher.assume_yes is {self.assume_yes}, but it must be true or false; correct it"
             )
         self.prepare()
-        work: Work = named(self.work)(self.context.config_loader, job_overrides)
-        work.begin(sure=self.sure, live=self.live)
-        keep(work, self)
-        self.carry_out(work)
+        workload: Workload = named(self.workload)(self.context.config_loader, job_overrides)
+        workload.begin(assume_yes=self.assume_yes, live=self.live)
+        save_launch_spec(workload, self)
+        self.carry_out(workload)
         return []
 
-    def carry_out(self, work: Work) -> None:
-        """Do what is left of some work that was begun.
+    def carry_out(self, workload: Workload) -> None:
+        """Do what is left of a workload that was begun.
 
         Raises:
             Failed: Some of it was not done.
         """
-        items = work.items()
-        with Progress(items) as progress:
-            self.execute(work, progress)
-        work.end()
+        tasks = workload.tasks()
+        with Progress(tasks) as progress:
+            self.execute(workload, progress)
+        workload.end()
         if progress.failed or progress.blocked:
             raise Failed(
-                f"{progress.done} of {len(items)} runs are done, {progress.failed} failed and "
+                f"{progress.done} of {len(tasks)} runs are done, {progress.failed} failed and "
                 f"{progress.blocked} wait for those; the same command tries them again"
             )
 
@@ -154,32 +155,32 @@ class _Launcher(Launcher):
                 f"launcher are {', '.join(sorted(known)) or 'none'}; correct it"
             )
 
-    def execute(self, work: Work, progress: Progress) -> None:
-        """Do all items; the progress is told of each."""
+    def execute(self, workload: Workload, progress: Progress) -> None:
+        """Do all tasks; the progress is told of each."""
         raise NotImplementedError
 
 
 class WidthoptInProcessLauncher(_Launcher):
     """One after another in this process: for debugging, and for small sweeps."""
 
-    def execute(self, work: Work, progress: Progress) -> None:
+    def execute(self, workload: Workload, progress: Progress) -> None:
         """See `_Launcher`."""
-        perform, lost = named(self.perform), set[str]()
-        for item in work.items():
-            if not lost.isdisjoint(item.needs):
-                lost.add(item.name)
-                progress.wait_for_ever(item)
+        run_spec, lost = named(self.run_spec), set[str]()
+        for task in workload.tasks():
+            if not lost.isdisjoint(task.needs):
+                lost.add(task.name)
+                progress.wait_for_ever(task)
                 continue
-            progress.start(item)
+            progress.start(task)
             try:
-                perform(work.freeze(item.name))
-                progress.finish(item)
+                run_spec(workload.write_spec(task.name))
+                progress.finish(task)
             except Exception as error:
-                if isinstance(error, work.interruptions):
+                if isinstance(error, workload.interruptions):
                     raise
-                lost.add(item.name)
-                logger.debug("%s failed", item.what, exc_info=True)
-                progress.fail(item, " ".join(str(error).split()) or type(error).__name__)
+                lost.add(task.name)
+                logger.debug("%s failed", task.what, exc_info=True)
+                progress.fail(task, " ".join(str(error).split()) or type(error).__name__)
 
 
 class WidthoptLocalLauncher(_Launcher):
@@ -188,11 +189,11 @@ class WidthoptLocalLauncher(_Launcher):
     def prepare(self) -> None:
         """See `_Launcher`."""
         self.check_keys({"max_parallel", "threads"})
-        self.pool = Pool(self.perform, **self.options)
+        self.pool = Pool(self.run_spec, **self.options)
 
-    def execute(self, work: Work, progress: Progress) -> None:
+    def execute(self, workload: Workload, progress: Progress) -> None:
         """See `_Launcher`."""
-        self.pool.run(work, progress)
+        self.pool.run(workload, progress)
 
 
 class WidthoptSlurmLauncher(_Launcher):
@@ -200,39 +201,39 @@ class WidthoptSlurmLauncher(_Launcher):
 
     def prepare(self) -> None:
         """See `_Launcher`."""
-        from launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
+        from hydra_plugins.widthopt_launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
 
-        self.check_keys({"wait", *(one.name for one in fields(Slurm))} - {"perform"})
+        self.check_keys({"wait", *(one.name for one in fields(Slurm))} - {"run_spec"})
         wanted = dict(self.options)
         self.stay = wanted.pop("wait")
         if not isinstance(self.stay, bool):
             raise InputError(
                 f"hydra.launcher.wait is {self.stay}, but it is true or false; correct it"
             )
-        self.slurm = Slurm(perform=self.perform, **wanted)
+        self.slurm = Slurm(run_spec=self.run_spec, **wanted)
         self.live = queue.live()
 
-    def carry_out(self, work: Work) -> None:
+    def carry_out(self, workload: Workload) -> None:
         """Submit what is missing of some work that was begun, and say how to watch it.
 
         Raises:
             Failed: The command was to wait, and some of it was not done.
         """
-        from launchers.slurm import watch  # noqa: PLC0415 (imports submitit)
+        from hydra_plugins.widthopt_launchers.slurm import watch  # noqa: PLC0415 (imports submitit)
 
-        left = len(work.items())
-        where = f"{work.name} {there(work.root)}"
+        left = len(workload.tasks())
+        where = f"{workload.name} {there(workload.root)}"
         try:
-            submitted = self.slurm.submit(work) if left else 0
+            submitted = self.slurm.submit(workload) if left else 0
             queued = f", {left - submitted} are in the queue already" if left > submitted else ""
             said = f"{submitted} runs submitted{queued}" if left else "all runs are done"
             logger.info("%s; see: widthopt %s %s", said, "status" if left else "report", where)
             if self.stay:
-                watch(work)
+                watch(workload)
         # Here too, as a user who has read that the runs are submitted may be faster than the wait.
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 "stopped; what was submitted goes on, and this ends it: widthopt cancel " + where
             ) from None
         if self.stay:
-            work.end()
+            workload.end()

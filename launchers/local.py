@@ -1,4 +1,4 @@
-"""Several items at once on this machine, each in a process of its own."""
+"""Several tasks at once on this machine, each in a process of its own."""
 
 import multiprocessing
 import os
@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from launchers.progress import Progress
-from launchers.work import Item, Work
+from hydra_plugins.widthopt_launchers.progress import Progress
+from hydra_plugins.widthopt_launchers.workload import Task, Workload
 from widthopt.errors import InputError
 
 
@@ -23,17 +23,17 @@ TICK_SECONDS = 0.5
 
 
 class Pool:
-    """Does items in at most so many processes at once.
+    """Does tasks in at most so many processes at once.
 
     Processes are forked from one that has imported what they need and done nothing else, so
     that each starts within milliseconds and yet knows nothing of those before it.
     """
 
-    def __init__(self, perform: str, *, max_parallel: int, threads: int | None) -> None:
+    def __init__(self, run_spec: str, *, max_parallel: int, threads: int | None) -> None:
         """Prepare.
 
         Args:
-            perform: Dotted name of what does one item, given the path that was frozen.
+            run_spec: Dotted name of what does one task, given the path that was frozen.
             max_parallel: Processes at once, from 1.
             threads: Threads of each; this machine's processors shared out if None.
         """
@@ -43,51 +43,52 @@ class Pool:
                     f"hydra.launcher.{name} is {value}, but at least one must go on at a time; use "
                     "a whole number from 1 up"
                 )
-        self._perform, self._parallel = perform, max_parallel
+        self._run_spec, self._parallel = run_spec, max_parallel
         processors = len(os.sched_getaffinity(0))
         self._threads = threads or max(1, processors // max_parallel)
 
-    def run(self, work: Work, progress: Progress) -> None:
-        """Do all items of some work, each after what it needs.
+    def run(self, workload: Workload, progress: Progress) -> None:
+        """Do all tasks of a workload, each after what it needs.
 
         Ctrl-C is passed on to the processes; they save their state, and are waited for.
         """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([self._perform.rpartition(".")[0], *work.imports])
+        context.set_forkserver_preload([self._run_spec.rpartition(".")[0], *workload.imports])
         watched, held = multiprocessing.Pipe(duplex=False)
         with watched, held, _environment({"OMP_NUM_THREADS": str(self._threads)}):
-            self._run(work, progress, context, watched)
+            self._run(workload, progress, context, watched)
 
     def _run(
         self,
-        work: Work,
+        workload: Workload,
         progress: Progress,
         context: multiprocessing.context.ForkServerContext,
         watched: Connection,
     ) -> None:
-        waiting = {item.name: item for item in work.items()}
-        running: dict[int, tuple[Item, ForkServerProcess]] = {}
+        waiting = {task.name: task for task in workload.tasks()}
+        running: dict[int, tuple[Task, ForkServerProcess]] = {}
         lost: set[str] = set()
         try:
             while waiting or running:
-                for item in _blocked(waiting, lost):
-                    progress.wait_for_ever(item)
-                for item in self._startable(waiting, running):
+                for task in _blocked(waiting, lost):
+                    progress.wait_for_ever(task)
+                for task in self._startable(waiting, running):
                     process = context.Process(
-                        target=_child, args=(self._perform, work.freeze(item.name), watched)
+                        target=_child,
+                        args=(self._run_spec, workload.write_spec(task.name), watched),
                     )
                     process.start()
-                    progress.start(waiting.pop(item.name))
-                    running[process.sentinel] = (item, process)
+                    progress.start(waiting.pop(task.name))
+                    running[process.sentinel] = (task, process)
                 for sentinel in wait(list(running), timeout=TICK_SECONDS):
                     assert isinstance(sentinel, int)
-                    item, process = running.pop(sentinel)
+                    task, process = running.pop(sentinel)
                     process.join()
-                    if process.exitcode == 0 and work.done(item.name):
-                        progress.finish(item)
+                    if process.exitcode == 0 and workload.is_done(task.name):
+                        progress.finish(task)
                     else:
-                        lost.add(item.name)
-                        progress.fail(item, work.failure(item.name) or _how(process.exitcode))
+                        lost.add(task.name)
+                        progress.fail(task, workload.failure(task.name) or _how(process.exitcode))
                 progress.tick()
         except KeyboardInterrupt:
             for _, process in running.values():
@@ -99,25 +100,25 @@ class Pool:
             raise
 
     def _startable(
-        self, waiting: Mapping[str, Item], running: Mapping[int, tuple[Item, ForkServerProcess]]
-    ) -> list[Item]:
+        self, waiting: Mapping[str, Task], running: Mapping[int, tuple[Task, ForkServerProcess]]
+    ) -> list[Task]:
         """What can be started now, as many as there is room for."""
-        going = {item.name for item, _ in running.values()}
+        going = {task.name for task, _ in running.values()}
         ready = [
-            item
-            for item in waiting.values()
-            if not any(need in waiting or need in going for need in item.needs)
+            task
+            for task in waiting.values()
+            if not any(need in waiting or need in going for need in task.needs)
         ]
         return ready[: self._parallel - len(running)]
 
 
-def _blocked(waiting: dict[str, Item], lost: set[str]) -> list[Item]:
+def _blocked(waiting: dict[str, Task], lost: set[str]) -> list[Task]:
     """What can never be started, taken out of what waits and lost too, with what needs that."""
-    result: list[Item] = []
-    while found := [item for item in waiting.values() if not lost.isdisjoint(item.needs)]:
-        for item in found:
-            lost.add(item.name)
-            del waiting[item.name]
+    result: list[Task] = []
+    while found := [task for task in waiting.values() if not lost.isdisjoint(task.needs)]:
+        for task in found:
+            lost.add(task.name)
+            del waiting[task.name]
         result += found
     return result
 
@@ -158,8 +159,8 @@ def _end_with(watched: Connection) -> None:
     signal.pthread_kill(ident, signal.SIGINT)
 
 
-def _child(perform: str, spec: Path, watched: Connection) -> None:
-    """One item in a process of its own; what it prints goes into its folder."""
+def _child(run_spec: str, spec: Path, watched: Connection) -> None:
+    """One task in a process of its own; what it prints goes into its folder."""
     os.setpgrp()  # a terminal's Ctrl-C goes to the sweep alone, which passes it on once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
@@ -167,7 +168,7 @@ def _child(perform: str, spec: Path, watched: Connection) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    module, _, name = perform.rpartition(".")
+    module, _, name = run_spec.rpartition(".")
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"{started}, process {os.getpid()}", flush=True)  # noqa: T201 (its log)
     try:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from launchers.work import Item
+from hydra_plugins.widthopt_launchers.workload import Task
 
 
 logger = logging.getLogger("widthopt")
@@ -28,17 +28,17 @@ class Progress:
         blocked: Items that cannot be done, since what they need failed.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        """Args: items: All that is to be done."""
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        """Args: tasks: All that is to be done."""
         self.done = self.failed = self.blocked = 0
-        self._all = len(items)
+        self._all = len(tasks)
         self._running: dict[str, float] = {}
         self._at_once = 1
-        self._weight_left = sum(item.weight for item in items)
+        self._weight_left = sum(task.weight for task in tasks)
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # weights and seconds
         console = Console(stderr=True)
         self._bar = None
-        if console.is_terminal and items:
+        if console.is_terminal and tasks:
             text = TextColumn("{task.description}", markup=False)
             self._bar = Bar(BarColumn(), text, console=console, refresh_per_second=2)
             self._task = self._bar.add_task(self._text(), total=self._all)
@@ -52,44 +52,44 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def start(self, item: Item) -> None:
-        """An item has been started."""
-        self._running[item.name] = time.monotonic()
+    def start(self, task: Task) -> None:
+        """A task has been started."""
+        self._running[task.name] = time.monotonic()
         self._at_once = max(self._at_once, len(self._running))
         self._show()
 
-    def finish(self, item: Item) -> None:
-        """An item is done."""
+    def finish(self, task: Task) -> None:
+        """A task is done."""
         self.done += 1
-        self._recent.append((item.weight, time.monotonic() - self._running[item.name]))
-        self._end(item, "done")
+        self._recent.append((task.weight, time.monotonic() - self._running[task.name]))
+        self._end(task, "done")
 
-    def fail(self, item: Item, why: str) -> None:
-        """An item failed.
+    def fail(self, task: Task, why: str) -> None:
+        """A task failed.
 
         Args:
-            item: The item.
+            task: The task.
             why: What went wrong, in one line.
         """
         self.failed += 1
-        self._end(item, f"FAILED ({why})")
+        self._end(task, f"FAILED ({why})")
 
-    def wait_for_ever(self, item: Item) -> None:
-        """An item cannot be done, since what it needs failed."""
+    def wait_for_ever(self, task: Task) -> None:
+        """A task cannot be done, since what it needs failed."""
         self.blocked += 1
-        self._weight_left -= item.weight
+        self._weight_left -= task.weight
         self._show()
 
     def tick(self) -> None:
         """Some time has passed."""
         self._show()
 
-    def _end(self, item: Item, how: str) -> None:
-        started = self._running.pop(item.name)
-        self._weight_left -= item.weight
+    def _end(self, task: Task, how: str) -> None:
+        started = self._running.pop(task.name)
+        self._weight_left -= task.weight
         seconds = time.monotonic() - started
         level = logging.INFO if self._bar is None or how != "done" else logging.DEBUG
-        logger.log(level, "%s; %s: %s, %.1f s", self._text(), how, item.what, seconds)
+        logger.log(level, "%s; %s: %s, %.1f s", self._text(), how, task.what, seconds)
         self._show()
 
     def _show(self) -> None:
@@ -109,9 +109,9 @@ class Progress:
         return ", ".join(words)
 
     def _seconds_left(self) -> float:
-        """What the rest takes as items took of late: by their weights or their number.
+        """What the rest takes as tasks took of late: by their weights or their number.
 
-        The larger of the two, since small items take their time to start and not their weight's.
+        The larger of the two, since small tasks take their time to start and not their weight's.
         """
         weight = sum(weight for weight, _ in self._recent)
         seconds = sum(seconds for _, seconds in self._recent)

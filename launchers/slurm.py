@@ -22,13 +22,14 @@ from typing import Any
 
 import submitit
 
-from launchers import queue
-from launchers.progress import Progress
-from launchers.snapshot import snapshot
-from launchers.work import Failed, Item, Work
-from launchers.worker import Order, work
+from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers.progress import Progress
+from hydra_plugins.widthopt_launchers.snapshot import snapshot
+from hydra_plugins.widthopt_launchers.worker import Order, run_order
+from hydra_plugins.widthopt_launchers.workload import Failed, Task, Workload
 from widthopt.errors import InputError
-from widthopt.store import there, write_atomically, writing
+from widthopt.files import write_atomically, writing
+from widthopt.runs.states import there
 
 
 logger = logging.getLogger("widthopt")
@@ -110,9 +111,9 @@ class Resources:
 
 @dataclass(frozen=True)
 class Slurm:
-    """Submits items; see ``conf/hydra/launcher/slurm.yaml`` for what the values mean."""
+    """Submits tasks; see ``conf/hydra/launcher/slurm.yaml`` for what the values mean."""
 
-    perform: str
+    run_spec: str
     resources: Mapping[str, Any]
     options: Mapping[str, Any]
     gpus_as: str
@@ -159,23 +160,23 @@ class Slurm:
                     "leave it out"
                 )
 
-    def submit(self, work_of: Work) -> int:
+    def submit(self, workload: Workload) -> int:
         """Submit what is neither done nor in the queue; how many runs that were.
 
         Raises:
             InputError: SLURM would not take them; or, in the midst of them, no more of them.
         """
-        if not shared(work_of.root):
+        if not shared(workload.root):
             raise InputError(
-                f"root is {work_of.root}, but it is on {file_system(work_of.root)}, which no other "
+                f"root is {workload.root}, but it is on {file_system(workload.root)}, which no other "
                 "node sees; name a folder on a shared file system"
             )
-        items = list(work_of.items())
+        tasks = list(workload.tasks())
         asked = {
-            item.name: Resources.of(
-                self.resources, item.resources, key=f"resources.{item.name.partition('-')[0]}"
+            task.name: Resources.of(
+                self.resources, task.resources, key=f"resources.{task.name.partition('-')[0]}"
             )
-            for item in items
+            for task in tasks
         }
         for one in dict.fromkeys(asked.values()):
             # SLURM itself may warn a minute early.
@@ -186,29 +187,29 @@ class Slurm:
                     "hydra.launcher.resources.minutes"
                 )
             queue.check(self.flags(one))
-        kind, here = file_system(work_of.root), socket.gethostname()
+        kind, here = file_system(workload.root), socket.gethostname()
         if kind in _DISKS and queue.hosts() - {here, here.partition(".")[0]}:
             logger.warning(
                 "root is %s, on a disk of this machine (%s); on nodes that do not see it runs "
                 "fail: widthopt doctor --job %s asks one",
-                work_of.root, kind, there(work_of.root),
+                workload.root, kind, there(workload.root),
             )  # fmt: skip
-        with _alone(work_of.root):
+        with _alone(workload.root):
             live = queue.live()
-            _adopt(work_of.root)
-            waiting = {item.name: job for item in items if (job := work_of.job(item.name)) in live}
+            _adopt(workload.root)
+            waiting = {task.name: job for task in tasks if (job := workload.job(task.name)) in live}
             # Another submitter's jobs may have done some of it since it was planned.
-            done = {item.name for item in items if work_of.done(item.name)}
+            done = {task.name for task in tasks if workload.is_done(task.name)}
             todo = [
-                replace(item, needs=tuple(need for need in item.needs if need not in done))
-                for item in items
-                if item.name not in waiting and item.name not in done
+                replace(task, needs=tuple(need for need in task.needs if need not in done))
+                for task in tasks
+                if task.name not in waiting and task.name not in done
             ]
             if not todo:
                 return 0
-            specs = {item.name: work_of.freeze(item.name) for item in todo}
-            code = snapshot(self.packages, self.code, into=work_of.root / "code")
-            sender = _Sender(self, work_of, code, specs, min(queue.array_size(), 1000))
+            specs = {task.name: workload.write_spec(task.name) for task in todo}
+            code = snapshot(self.packages, self.code, into=workload.root / "code")
+            sender = _Sender(self, workload, code, specs, min(queue.array_size(), 1000))
             sender.send(todo, asked, waiting)
         return len(todo)
 
@@ -263,103 +264,103 @@ class _LimitReachedError(InputError):
 
 
 class _Sender:
-    """Puts items into as few arrays as SLURM's dependencies allow."""
+    """Puts tasks into as few arrays as SLURM's dependencies allow."""
 
     def __init__(
-        self, slurm: Slurm, work_of: Work, code: Path, specs: Mapping[str, Path], limit: int
+        self, slurm: Slurm, workload: Workload, code: Path, specs: Mapping[str, Path], limit: int
     ) -> None:
-        self._slurm, self._work, self._specs, self._limit = slurm, work_of, specs, limit
+        self._slurm, self._work, self._specs, self._limit = slurm, workload, specs, limit
         self._code = code.resolve()
         self._jobs: dict[str, str] = {}
         self._sent = 0
 
     def send(
-        self, todo: Sequence[Item], asked: Mapping[str, Resources], waiting: Mapping[str, str]
+        self, todo: Sequence[Task], asked: Mapping[str, Resources], waiting: Mapping[str, str]
     ) -> None:
         """Submit all of it: what needs nothing first, in the given order.
 
         Args:
             todo: Items; each comes after what it needs.
             asked: Their resources.
-            waiting: The jobs of items that are in the queue already.
+            waiting: The jobs of tasks that are in the queue already.
         """
         self._jobs = dict(waiting)
         followers: dict[str, int] = {}
-        for item in todo:
-            for need in item.needs:
+        for task in todo:
+            for need in task.needs:
                 followers[need] = followers.get(need, 0) + 1
         rest = list(todo)
         while rest:
             ready = [
-                item for item in rest if not any(need not in self._jobs for need in item.needs)
+                task for task in rest if not any(need not in self._jobs for need in task.needs)
             ]
-            assert ready, "items need one another"
-            names = {item.name for item in ready}
+            assert ready, "tasks need one another"
+            names = {task.name for task in ready}
             # Those that most others wait for first: so the n-th followers of an array's elements
             # are those of its first few, and one array of the same numbers.
-            ready.sort(key=lambda item: -followers.get(item.name, 0))
+            ready.sort(key=lambda task: -followers.get(task.name, 0))
             self._send_ready(ready, asked)
-            rest = [item for item in rest if item.name not in names]
+            rest = [task for task in rest if task.name not in names]
 
-    def _send_ready(self, ready: Sequence[Item], asked: Mapping[str, Resources]) -> None:
-        groups: dict[tuple[Resources, tuple[str, ...]], list[Item]] = {}
-        for item in self._send_alongside(ready, asked):
-            jobs = tuple(sorted({self._jobs[need] for need in item.needs}))
-            groups.setdefault((asked[item.name], jobs), []).append(item)
-        for (resources, jobs), items in groups.items():
+    def _send_ready(self, ready: Sequence[Task], asked: Mapping[str, Resources]) -> None:
+        groups: dict[tuple[Resources, tuple[str, ...]], list[Task]] = {}
+        for task in self._send_alongside(ready, asked):
+            jobs = tuple(sorted({self._jobs[need] for need in task.needs}))
+            groups.setdefault((asked[task.name], jobs), []).append(task)
+        for (resources, jobs), tasks in groups.items():
             after = "afterok:" + ":".join(jobs) if jobs else ""
-            for first in range(0, len(items), self._limit):
-                self._send_array(items[first : first + self._limit], resources, after)
+            for first in range(0, len(tasks), self._limit):
+                self._send_array(tasks[first : first + self._limit], resources, after)
 
     def _send_alongside(
-        self, ready: Sequence[Item], asked: Mapping[str, Resources]
-    ) -> Sequence[Item]:
+        self, ready: Sequence[Task], asked: Mapping[str, Resources]
+    ) -> Sequence[Task]:
         """Submit what follows an array element by element; what is left over.
 
         ``aftercorr`` lets each element wait for the one of the same number alone, as
         ``afterok`` does for a job, so that a thousand dependencies are one submission.
         """
-        lines: dict[tuple[str, Resources], dict[int, list[Item]]] = {}
+        lines: dict[tuple[str, Resources], dict[int, list[Task]]] = {}
         left = []
-        for item in ready:
-            jobs = [self._jobs[need] for need in item.needs]
+        for task in ready:
+            jobs = [self._jobs[need] for need in task.needs]
             array, _, index = jobs[0].partition("_") if len(jobs) == 1 else ("", "", "")
             if index:
-                line = lines.setdefault((array, asked[item.name]), {})
-                line.setdefault(int(index), []).append(item)
+                line = lines.setdefault((array, asked[task.name]), {})
+                line.setdefault(int(index), []).append(task)
             else:
-                left.append(item)
+                left.append(task)
         for (array, resources), line in lines.items():
             while line.get(0) and line.get(1):
                 places = 0
                 while line.get(places):
                     places += 1
-                items = [line[place].pop(0) for place in range(places)]
-                self._send_array(items, resources, f"aftercorr:{array}")
-            left += [item for items in line.values() for item in items]
+                tasks = [line[place].pop(0) for place in range(places)]
+                self._send_array(tasks, resources, f"aftercorr:{array}")
+            left += [task for tasks in line.values() for task in tasks]
         return left
 
-    def _send_array(self, items: Sequence[Item], resources: Resources, after: str) -> None:
+    def _send_array(self, tasks: Sequence[Task], resources: Resources, after: str) -> None:
         """One array, or a shorter one if a user's or an account's limit leaves no room for it.
 
         Raises:
             InputError: SLURM refuses it, or the limit is reached.
         """
         try:
-            self._sbatch(items, resources, after)
+            self._sbatch(tasks, resources, after)
         except _LimitReachedError:
-            half = len(items) // 2
+            half = len(tasks) // 2
             if not half:
                 raise
-            self._send_array(items[:half], resources, after)
+            self._send_array(tasks[:half], resources, after)
             if after.startswith("aftercorr:"):  # those of the same number are sent, and only those
-                for item in items[half:]:
-                    jobs = ":".join(self._jobs[need] for need in item.needs)
-                    self._send_array([item], resources, f"afterok:{jobs}")
+                for task in tasks[half:]:
+                    jobs = ":".join(self._jobs[need] for need in task.needs)
+                    self._send_array([task], resources, f"afterok:{jobs}")
             else:
-                self._send_array(items[half:], resources, after)
+                self._send_array(tasks[half:], resources, after)
 
-    def _sbatch(self, items: Sequence[Item], resources: Resources, after: str) -> None:
+    def _sbatch(self, tasks: Sequence[Task], resources: Resources, after: str) -> None:
         """One submission: a job, or an array of them.
 
         Raises:
@@ -370,7 +371,7 @@ class _Sender:
         intent = root / "submissions" / f"{name}.json"
         with writing(intent.parent):
             intent.parent.mkdir(parents=True, exist_ok=True)
-        runs = [item.name for item in items]
+        runs = [task.name for task in tasks]
         written = {"name": name, "runs": runs, "code": self._code.name}
         write_atomically(intent, json.dumps(written) + "\n")
         executor = submitit.SlurmExecutor(
@@ -393,17 +394,17 @@ class _Sender:
         home = os.getcwd()  # noqa: PTH109 (as the user sees it)
         orders = [
             Order(
-                spec=str(self._specs[item.name].resolve()),
-                perform=slurm.perform,
+                spec=str(self._specs[task.name].resolve()),
+                run_spec=slurm.run_spec,
                 home=home,
                 requeue=slurm.requeue,
                 max_requeues=slurm.max_requeues,
             )
-            for item in items
+            for task in tasks
         ]
         try:
             with _clean_environment({"job-name": name, **flags}), _inside(self._code):
-                jobs = executor.map_array(work, orders)
+                jobs = executor.map_array(run_order, orders)
         except submitit.core.utils.FailedJobError as error:
             intent.unlink()
             full = "SubmitJob" in str(error)  # as in AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
@@ -412,13 +413,13 @@ class _Sender:
                 f"({queue.words_of(str(error))}); {self._sent} runs were submitted before, and the "
                 "same command sends the rest"
             ) from error
-        self._sent += len(items)
-        for item, job in zip(items, jobs, strict=True):
-            self._jobs[item.name] = job.job_id
+        self._sent += len(tasks)
+        for task, job in zip(tasks, jobs, strict=True):
+            self._jobs[task.name] = job.job_id
             log = f"jobs/{name}/{job.job_id}"
-            self._work.submitted(item.name, job.job_id, code=self._code.name, log=log)
+            self._work.record_job(task.name, job.job_id, code=self._code.name, log=log)
         intent.unlink()
-        logger.debug("%s: %d runs as %s %s", name, len(items), jobs[0].job_id, after)
+        logger.debug("%s: %d runs as %s %s", name, len(tasks), jobs[0].job_id, after)
 
 
 def file_system(folder: Path) -> str:
@@ -522,15 +523,15 @@ def _inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def watch(work_of: Work) -> None:
+def watch(workload: Workload) -> None:
     """Wait until nothing of this sweep lives any more, and say how it ended.
 
     Raises:
         Failed: Not all of it is done.
     """
-    items = list(work_of.items())
-    with Progress(items) as progress:
-        going = {item.name: item for item in items}
+    tasks = list(workload.tasks())
+    with Progress(tasks) as progress:
+        going = {task.name: task for task in tasks}
         started: set[str] = set()
         away = False
         while going:
@@ -542,27 +543,27 @@ def watch(work_of: Work) -> None:
                 away = True
                 time.sleep(POLL_SECONDS)
                 continue
-            for name, item in list(going.items()):
-                job = work_of.job(name)
+            for name, task in list(going.items()):
+                job = workload.job(name)
                 if live.get(job, "").startswith("RUNNING") and name not in started:
                     started.add(name)
-                    progress.start(item)
+                    progress.start(task)
                 if job in live:
                     continue
                 del going[name]
                 if name not in started:
-                    progress.start(item)
-                if work_of.done(name):
-                    progress.finish(item)
+                    progress.start(task)
+                if workload.is_done(name):
+                    progress.finish(task)
                 else:
                     progress.fail(
-                        item, work_of.failure(name) or how_ended(work_of.root, [job]).get(job, "")
+                        task, workload.failure(name) or how_ended(workload.root, [job]).get(job, "")
                     )
             progress.tick()
             if going:
                 time.sleep(POLL_SECONDS)
     if progress.failed:
         raise Failed(
-            f"{progress.done} of {len(items)} runs are done and {progress.failed} are not; the "
+            f"{progress.done} of {len(tasks)} runs are done and {progress.failed} are not; the "
             "same command tries them again"
         )

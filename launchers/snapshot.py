@@ -66,7 +66,7 @@ def _files(packages: Sequence[str], folders: Sequence[str]) -> dict[str, Path]:
         where = import_module(name).__file__
         assert where is not None
         for path in _within(Path(where).parent):
-            files[f"{name}/{path.relative_to(Path(where).parent)}"] = path
+            files[f"{name.replace('.', '/')}/{path.relative_to(Path(where).parent)}"] = path
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise InputError(

@@ -1,6 +1,6 @@
-"""What a job of SLURM's runs: one process of one item, and what it does when it is to stop.
+"""What a job of SLURM's runs: one process of one task, and what it does when it is to stop.
 
-The job's processes all start here (`submitit` calls `work`). SLURM warns them by SIGUSR2
+The job's processes all start here (`submitit` calls `run_order`). SLURM warns them by SIGUSR2
 before it preempts them or their time is over. That is passed on as Ctrl-C, which a training
 takes as the wish to stop after its step with everything saved; then the first process puts
 the job back into the queue, and all wait for their end. Outside of a training there is nothing to
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from widthopt.errors import InputError
-from widthopt.store import this_job
+from widthopt.runs.states import this_job
 
 
 logger = logging.getLogger("widthopt")
@@ -41,21 +41,21 @@ class Order:
     """What a job's processes are to do.
 
     Attributes:
-        spec: The item, as it was frozen.
-        perform: Dotted name of what does it.
+        spec: The task, as it was frozen.
+        run_spec: Dotted name of what does it.
         home: The folder that relative paths in it start from.
         requeue: Whether the job may be put back into the queue.
         max_requeues: How often it may start again before it is given up.
     """
 
     spec: str
-    perform: str
+    run_spec: str
     home: str
     requeue: bool
     max_requeues: int
 
 
-def work(order: Order) -> None:
+def run_order(order: Order) -> None:
     """Do it; the exit code of the process says how that ended.
 
     Raises:
@@ -84,7 +84,7 @@ def _work(order: Order, spec: Path, rank: int) -> None:
         _note(spec.parent / "attempts.jsonl", restarts)
     if restarts > order.max_requeues:
         sys.exit(f"widthopt: this job was put back {restarts} times, which is too often")
-    module, _, name = order.perform.rpartition(".")
+    module, _, name = order.run_spec.rpartition(".")
     getattr(import_module(module), name)(spec)
 
 
@@ -99,7 +99,7 @@ def _take_part() -> int:
 
 
 def _write_into(log: Path) -> None:
-    """Send what this process prints to a file of the item."""
+    """Send what this process prints to a file of the task."""
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

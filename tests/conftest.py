@@ -1,4 +1,4 @@
-import widthopt.operators  # noqa: F401 (before torchvision)
+import widthopt.networks.torchvision_operators  # noqa: F401 (before torchvision)
 
 
 # isort: split

@@ -9,18 +9,18 @@ import pytest
 import torch
 from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
 
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.autoslim import AutoSlim
 from widthopt.algorithms.greedy import path_macs, slim
 from widthopt.algorithms.sandwich import step_macs
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet, enlarged
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import Supernet, enlarged
-from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted, train
+from widthopt.training.evaluation import evaluate
+from widthopt.training.loop import Interrupted, train
 
 
 RECIPE = Recipe(
@@ -57,7 +57,7 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=SMALL, budget=None
         where,
         data or Split(Synthetic(), Synthetic(), 4),
         budget_macs=budget or Blueprint(where).graph.macs(),
-        conditions=Conditions(recipe, RUNTIME, seed, folder),
+        conditions=SearchContext(recipe, RUNTIME, seed, folder),
     )
 
 

@@ -13,9 +13,9 @@ import pytest
 from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, widthopt
 from PIL import Image
 
-from widthopt.config import compose
+from widthopt.config.compose import compose
 from widthopt.records import from_json
-from widthopt.report import show_macs
+from widthopt.reporting.console import show_macs
 
 
 @pytest.fixture

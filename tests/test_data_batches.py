@@ -11,20 +11,20 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import widthopt.operators  # noqa: F401 (goes before torchvision)
+import widthopt.networks.torchvision_operators  # noqa: F401 (goes before torchvision)
 
 
 # isort: split
 from PIL import Image
 from torchvision import transforms
 
-from widthopt.config import compose
+from widthopt.config.compose import compose
 from widthopt.data import check, classes, search_split, target_split
 from widthopt.data.augmentation import CropDraws, crop_draws, cropped
 from widthopt.data.batches import Placement
-from widthopt.data.choice import DatasetChoice
+from widthopt.data.cache import CachedFullImages, square, wholes
+from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages, FileImages, reduced
-from widthopt.data.kept import KeptWholes, square, wholes
 from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime
 
@@ -540,7 +540,7 @@ def test_a_photograph_decoded_at_a_smaller_scale_looks_like_one_decoded_in_full(
 def test_photographs_in_memory_are_no_larger_than_the_resolution_needs(photos):
     train = photos().train()
     kept = wholes(train, np.arange(12), short_side=32, limit_bytes=1e9, progress=False)
-    assert isinstance(kept, KeptWholes)
+    assert isinstance(kept, CachedFullImages)
     assert kept(0).size == (39, 32)
     assert kept(3).size == (30, 30)
     assert kept.stored_bytes == sum(3 * kept(i).width * kept(i).height for i in range(12))

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-import widthopt.operators  # noqa: F401 (goes before torchvision)
+import widthopt.networks.torchvision_operators  # noqa: F401 (goes before torchvision)
 
 
 # isort: split

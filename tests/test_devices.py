@@ -15,11 +15,11 @@ import torch
 from small import RUNTIME
 from torch import nn
 
-from widthopt.devices import place
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
+from widthopt.training.devices import to_device
 
 
 NARROW = (3, 5, 6, 7, 8, 12, 16)
@@ -39,8 +39,8 @@ def placed():
         for kernel, stride in ((1, 2), (1, 3), (1, (2, 1)), (3, 2)):
             model = nn.Conv2d(channels, 12, kernel, stride, kernel // 2)
             exact = copy.deepcopy(model).double()
-            _, layout = place(model, last)
-            place(model, last)  # as a search and a training do
+            _, layout = to_device(model, last)
+            to_device(model, last)  # as a search and a training do
             assert len(model._forward_pre_hooks) <= 1  # noqa: SLF001 (nothing else tells)
             for images in torch.randn(3, 16, channels, 16, 16):
                 model.zero_grad()

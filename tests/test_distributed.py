@@ -15,18 +15,18 @@ from commands import ENVIRONMENT, NETWORK, TINY, widthopt
 from small import RUNTIME, Chunks, Small, SmallNetwork, Synthetic
 from torch import nn
 
-from widthopt import distributed
-from widthopt.algorithms import Conditions, sandwich
+from widthopt.algorithms import SearchContext, sandwich
 from widthopt.algorithms.autoslim import AutoSlim
 from widthopt.algorithms.dmcp import DMCP, _Architecture
 from widthopt.algorithms.greedy import slim
-from widthopt.config import compose
+from widthopt.config.compose import compose
 from widthopt.data import Split
-from widthopt.evaluation import evaluate, recalibrate
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted, Loop, Objective, train
+from widthopt.training import distributed
+from widthopt.training.evaluation import evaluate, recalibrate
+from widthopt.training.loop import Interrupted, Loop, Objective, train
 
 
 pytestmark = pytest.mark.skipif(
@@ -100,7 +100,7 @@ def small(*, norm=True):
     return model
 
 
-def trained(*, parts=1, norm=True, folder=None, data=None, epochs=2):
+def run_training(*, parts=1, norm=True, folder=None, data=None, epochs=2):
     """A plain training: weights, and what was said of it."""
     model = small(norm=norm)
     recipe = dataclasses.replace(RECIPE, accumulation=parts)
@@ -123,16 +123,16 @@ def trained(*, parts=1, norm=True, folder=None, data=None, epochs=2):
 def exchanged(_folder):
     rank = distributed.rank()
     one, other = torch.full((2, 3), 1.0 + rank).t(), torch.tensor([10.0 * rank])
-    distributed.add([one, other])
+    distributed.all_reduce_sum([one, other])
     cpu = torch.device("cpu")
     return {
         "one": one,
         "other": other,
-        "ranks": distributed.ranks(),
-        "first": distributed.of_first({"rank": rank, "ways": ["mask"]}, device=cpu),
-        "each": distributed.of_each([rank, str(rank)]),
-        "some": distributed.any_of(rank == 1, device=cpu),
-        "none": distributed.any_of(rank > 2, device=cpu),
+        "ranks": distributed.world_size(),
+        "first": distributed.broadcast({"rank": rank, "ways": ["mask"]}, device=cpu),
+        "each": distributed.all_gather([rank, str(rank)]),
+        "some": distributed.all_reduce_any(rank == 1, device=cpu),
+        "none": distributed.all_reduce_any(rank > 2, device=cpu),
     }
 
 
@@ -148,12 +148,12 @@ def test_sums_and_messages_reach_every_process(tmp_path):
 
 def test_a_process_alone_exchanges_nothing():
     one = torch.ones(2)
-    distributed.add([one])
-    distributed.wait()
+    distributed.all_reduce_sum([one])
+    distributed.barrier()
     assert torch.equal(one, torch.ones(2))
-    assert (distributed.rank(), distributed.ranks()) == (0, 1)
-    assert distributed.of_each("x") == ["x"]
-    assert distributed.any_of(bool(one.all()), device=one.device)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_gather("x") == ["x"]
+    assert distributed.all_reduce_any(bool(one.all()), device=one.device)
 
 
 # -------------------------------------------------------------------------------- training
@@ -162,9 +162,9 @@ def test_a_process_alone_exchanges_nothing():
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_processes_train_as_one_does_on_as_many_micro_batches(tmp_path, ranks):
     """BatchNorm sees the images of its own process; 16 images on 3 processes are 5, 5 and 6."""
-    found = together(lambda _: trained(), ranks, tmp_path / "together")
+    found = together(lambda _: run_training(), ranks, tmp_path / "together")
     if ranks == 2:
-        alone = trained(parts=2)
+        alone = run_training(parts=2)
         for one in found:
             close(one["weights"], alone["weights"])
             assert one["said"] == pytest.approx(alone["said"], rel=1e-5)
@@ -177,8 +177,8 @@ def test_processes_train_as_one_does_on_as_many_micro_batches(tmp_path, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_without_batchnorm_processes_train_as_one_does_on_whole_batches(tmp_path, ranks):
-    alone = trained(norm=False)
-    for one in together(lambda _: trained(norm=False), ranks, tmp_path / "together"):
+    alone = run_training(norm=False)
+    for one in together(lambda _: run_training(norm=False), ranks, tmp_path / "together"):
         close(one["weights"], alone["weights"])
         assert one["said"] == pytest.approx(alone["said"], rel=1e-5)
 
@@ -196,7 +196,7 @@ class Pressed(Synthetic):
 def stopped(folder):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        trained(folder=folder / "run", data=Pressed())
+        run_training(folder=folder / "run", data=Pressed())
     except Interrupted as error:
         return {"said": str(error)}
     raise AssertionError("it was not interrupted")
@@ -208,8 +208,8 @@ def test_all_processes_stop_after_the_same_step_and_go_on_to_the_same_bits(tmp_p
     run = tmp_path / "stopped" / "run"
     steps = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert len(steps) == 2
-    resumed = together(lambda _: trained(folder=run), 2, tmp_path / "resumed")
-    whole = together(lambda _: trained(), 2, tmp_path / "whole")
+    resumed = together(lambda _: run_training(folder=run), 2, tmp_path / "resumed")
+    whole = together(lambda _: run_training(), 2, tmp_path / "whole")
     for one, other in zip(resumed, whole, strict=True):
         equal(one["weights"], other["weights"])
         equal(one["buffers"], other["buffers"])
@@ -247,7 +247,7 @@ def test_processes_draw_differently_for_their_different_images(tmp_path):
 
 def measured(_folder):
     model = small()
-    model.load_state_dict({**model.state_dict(), **trained(epochs=1)["weights"]})
+    model.load_state_dict({**model.state_dict(), **run_training(epochs=1)["weights"]})
     passed = recalibrate(model, Synthetic(), runtime=RUNTIME)
     accuracy = evaluate(model, Synthetic(), runtime=RUNTIME)
     return {
@@ -319,7 +319,7 @@ def dmcp_steps(*, parts=1):
         objective=objective,
     )
     widths = []
-    rank, ranks = distributed.rank(), distributed.ranks()
+    rank, ranks = distributed.rank(), distributed.world_size()
     batches = [*Synthetic().epoch(0, 0, rank, ranks), *Synthetic().epoch(1, 0, rank, ranks)]
     for step, (images, labels) in enumerate(batches[:6]):
         loop.step(images, labels, step)
@@ -350,7 +350,7 @@ def slimmed(chunks=4):
     supernet = Supernet(Blueprint(WHERE), enlarge=1.5, seed=0)
     algorithm = compose(["algorithm=autoslim"]).algorithm
     sample = Synthetic().sample(64, batch_size=64 // chunks, seed=3)
-    mine = Chunks(sample).share(distributed.rank(), distributed.ranks())
+    mine = Chunks(sample).share(distributed.rank(), distributed.world_size())
     found = slim(
         supernet,
         algorithm.options(supernet.graph),
@@ -385,21 +385,21 @@ def test_the_first_process_decides_how_a_supernet_runs(tmp_path, monkeypatch):
 
     def backend(folder):
         runtime = dataclasses.replace(RUNTIME, backend="auto")
-        conditions = Conditions(RECIPE, runtime, 0, folder / "run")
+        conditions = SearchContext(RECIPE, runtime, 0, folder / "run")
         supernet, _ = sandwich.prepared(Blueprint(WHERE), conditions, enlarge=1.5, batch_size=16)
         return supernet.backend
 
     assert together(backend, 2, tmp_path / "two") == ["mask", "mask"]
 
 
-def searched(name, folder):
+def run_search(name, folder):
     request = compose([f"algorithm={name}", "algorithm.enlarge=1.5"])
     return dataclasses.asdict(
         request.algorithm.search(
             WHERE,
             Split(Synthetic(), Synthetic(), 4),
             budget_macs=Blueprint(WHERE).graph.macs(),
-            conditions=Conditions(RECIPE, RUNTIME, 0, folder / "run"),
+            conditions=SearchContext(RECIPE, RUNTIME, 0, folder / "run"),
         )
     )
 
@@ -407,21 +407,21 @@ def searched(name, folder):
 @pytest.mark.parametrize("kind", [DMCP, AutoSlim])
 def test_a_whole_search_is_the_same_in_every_process(tmp_path, kind):
     name = kind.__name__.lower()
-    one, other = together(lambda folder: searched(name, folder), 2, tmp_path / "two")
+    one, other = together(lambda folder: run_search(name, folder), 2, tmp_path / "two")
     for result in (one, other):
         result.pop("seconds")
         result["details"].pop("slimming_seconds", None)
     assert one == other
     if kind is DMCP:  # what slimming costs depends on its path
-        assert one["overhead_macs"] == searched(name, tmp_path)["overhead_macs"]
+        assert one["overhead_macs"] == run_search(name, tmp_path)["overhead_macs"]
 
 
 def test_processes_that_see_different_folders_are_stopped(tmp_path):
-    trained(folder=tmp_path / "0", epochs=1)
+    run_training(folder=tmp_path / "0", epochs=1)
 
     def apart(folder):
         try:
-            trained(folder=folder.parent / str(distributed.rank()), epochs=2)
+            run_training(folder=folder.parent / str(distributed.rank()), epochs=2)
         except Exception as error:  # noqa: BLE001 (either process may be the one that sees it)
             return {"said": f"{type(error).__name__}: {error}"}
         return {"said": ""}

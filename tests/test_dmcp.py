@@ -12,17 +12,17 @@ from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
 from torch import nn
 from torch.nn import functional
 
-from widthopt import checkpoints
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.dmcp import DMCP, _Architecture
 from widthopt.algorithms.markov import AlphaSGD, regulariser_slope, schedule
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted, Loop
+from widthopt.training import checkpoints
+from widthopt.training.loop import Interrupted, Loop
 
 
 RECIPE = Recipe(
@@ -63,7 +63,7 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=None, budget=None,
         where,
         data or Split(Synthetic(), Synthetic(), 4),
         budget_macs=budget or Blueprint(where).graph.macs(),
-        conditions=Conditions(recipe, RUNTIME, seed, folder),
+        conditions=SearchContext(recipe, RUNTIME, seed, folder),
     )
 
 
@@ -512,7 +512,7 @@ def test_the_overhead_is_what_the_layers_did(tmp_path, backend):
             Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0),
             Split(Watched(instrument), Synthetic(), 4),
             budget_macs=BASE.macs(),
-            conditions=Conditions(
+            conditions=SearchContext(
                 RECIPE, dataclasses.replace(RUNTIME, backend=backend), 0, tmp_path
             ),
         )

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate
 from widthopt.setting import Runtime
+from widthopt.training.evaluation import evaluate
 
 
 RUNTIME = Runtime(

@@ -13,10 +13,10 @@ from PIL import Image
 
 from widthopt import report
 from widthopt.errors import InputError
-from widthopt.figures import channels, savings, similarity
-from widthopt.figures.style import COLOURS, MARKERS, RC
-from widthopt.figures.summary import short, table
-from widthopt.records import METHODS, Found, Record, to_json
+from widthopt.records import METHODS, Record, WidthResult, to_json
+from widthopt.reporting.figures import channels, savings, similarity
+from widthopt.reporting.figures.style import COLOURS, MARKERS, RC
+from widthopt.reporting.figures.summary import short, table
 
 
 NAMES = ("conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
@@ -34,7 +34,7 @@ OVERHEAD = {"uniform": (0, 0), "direct": (2_000_000, 2_000_000), "transfer": (20
 
 def record(method, seed):
     counts = COUNTS[method, seed]
-    found = Found(
+    found = WidthResult(
         method=method,
         seed=seed,
         channels=dict(zip(NAMES, counts, strict=True)),

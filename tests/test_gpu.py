@@ -6,14 +6,14 @@ import pytest
 import torch
 from small import Small, SmallNetwork, Synthetic
 
-from widthopt.algorithms import Conditions
-from widthopt.config import compose
+from widthopt.algorithms import SearchContext
+from widthopt.config.compose import compose
 from widthopt.data import Split
+from widthopt.networks.resize import Blueprint
 from widthopt.setting import Runtime, Setting
-from widthopt.surgery import Blueprint
 from widthopt.tracking import About, tracked
 from widthopt.tracking.lines import rows
-from widthopt.training import train
+from widthopt.training.loop import train
 
 
 pytestmark = [
@@ -39,7 +39,7 @@ def search(folder, name, **runtime):
         WHERE,
         Split(Synthetic(), Synthetic(), 4),
         budget_macs=Blueprint(WHERE).graph.macs(),
-        conditions=Conditions(recipe, dataclasses.replace(RUNTIME, **runtime), 0, folder),
+        conditions=SearchContext(recipe, dataclasses.replace(RUNTIME, **runtime), 0, folder),
     )
 
 

@@ -14,9 +14,9 @@ from widthopt.algorithms import greedy
 from widthopt.algorithms.greedy import assumed_path, path_macs, slim
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Runtime, Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
 
 
 RUNTIME = Runtime(

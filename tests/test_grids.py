@@ -7,8 +7,8 @@ from torchvision import models
 
 from widthopt.algorithms.grids import binned, grids, grouped
 from widthopt.networks import TorchvisionNetwork
-from widthopt.supernet import enlarged
-from widthopt.surgery import resize
+from widthopt.networks.resize import resize
+from widthopt.networks.supernet import enlarged
 from widthopt.tracing import trace
 from widthopt.widths import scaled
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from widthopt.algorithms.grids import grids, grouped
 from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regulariser_slope, schedule
-from widthopt.surgery import resize
+from widthopt.networks.resize import resize
 from widthopt.tracing import trace
 
 

@@ -14,20 +14,20 @@ from small import Instrument, Small, SmallNetwork, Synthetic, digits
 from torch import nn
 from torch.nn import functional
 
-from widthopt import checkpoints
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.morphnet import MorphNet, _Pruning
 from widthopt.algorithms.penalty import Penalty
 from widthopt.algorithms.uniform import Uniform
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate, recalibrate
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime, Setting
-from widthopt.surgery import Blueprint
 from widthopt.tracing import trace
-from widthopt.training import Interrupted, Loop, learning_rate, train
+from widthopt.training import checkpoints
+from widthopt.training.evaluation import evaluate, recalibrate
+from widthopt.training.loop import Interrupted, Loop, learning_rate, train
 from widthopt.widths import match_macs
 
 
@@ -86,7 +86,7 @@ def search(folder, *, recipe=RECIPE, data=None, network=None, seed=0, where=None
     if data is None:
         data = Split(Synthetic(), Synthetic(), 4)
     return MorphNet(**(DEFAULT | options)).search(
-        where, data, budget_macs=1, conditions=Conditions(recipe, RUNTIME, seed, folder)
+        where, data, budget_macs=1, conditions=SearchContext(recipe, RUNTIME, seed, folder)
     )
 
 
@@ -684,7 +684,7 @@ def test_the_uniform_network_costs_nothing_to_find(tmp_path):
         setting(),
         Split(Synthetic(), Synthetic(), 4),
         budget_macs=1,
-        conditions=Conditions(RECIPE, RUNTIME, 0, tmp_path),
+        conditions=SearchContext(RECIPE, RUNTIME, 0, tmp_path),
     )
     assert found.multipliers == dict.fromkeys(("stem", "inner", "down", "wide"), 1.0)
     assert found.overhead_macs == 0

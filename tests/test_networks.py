@@ -10,8 +10,8 @@ from torchvision import models
 
 from widthopt.errors import InputError
 from widthopt.networks import CustomNetwork, TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
 from widthopt.setting import Setting
-from widthopt.surgery import Blueprint
 
 
 def stages(name, depth=1):

@@ -14,15 +14,15 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation, Text
 
-from widthopt.figures.average import AverageWidths
-from widthopt.figures.cosine import PairwiseCosine
-from widthopt.figures.grid import Grid
-from widthopt.figures.groups import groups, source_words
-from widthopt.figures.page import Section, page
-from widthopt.figures.style import PRINTED_INCHES, RC, SERIES, SMALL, series_style
-from widthopt.figures.table1 import Table1
-from widthopt.figures.transfer import BASELINE, LABEL_GAP, Transfer, _spread
-from widthopt.records import Found, Record
+from widthopt.records import Record, WidthResult
+from widthopt.reporting.figures.average import AverageWidths
+from widthopt.reporting.figures.cosine import PairwiseCosine
+from widthopt.reporting.figures.grid import TextTable
+from widthopt.reporting.figures.groups import groups, source_words
+from widthopt.reporting.figures.page import Section, page
+from widthopt.reporting.figures.style import PRINTED_INCHES, RC, SERIES, SMALL, series_style
+from widthopt.reporting.figures.table1 import Table1
+from widthopt.reporting.figures.transfer import BASELINE, LABEL_GAP, Transfer, _spread
 
 
 AXES = ("width", "depth", "resolution", "fraction")
@@ -36,7 +36,7 @@ def record(
     target=TARGET, proxy=None, extrapolation="", top1=70.0, overhead=1000, seconds=100.0,
     multipliers=(1.0, 1.0, 1.0), channels=(10, 20, 40), flags=None,
 ):  # fmt: skip
-    found = Found(
+    found = WidthResult(
         method=method,
         seed=seed,
         channels=dict(zip(NAMES, channels, strict=True)),
@@ -732,7 +732,7 @@ def test_records_of_other_networks_are_left_out():
 # Grids.
 
 
-GRID = Grid(
+GRID = TextTable(
     "A <title> & more",
     ("name", "value, %"),
     (("a|b", "<b>1"), ('say "x"', "-"), ("two\nlines", "+1.5")),
@@ -755,7 +755,7 @@ def test_markdown_keeps_columns_and_opens_no_tags():
 
 def test_a_row_has_a_cell_for_each_column():
     with pytest.raises(AssertionError):
-        Grid("", ("one", "two"), (("alone",),))
+        TextTable("", ("one", "two"), (("alone",),))
 
 
 class Reader(HTMLParser):

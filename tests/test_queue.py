@@ -2,7 +2,7 @@
 
 import pytest
 
-from launchers import queue
+from hydra_plugins.widthopt_launchers import queue
 from widthopt.errors import InputError
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from widthopt.errors import InputError
 from widthopt.records import (
     FORMAT,
-    Found,
     Record,
     Summary,
+    WidthResult,
     by_method,
     from_json,
     read_channels,
@@ -19,7 +19,7 @@ from widthopt.records import (
 )
 
 
-FOUND = Found(
+FOUND = WidthResult(
     method="transfer",
     seed=3,
     channels={"conv1": 5, "layer1.0": 7},

@@ -8,12 +8,12 @@ from torch.nn import functional
 from torchvision.ops.misc import Permute
 
 from widthopt.errors import InputError
-from widthopt.evaluation import recalibrate
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint, resize
+from widthopt.networks.supernet import Supernet, check_maskable, enlarged
 from widthopt.setting import Runtime, Setting
-from widthopt.supernet import Supernet, check_maskable, enlarged
-from widthopt.surgery import Blueprint, resize
 from widthopt.tracing import trace
+from widthopt.training.evaluation import recalibrate
 
 
 # Width multiplier and enlargement of each: as narrow as is quick. The forward code of ShuffleNet

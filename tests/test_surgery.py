@@ -10,8 +10,8 @@ from torchvision import models
 
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork, initialise
+from widthopt.networks.resize import Blueprint, resize
 from widthopt.setting import Setting
-from widthopt.surgery import Blueprint, resize
 from widthopt.tracing import trace
 from widthopt.widthgraph import WidthGraph
 from widthopt.widths import scaled

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
-from widthopt.surgery import resize
+from widthopt.networks.resize import resize
 from widthopt.tracing import same_channels, tied_channels, trace
 from widthopt.widths import scaled
 

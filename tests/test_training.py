@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from widthopt import checkpoints
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate
 from widthopt.setting import Recipe, Runtime
-from widthopt.training import (
+from widthopt.training import checkpoints
+from widthopt.training.evaluation import evaluate
+from widthopt.training.loop import (
     Diverged,
     Interrupted,
     Loop,

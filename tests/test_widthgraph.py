@@ -14,7 +14,7 @@ from widthopt.widthgraph import (
     Norm,
     Parameter,
     Rewrite,
-    Run,
+    Span,
     Stage,
     Variable,
     WidthGraph,
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def whole(variable, classes, repeat=1):
-    return (Run(variable, 0, classes, repeat),)
+    return (Span(variable, 0, classes, repeat),)
 
 
 # image 3 -> a 8 -> depthwise a -> grouped (a in groups of 2, unit 2) ... by hand:

@@ -7,7 +7,7 @@ from torch import nn
 
 from widthopt.errors import InputError
 from widthopt.tracing import trace
-from widthopt.widthgraph import Layer, Run, Variable, WidthGraph
+from widthopt.widthgraph import Layer, Span, Variable, WidthGraph
 from widthopt.widths import Match, cosine, match_macs, multipliers, scaled
 
 
@@ -229,10 +229,10 @@ def toy(*, first=10, second=10, price=1):
         Variable("a", first, 1, True, ("a",)),  # noqa: FBT003
         Variable("b", second, 1, True, ("b",)),  # noqa: FBT003
     )
-    pixel = (Run(0, 0, 1, 1),)
+    pixel = (Span(0, 0, 1, 1),)
     layers = (
-        Layer("a", "dense", price, pixel, (Run(1, 0, first, 1),)),
-        Layer("b", "dense", 100, pixel, (Run(2, 0, second, 1),)),
+        Layer("a", "dense", price, pixel, (Span(1, 0, first, 1),)),
+        Layer("b", "dense", 100, pixel, (Span(2, 0, second, 1),)),
     )
     return WidthGraph(8, (image, a, b), layers)
 

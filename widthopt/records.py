@@ -19,7 +19,7 @@ METHODS = ("uniform", "direct", "transfer")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class WidthResult:
     """Channel counts for a target, and how they were found.
 
     Attributes:
@@ -89,7 +89,7 @@ class Record:
     target: Mapping[str, float]
     proxy: Mapping[str, float]
     extrapolation: str
-    found: Found
+    found: WidthResult
     top1: float
     top5: float
     train_macs: int
@@ -145,7 +145,7 @@ def from_plain(content: Mapping[str, Any]) -> Record:
     Raises:
         KeyError, TypeError: It is of something else.
     """
-    return Record(**{**content, "found": Found(**content["found"])})
+    return Record(**{**content, "found": WidthResult(**content["found"])})
 
 
 def to_json(records: Sequence[Record]) -> str:

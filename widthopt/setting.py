@@ -127,7 +127,7 @@ class Recipe:
 
 
 Backend = Literal["slice", "mask"]
-"""How a supernet runs at fewer channels than its own; see `widthopt.supernet`."""
+"""How a supernet runs at fewer channels than its own; see `widthopt.networks.supernet`."""
 
 
 @dataclass(frozen=True, slots=True)

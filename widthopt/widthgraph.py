@@ -24,7 +24,7 @@ FORMAT = 1
 """Version of the JSON form."""
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """``classes`` classes of a variable from ``start`` on, each ``repeat`` entries long.
 
     ``repeat`` is above 1 where one channel fills several entries of the axis: behind a
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     repeat: int
 
 
-Axis = tuple[Run, ...]
+Axis = tuple[Span, ...]
 """The entries of one channel axis, in order."""
 
 
@@ -380,7 +380,7 @@ class WidthGraph:
             origins[index] = kept
         return origins
 
-    def _resized_run(self, run: Run, origins: Mapping[int, Sequence[int]]) -> Run:
+    def _resized_run(self, run: Span, origins: Mapping[int, Sequence[int]]) -> Span:
         first = bisect_left(origins[run.variable], run.start)
         last = bisect_left(origins[run.variable], run.start + run.classes)
         return run._replace(start=first, classes=last - first)
@@ -482,5 +482,5 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 def _axes(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """A record read from JSON with the named axes made tuples of runs again."""
-    axes = {name: tuple(Run(*map(int, run)) for run in data[name]) for name in names}
+    axes = {name: tuple(Span(*map(int, run)) for run in data[name]) for name in names}
     return {**data, **axes}

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from widthopt.data import Counts, Split
 from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime, Setting
-from widthopt.training import Log
+from widthopt.training.loop import Log
 from widthopt.widthgraph import WidthGraph, listed
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
+class SearchContext:
     """What a search runs under, beside its setting, data and budget.
 
     Attributes:
@@ -64,7 +64,7 @@ class WidthSearch(Protocol):
         ...
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
     ) -> SearchResult:
         """Optimise the widths of the setting's network under a test-time budget.
 

@@ -18,18 +18,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widthopt import distributed
-from widthopt.algorithms import Conditions, SearchResult, check_searchable
+from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.greedy import assumed_path, path_macs, slim
 from widthopt.algorithms.grids import Grids, binned, grids
 from widthopt.algorithms.sandwich import Reduction, Sandwich, check_budget, prepared, step_macs
 from widthopt.data import Counts, Split
 from widthopt.errors import InputError
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import enlarged
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import enlarged
-from widthopt.surgery import Blueprint
-from widthopt.training import train
+from widthopt.training import distributed
+from widthopt.training.loop import train
 from widthopt.widthgraph import WidthGraph
 
 
@@ -103,7 +103,7 @@ class AutoSlim:
                 )
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
@@ -148,7 +148,7 @@ class AutoSlim:
         slimmed = slim(
             supernet,
             options,
-            list(sample.share(distributed.rank(), distributed.ranks())),
+            list(sample.share(distributed.rank(), distributed.world_size())),
             budgets_macs=[budget_macs],
             runtime=conditions.runtime,
             calibration=self._calibration(data),

@@ -18,8 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from widthopt import distributed
-from widthopt.algorithms import Conditions, SearchResult, check_searchable
+from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.grids import Grids, grids, grouped
 from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regulariser_slope, schedule
 from widthopt.algorithms.sandwich import (
@@ -31,11 +30,12 @@ from widthopt.algorithms.sandwich import (
 )
 from widthopt.data import Counts, Split
 from widthopt.errors import InputError
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import ScaleSite, Supernet, enlarged
 from widthopt.seeds import derived_seed, generator
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import ScaleSite, Supernet, enlarged
-from widthopt.surgery import Blueprint
-from widthopt.training import train
+from widthopt.training import distributed
+from widthopt.training.loop import train
 from widthopt.widthgraph import WidthGraph, listed
 
 
@@ -120,7 +120,7 @@ class DMCP:
                 )
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
@@ -348,9 +348,9 @@ class _Architecture(Sandwich):
         assert marginals.grad is not None
         # The mean over the images of all processes, in one exchange.
         seen = torch.tensor([float(images)], dtype=torch.float64, device=marginals.device)
-        slope = marginals.grad * images if distributed.ranks() > 1 else marginals.grad
-        distributed.add([slope, seen])
-        if distributed.ranks() > 1:
+        slope = marginals.grad * images if distributed.world_size() > 1 else marginals.grad
+        distributed.all_reduce_sum([slope, seen])
+        if distributed.world_size() > 1:
             slope /= seen
             images = round(float(seen))
         part = self.chains.expected_macs() / self.budget_macs

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widthopt.supernet import Supernet
+from widthopt.networks.supernet import Supernet
 from widthopt.tracing.labels import torch_function_name
 from widthopt.widthgraph import Layer, WidthGraph
 

@@ -31,15 +31,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widthopt import distributed
 from widthopt.algorithms.flow import Flow
-from widthopt.devices import autocast, memory_format
 from widthopt.errors import InputError
+from widthopt.files import write_atomically, writing
 from widthopt.identity import canonical, differences
+from widthopt.networks.supernet import Extent, Supernet
 from widthopt.setting import Runtime
-from widthopt.store import write_atomically, writing
-from widthopt.supernet import Extent, Supernet
 from widthopt.tracing import symbolic_trace
+from widthopt.training import distributed
+from widthopt.training.devices import autocast, memory_format
 from widthopt.widthgraph import Axis, Layer, WidthGraph
 
 
@@ -219,7 +219,7 @@ def slim(
 
 def _sizes(chunks: Sequence[Chunk]) -> list[int]:
     """Images in each chunk, of all processes; the first of each come first."""
-    of_each = distributed.of_each([len(images) for images, _ in chunks])
+    of_each = distributed.all_gather([len(images) for images, _ in chunks])
     return [size for row in zip_longest(*of_each) for size in row if size is not None]
 
 
@@ -228,7 +228,7 @@ def _of_all(
 ) -> tuple[dict[str, int], int]:
     """Mistakes on the chunks of all processes, and the MACs that they took together."""
     sums = torch.tensor([*errors.values(), macs], dtype=torch.int64, device=device)
-    distributed.add([sums])
+    distributed.all_reduce_sum([sums])
     *counts, total = sums.tolist()
     return dict(zip(errors, counts, strict=True)), total
 
@@ -435,7 +435,7 @@ def _replayed(
 
 @contextmanager
 def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
-    """Run passes without gradients in evaluation mode, and leave every module in its own.
+    """Span passes without gradients in evaluation mode, and leave every module in its own.
 
     Args:
         model: The supernet's.
@@ -648,7 +648,7 @@ class _Fast:
     def _run(
         self, todo: Sequence[fx.Node], wanted: AbstractSet[fx.Node], *, keep: bool = False
     ) -> dict[fx.Node, Any]:
-        """Run nodes, given in order, on values that are kept; a value goes with its last use.
+        """Span nodes, given in order, on values that are kept; a value goes with its last use.
 
         Args:
             todo: The nodes.

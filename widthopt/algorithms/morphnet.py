@@ -19,17 +19,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from widthopt.algorithms import Conditions, SearchResult, check_searchable
+from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.penalty import Penalty
 from widthopt.data import Counts, Split
-from widthopt.devices import place
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate, recalibrate, recalibration_steps
+from widthopt.files import write_atomically
+from widthopt.networks.resize import Blueprint
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Setting
-from widthopt.store import write_atomically
-from widthopt.surgery import Blueprint
-from widthopt.training import Objective, learning_rate, train
+from widthopt.training.devices import to_device
+from widthopt.training.evaluation import evaluate, recalibrate, recalibration_steps
+from widthopt.training.loop import Objective, learning_rate, train
 from widthopt.widthgraph import WidthGraph
 
 
@@ -79,7 +79,7 @@ class MorphNet:
             )
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
@@ -97,7 +97,7 @@ class MorphNet:
         model = blueprint.build(
             graph.channels, seed=derived_seed(conditions.seed, "search weights")
         )
-        place(model, runtime)
+        to_device(model, runtime)
         penalty = Penalty(
             model, graph, threshold=self.threshold, tie=self.tie, depthwise=self.depthwise
         )

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from widthopt import distributed
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.grids import Grids
-from widthopt.devices import autocast, memory_format, place, resolve_device
 from widthopt.errors import InputError
+from widthopt.files import write_atomically, writing
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet, check_maskable
 from widthopt.seeds import derived_seed, generator
 from widthopt.setting import Backend, Runtime
-from widthopt.store import write_atomically, writing
-from widthopt.supernet import Supernet, check_maskable
-from widthopt.surgery import Blueprint
-from widthopt.training import Objective
+from widthopt.training import distributed
+from widthopt.training.devices import autocast, memory_format, resolve_device, to_device
+from widthopt.training.loop import Objective
 from widthopt.widthgraph import WidthGraph
 
 
@@ -211,7 +211,7 @@ def check_budget(
 
 
 def prepared(
-    blueprint: Blueprint, conditions: Conditions, *, enlarge: float, batch_size: int
+    blueprint: Blueprint, conditions: SearchContext, *, enlarge: float, batch_size: int
 ) -> tuple[Supernet, Runtime]:
     """A supernet on its device with fresh weights, and the runtime that it is fastest under.
 
@@ -231,7 +231,7 @@ def prepared(
     runtime = conditions.runtime
     seed = derived_seed(conditions.seed, "search weights")
     supernet = Supernet(blueprint, enlarge=enlarge, seed=seed)
-    device, _ = place(supernet.model, runtime)
+    device, _ = to_device(supernet.model, runtime)
     draws = torch.Generator().manual_seed(derived_seed(conditions.seed, "trial"))
     side, count = supernet.graph.resolution, min(batch_size, TRIAL_IMAGES)
     images = torch.randn(max(2, count), 3, side, side, generator=draws).to(device)
@@ -243,7 +243,7 @@ def prepared(
     }
     check_maskable(supernet, images, half)
     way = _kept(conditions.folder, runtime) or _fastest(supernet, images, half, runtime)
-    way = distributed.of_first(way, device=device)
+    way = distributed.broadcast(way, device=device)
     if distributed.rank() == 0:
         with writing(conditions.folder):
             conditions.folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ class _Way(NamedTuple):
             backend=self.backend,
             memory_format="channels_last" if last else "contiguous",
         )
-        place(supernet.model, runtime)
+        to_device(supernet.model, runtime)
         return runtime
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from widthopt.algorithms import Conditions, SearchResult
+from widthopt.algorithms import SearchContext, SearchResult
 from widthopt.data import Counts, Split
+from widthopt.networks.resize import Blueprint
 from widthopt.setting import Recipe, Setting
-from widthopt.surgery import Blueprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Uniform:
     name: str
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`."""
         del data, budget_macs, conditions

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from widthopt.data.cache import channels_first
 from widthopt.data.images import Integers, Pixels
-from widthopt.data.kept import channels_first
 
 
 RAND_AUGMENT = "rand-m9-mstd0.5"
@@ -46,7 +46,7 @@ class PaperAugmentation:
             flip: Whether a mirrored image keeps its class.
         """
         # Imported here: timm takes longer to import than all the rest, and most runs need none.
-        import widthopt.operators  # noqa: F401, PLC0415 (before torchvision, which timm imports)
+        import widthopt.networks.torchvision_operators  # noqa: F401, PLC0415 (before torchvision, which timm imports)
 
         # isort: split
         from timm.data.auto_augment import rand_augment_transform  # noqa: PLC0415

@@ -25,9 +25,9 @@ from widthopt.data.augmentation import (
     cropped,
     undisturbed,
 )
-from widthopt.data.choice import Dataset, classes
+from widthopt.data.cache import CachedEvalCrops, EvalCrops, FullImages, squares, wholes
+from widthopt.data.dataset import Dataset, classes
 from widthopt.data.images import Images, Integers, Pixels
-from widthopt.data.kept import KeptSquares, Squares, Wholes, squares, wholes
 from widthopt.data.subsets import Counts, check_fraction, held_out, stratified
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed
@@ -206,7 +206,7 @@ class EvaluationBatches:
     """
 
     def __init__(
-        self, prepared: Squares, labels: Integers, *, batch_size: int, placement: Placement
+        self, prepared: EvalCrops, labels: Integers, *, batch_size: int, placement: Placement
     ) -> None:
         """Take over images and labels.
 
@@ -283,7 +283,7 @@ class EvaluationBatches:
         return self._placement.stream(
             load,
             range(math.ceil(self.images / size)),
-            immediate=isinstance(self._squares, KeptSquares),
+            immediate=isinstance(self._squares, CachedEvalCrops),
         )
 
 
@@ -375,8 +375,8 @@ class Augmented:
 class Plain(Augmented):
     """Images as they are evaluated."""
 
-    def __init__(self, images: Squares) -> None:
-        self.immediate = isinstance(images, KeptSquares)
+    def __init__(self, images: EvalCrops) -> None:
+        self.immediate = isinstance(images, CachedEvalCrops)
         self._images = images
 
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:  # noqa: ARG002
@@ -387,8 +387,8 @@ class Plain(Augmented):
 class Cropped(Augmented):
     """Images cropped after padding, and mirrored."""
 
-    def __init__(self, images: Squares, *, padding: int, flip: bool) -> None:
-        self.immediate = isinstance(images, KeptSquares)
+    def __init__(self, images: EvalCrops, *, padding: int, flip: bool) -> None:
+        self.immediate = isinstance(images, CachedEvalCrops)
         self._images = images
         self._padding = padding
         self._flip = flip
@@ -404,7 +404,7 @@ class PaperAugmented(Augmented):
 
     immediate = False
 
-    def __init__(self, images: Wholes, augmentation: PaperAugmentation) -> None:
+    def __init__(self, images: FullImages, augmentation: PaperAugmentation) -> None:
         self._images = images
         self._augmentation = augmentation
 
@@ -496,7 +496,7 @@ class Preparation:
             case other:
                 assert_never(other)
 
-    def _squares(self, images: Images, indices: Integers, *, limit_bytes: float) -> Squares:
+    def _squares(self, images: Images, indices: Integers, *, limit_bytes: float) -> EvalCrops:
         """Some images as evaluation sees them."""
         return squares(
             images,

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from widthopt.data.choice import DatasetChoice
+from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages
 from widthopt.data.subsets import fraction_of, members, permuted
 

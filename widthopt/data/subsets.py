@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from widthopt.data.choice import Dataset, classes, origin
+from widthopt.data.dataset import Dataset, classes, origin
 from widthopt.data.images import NAMED, Integers
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed

@@ -1,12 +1,12 @@
 """Networks at width multiplier 1: torchvision's by name, and any factory of a user's own.
 
 A network says how it is built at a depth, where its stages and blocks lie, and how its
-weights start. Widths are not its business: `widthopt.surgery` sizes any network.
+weights start. Widths are not its business: `widthopt.networks.resize` sizes any network.
 """
 
 from typing import TYPE_CHECKING, Any
 
-import widthopt.operators  # noqa: F401  (before torchvision, which a user's network may import)
+import widthopt.networks.torchvision_operators  # noqa: F401  (before torchvision, which a user's network may import)
 
 
 # isort: split

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-import widthopt.operators  # noqa: F401  (before torchvision)
+import widthopt.networks.torchvision_operators  # noqa: F401  (before torchvision)
 
 
 # isort: split
