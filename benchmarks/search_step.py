@@ -20,7 +20,7 @@ from widthopt.algorithms import SearchContext
 from widthopt.algorithms.dmcp import _Architecture
 from widthopt.algorithms.morphnet import _Pruning
 from widthopt.algorithms.penalty import Penalty
-from widthopt.algorithms.sandwich import Sandwich, prepared
+from widthopt.algorithms.sandwich import Sandwich, prepare_supernet
 from widthopt.config.compose import compose
 from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint
@@ -54,9 +54,9 @@ def searching(
         )
         loop = looping(model, recipe, RUNTIME, _Pruning(penalty, algorithm, recipe))
         return loop, lambda: 3 * blueprint.graph.macs() * loop.tally.images, "plain"
-    conditions = SearchContext(recipe, RUNTIME, 0, folder)
-    supernet, runtime = prepared(
-        blueprint, conditions, enlarge=algorithm.enlarge, batch_size=recipe.batch_size
+    context = SearchContext(recipe, RUNTIME, 0, folder)
+    supernet, runtime = prepare_supernet(
+        blueprint, context, enlarge=algorithm.enlarge, batch_size=recipe.batch_size
     )
     grids = algorithm.options(supernet.graph)
     smoothing = recipe.label_smoothing

@@ -27,7 +27,7 @@ from cluster import Cluster
 from hydra_plugins.widthopt_launchers import queue
 from hydra_plugins.widthopt_launchers.slurm import Slurm
 from hydra_plugins.widthopt_launchers.workload import Task
-from widthopt.runs.manifest import manifests
+from widthopt.runs.manifest import load_manifests
 from widthopt.sweeps.workload import StoredSweep
 
 
@@ -113,13 +113,13 @@ def overhead(cluster: Cluster, *, turns: int) -> tuple[float, float]:
     words = (*command, "-m", *TRAINING, *later, f"root={root}")
     subprocess.run(words, check=True, capture_output=True)  # noqa: S603
     cluster.cancel_all()
-    (sweep,) = manifests(root)
+    (sweep,) = load_manifests(root)
     (name,) = sweep.own
     workload = StoredSweep(root, sweep)
     launcher = slurm("widthopt.sweeps.worker.run_spec")
 
     def as_job() -> None:
-        workload.begin(assume_yes=True, live=queue.live())
+        workload.begin(assume_yes=True, live=queue.live_jobs())
         launcher.submit(workload)
 
     def by_hand() -> subprocess.Popen[bytes]:
@@ -161,7 +161,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
             begin = time.perf_counter()
             slurm(begin="now+3600").submit(Nothing(root, count))
             seconds = time.perf_counter() - begin
-            note = f"seconds; {len(queue.live())} jobs in the queue"
+            note = f"seconds; {len(queue.live_jobs())} jobs in the queue"
             yield Figure(f"submit/runs/{count}", seconds, note)
             yield Figure(f"sbatch/runs/{count}", calls(root), "calls")
             cluster.cancel_all()
@@ -180,7 +180,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
             workload = Nothing(root, 922)
             begin = time.perf_counter()
             replace(slurm(), parallelism=8).submit(workload)
-            while queue.live():
+            while queue.live_jobs():
                 time.sleep(1)
             done = sum(workload.is_done(task.name) for task in workload.tasks())
             yield Figure("end/runs/922", time.perf_counter() - begin, f"seconds; {done} are done")

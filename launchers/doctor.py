@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra_plugins.widthopt_launchers import queue
-from hydra_plugins.widthopt_launchers.slurm import Resources, Slurm, file_system, how_ended, shared
+from hydra_plugins.widthopt_launchers.slurm import Resources, Slurm, file_system, explain_endings, is_shared
 from hydra_plugins.widthopt_launchers.workload import Task
 from widthopt.errors import InputError
-from widthopt.files import writable, write_atomically
+from widthopt.files import check_writable, write_atomically
 
 
 PROBE_SECONDS = 300
@@ -67,15 +67,15 @@ def checks(root: Path, options: Mapping[str, Any], *, device: str, job: bool) ->
         yield _badly("SLURM", f"there is no {', '.join(missing)}; start on a login node")
         return
     try:
-        release = queue.ask("sbatch", "--version").strip()
-        live = len(queue.live())
+        release = queue.query("sbatch", "--version").strip()
+        live = len(queue.live_jobs())
     except InputError as error:
         yield _badly("SLURM", str(error))
         return
     yield _well("SLURM", f"{release}; {live} jobs of yours")
     yield _well("arrays", f"up to {queue.array_size()} runs in one")
     try:
-        queue.ask("sacct", "-X", "-n", "-P", "-o", "JobID", "-S", "now-1minutes")
+        queue.query("sacct", "-X", "-n", "-P", "-o", "JobID", "-S", "now-1minutes")
         yield _well("accounting", "there; it tells how jobs ended")
     except InputError:
         yield _well("accounting", "none; states come from the runs' own files all the same")
@@ -93,12 +93,12 @@ def checks(root: Path, options: Mapping[str, Any], *, device: str, job: bool) ->
 def _folder(root: Path) -> Iterator[Check]:
     """The folder: there, writable, shared, with locks and room."""
     try:
-        writable(root)
+        check_writable(root)
     except InputError as error:
         yield _badly("root", str(error))
         return
-    yield Check("root", shared(root), f"{root.resolve()} on {file_system(root)}" + (
-        "" if shared(root) else
+    yield Check("root", is_shared(root), f"{root.resolve()} on {file_system(root)}" + (
+        "" if is_shared(root) else
         ", which no other node sees; name a folder on a shared file system"
     ))  # fmt: skip
     with tempfile.NamedTemporaryFile(dir=root, prefix=".lock.") as first:
@@ -225,12 +225,12 @@ def _node(root: Path, options: Mapping[str, Any], device: str) -> Iterator[Check
             slurm.submit(workload)
             until = time.monotonic() + PROBE_SECONDS
             while not workload.is_done("doctor") and time.monotonic() < until:
-                if workload.job("doctor") not in queue.live() and not workload.is_done("doctor"):
+                if workload.job("doctor") not in queue.live_jobs() and not workload.is_done("doctor"):
                     break
                 time.sleep(0.5)
             if not workload.is_done("doctor"):
                 job = workload.job("doctor")
-                why = queue.live().get(job) or how_ended(own, [job]).get(job, "it left no word")
+                why = queue.live_jobs().get(job) or explain_endings(own, [job]).get(job, "it left no word")
                 queue.cancel([job])
                 said = f"job {job} did not look at a node ({why}); see the files in {own}"
                 yield _badly("node", said)

@@ -22,13 +22,13 @@ from hydra_plugins.widthopt_launchers.progress import Progress
 from hydra_plugins.widthopt_launchers.workload import Failed, Workload
 from widthopt.errors import InputError
 from widthopt.files import write_atomically, writing
-from widthopt.runs.states import there
+from widthopt.runs.states import root_option
 
 
 logger = logging.getLogger("widthopt")
 
 
-def named(path: str) -> Any:
+def import_name(path: str) -> Any:
     """What a dotted name names, the last part inside a module."""
     module, _, attribute = path.rpartition(".")
     return getattr(import_module(module), attribute)
@@ -117,7 +117,7 @@ class _Launcher(Launcher):
                 f"hydra.launcher.assume_yes is {self.assume_yes}, but it must be true or false; correct it"
             )
         self.prepare()
-        workload: Workload = named(self.workload)(self.context.config_loader, job_overrides)
+        workload: Workload = import_name(self.workload)(self.context.config_loader, job_overrides)
         workload.begin(assume_yes=self.assume_yes, live=self.live)
         save_launch_spec(workload, self)
         self.carry_out(workload)
@@ -165,7 +165,7 @@ class WidthoptInProcessLauncher(_Launcher):
 
     def execute(self, workload: Workload, progress: Progress) -> None:
         """See `_Launcher`."""
-        run_spec, lost = named(self.run_spec), set[str]()
+        run_spec, lost = import_name(self.run_spec), set[str]()
         for task in workload.tasks():
             if not lost.isdisjoint(task.needs):
                 lost.add(task.name)
@@ -211,7 +211,7 @@ class WidthoptSlurmLauncher(_Launcher):
                 f"hydra.launcher.wait is {self.stay}, but it is true or false; correct it"
             )
         self.slurm = Slurm(run_spec=self.run_spec, **wanted)
-        self.live = queue.live()
+        self.live = queue.live_jobs()
 
     def carry_out(self, workload: Workload) -> None:
         """Submit what is missing of some work that was begun, and say how to watch it.
@@ -222,7 +222,7 @@ class WidthoptSlurmLauncher(_Launcher):
         from hydra_plugins.widthopt_launchers.slurm import watch  # noqa: PLC0415 (imports submitit)
 
         left = len(workload.tasks())
-        where = f"{workload.name} {there(workload.root)}"
+        where = f"{workload.name} {root_option(workload.root)}"
         try:
             submitted = self.slurm.submit(workload) if left else 0
             queued = f", {left - submitted} are in the queue already" if left > submitted else ""

@@ -70,7 +70,7 @@ class Pool:
         lost: set[str] = set()
         try:
             while waiting or running:
-                for task in _blocked(waiting, lost):
+                for task in _remove_blocked(waiting, lost):
                     progress.wait_for_ever(task)
                 for task in self._startable(waiting, running):
                     process = context.Process(
@@ -88,7 +88,7 @@ class Pool:
                         progress.finish(task)
                     else:
                         lost.add(task.name)
-                        progress.fail(task, workload.failure(task.name) or _how(process.exitcode))
+                        progress.fail(task, workload.failure(task.name) or _exit_text(process.exitcode))
                 progress.tick()
         except KeyboardInterrupt:
             for _, process in running.values():
@@ -112,7 +112,7 @@ class Pool:
         return ready[: self._parallel - len(running)]
 
 
-def _blocked(waiting: dict[str, Task], lost: set[str]) -> list[Task]:
+def _remove_blocked(waiting: dict[str, Task], lost: set[str]) -> list[Task]:
     """What can never be started, taken out of what waits and lost too, with what needs that."""
     result: list[Task] = []
     while found := [task for task in waiting.values() if not lost.isdisjoint(task.needs)]:
@@ -123,7 +123,7 @@ def _blocked(waiting: dict[str, Task], lost: set[str]) -> list[Task]:
     return result
 
 
-def _how(code: int | None) -> str:
+def _exit_text(code: int | None) -> str:
     """How a process ended that left no word."""
     if code is not None and code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"

@@ -26,18 +26,18 @@ _HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_")
 """How a person likes these commands to answer: other columns, or some jobs only."""
 
 
-def there() -> bool:
+def is_available() -> bool:
     """Whether this machine has SLURM's commands."""
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
-def ask(*words: str) -> str:
+def query(*words: str) -> str:
     """What one of SLURM's commands answers.
 
     Raises:
         InputError: It is not there, or SLURM refuses; with SLURM's own words.
     """
-    done = _done(*words)
+    done = _execute(*words)
     if done.returncode:
         raise InputError(
             f"{words[0]} is refused by SLURM ({words_of(done.stderr)}), but it has to succeed; "
@@ -46,7 +46,7 @@ def ask(*words: str) -> str:
     return done.stdout
 
 
-def _done(*words: str) -> "subprocess.CompletedProcess[str]":
+def _execute(*words: str) -> "subprocess.CompletedProcess[str]":
     """How one of SLURM's commands ended.
 
     Raises:
@@ -75,7 +75,7 @@ def words_of(text: str) -> str:
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "without a word"
 
 
-def live() -> dict[str, str]:
+def live_jobs() -> dict[str, str]:
     """The jobs of this user that wait or run: by name, their state and why they wait.
 
     The elements of an array are jobs of their own, called ``JOB_INDEX``. What waits for a job that
@@ -85,7 +85,7 @@ def live() -> dict[str, str]:
         InputError: SLURM's controller does not answer.
     """
     # By number: the name that the environment has may be another one's.
-    text = ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
+    text = query("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
     found = {}
     for line in text.splitlines():
         job, state, reason = (*line.strip().split("|", 2), "", "")[:3]
@@ -94,23 +94,23 @@ def live() -> dict[str, str]:
     return found
 
 
-def named(name: str) -> dict[int, str]:
+def array_elements(name: str) -> dict[int, str]:
     """The live elements of the array of this name, by index; a single job has index 0."""
-    text = ask("squeue", "-h", "-r", "-n", name, "-o", "%i")
+    text = query("squeue", "-h", "-r", "-n", name, "-o", "%i")
     jobs = sorted(line.strip() for line in text.splitlines() if line.strip())
     return {int(job.partition("_")[2] or 0): job for job in jobs}
 
 
 def hosts() -> set[str]:
     """The machines that are nodes, as they call themselves, but for those at this one's address."""
-    nodes = ask("scontrol", "-o", "show", "node").splitlines()
+    nodes = query("scontrol", "-o", "show", "node").splitlines()
     away = [one for one in nodes if not re.search(r"\bNodeAddr=(127\.|localhost\b)", one)]
     return {name for one in away for name in re.findall(r"\bNodeHostName=(\S+)", one)}
 
 
 def array_size() -> int:
     """How many elements one array may have (``MaxArraySize`` bounds the index)."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", query("scontrol", "show", "config"), re.MULTILINE)
     return max(1, int(found[1]) if found else _ARRAY_SIZE)
 
 
@@ -123,7 +123,7 @@ def check(options: Mapping[str, str]) -> None:
     Raises:
         InputError: It would not, in its own words; or it would, and never start it.
     """
-    done = _done("sbatch", "--test-only", *words_for(options), "--wrap", "true")
+    done = _execute("sbatch", "--test-only", *words_for(options), "--wrap", "true")
     if done.returncode:
         shown = " ".join(words_for(options))
         raise InputError(
@@ -133,7 +133,7 @@ def check(options: Mapping[str, str]) -> None:
     # A limit above the partition's is taken, and then the job waits for ever.
     named = options.get("partition") or os.environ.get("SBATCH_PARTITION")
     limits = {}
-    for line in ask("scontrol", "-o", "show", "partition").splitlines():
+    for line in query("scontrol", "-o", "show", "partition").splitlines():
         said = dict(word.partition("=")[::2] for word in line.split())
         name = said.get("PartitionName", "")
         if name in named.split(",") if named else said.get("Default") == "YES":
@@ -165,7 +165,7 @@ def _minutes(text: str) -> float | None:
 def cancel(jobs: Collection[str]) -> None:
     """End these jobs, whether they wait or run."""
     for some in _portions(jobs):
-        ask("scancel", *some)
+        query("scancel", *some)
 
 
 def _portions(jobs: Collection[str]) -> list[list[str]]:
@@ -174,7 +174,7 @@ def _portions(jobs: Collection[str]) -> list[list[str]]:
     return [ordered[first : first + _AT_ONCE] for first in range(0, len(ordered), _AT_ONCE)]
 
 
-def ended(jobs: Collection[str]) -> dict[str, str]:
+def job_endings(jobs: Collection[str]) -> dict[str, str]:
     """How jobs ended that do not live any more, as far as SLURM still knows; by job.
 
     Args:
@@ -189,7 +189,7 @@ def ended(jobs: Collection[str]) -> dict[str, str]:
         if command[0] == "scontrol" and command[-1] in found:
             continue
         try:
-            text = ask(*command)
+            text = query(*command)
         except InputError:  # no accounting, or forgotten: it is only said to be helpful
             continue
         for line in text.splitlines():

@@ -29,7 +29,7 @@ from hydra_plugins.widthopt_launchers.worker import Order, run_order
 from hydra_plugins.widthopt_launchers.workload import Failed, Task, Workload
 from widthopt.errors import InputError
 from widthopt.files import write_atomically, writing
-from widthopt.runs.states import there
+from widthopt.runs.states import root_option
 
 
 logger = logging.getLogger("widthopt")
@@ -166,7 +166,7 @@ class Slurm:
         Raises:
             InputError: SLURM would not take them; or, in the midst of them, no more of them.
         """
-        if not shared(workload.root):
+        if not is_shared(workload.root):
             raise InputError(
                 f"root is {workload.root}, but it is on {file_system(workload.root)}, which no other "
                 "node sees; name a folder on a shared file system"
@@ -192,10 +192,10 @@ class Slurm:
             logger.warning(
                 "root is %s, on a disk of this machine (%s); on nodes that do not see it runs "
                 "fail: widthopt doctor --job %s asks one",
-                workload.root, kind, there(workload.root),
+                workload.root, kind, root_option(workload.root),
             )  # fmt: skip
-        with _alone(workload.root):
-            live = queue.live()
+        with _submission_lock(workload.root):
+            live = queue.live_jobs()
             _adopt(workload.root)
             waiting = {task.name: job for task in tasks if (job := workload.job(task.name)) in live}
             # Another submitter's jobs may have done some of it since it was planned.
@@ -239,7 +239,7 @@ class Slurm:
 def adopt(root: Path) -> None:
     """Write down jobs whose submitter was killed before it could, unless one is at work now."""
     if any((root / "submissions").glob("*.json")):
-        with suppress(BlockingIOError), _alone(root, wait=False):
+        with suppress(BlockingIOError), _submission_lock(root, wait=False):
             _adopt(root)
 
 
@@ -251,7 +251,7 @@ def _adopt(root: Path) -> None:
     """
     for path in sorted((root / "submissions").glob("*.json")):
         intent = json.loads(path.read_text("utf-8"))
-        for place, job in queue.named(intent["name"]).items():
+        for place, job in queue.array_elements(intent["name"]).items():
             log = f"jobs/{intent['name']}/{job}"
             content = {"job": job, "code": intent["code"], "log": log}
             folder = root / "stages" / intent["runs"][place]
@@ -433,19 +433,19 @@ def file_system(folder: Path) -> str:
     return found[1]
 
 
-def shared(folder: Path) -> bool:
+def is_shared(folder: Path) -> bool:
     """Whether other nodes can see a folder, as far as its kind of file system says."""
     return file_system(folder) not in _UNSHARED
 
 
-def how_ended(root: Path, jobs: Collection[str]) -> dict[str, str]:
+def explain_endings(root: Path, jobs: Collection[str]) -> dict[str, str]:
     """How jobs ended that do not live any more, as far as SLURM still knows; by job.
 
     Args:
         root: The folder that they were to write to; a job that failed without has not seen it.
         jobs: As SLURM calls them.
     """
-    found = queue.ended(jobs)
+    found = queue.job_endings(jobs)
     # Logs are called JOB_RANK_log.out.
     seen = {path.name.rpartition("_log.")[0] for path in root.glob("jobs/*/*_0_log.*")}
     for job, said in found.items():
@@ -458,7 +458,7 @@ def how_ended(root: Path, jobs: Collection[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _alone(root: Path, *, wait: bool = True) -> Iterator[None]:
+def _submission_lock(root: Path, *, wait: bool = True) -> Iterator[None]:
     """Submit alone: another process that wants to waits until this one has left.
 
     Raises:
@@ -468,7 +468,7 @@ def _alone(root: Path, *, wait: bool = True) -> Iterator[None]:
         lock = os.open(root / "submit.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with writing(root):  # some file systems have no locks
-            free = _locked(lock)
+            free = _try_lock(lock)
         if not free:
             if not wait:
                 raise BlockingIOError
@@ -479,7 +479,7 @@ def _alone(root: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(lock)
 
 
-def _locked(file: int) -> bool:
+def _try_lock(file: int) -> bool:
     """Whether a lock could be had at once; if so, it is."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -536,7 +536,7 @@ def watch(workload: Workload) -> None:
         away = False
         while going:
             try:
-                live = queue.live()
+                live = queue.live_jobs()
                 away = False
             except InputError as error:  # its jobs go on, and so does this
                 logger.log(logging.DEBUG if away else logging.WARNING, "%s; asking again", error)
@@ -557,7 +557,7 @@ def watch(workload: Workload) -> None:
                     progress.finish(task)
                 else:
                     progress.fail(
-                        task, workload.failure(name) or how_ended(workload.root, [job]).get(job, "")
+                        task, workload.failure(name) or explain_endings(workload.root, [job]).get(job, "")
                     )
             progress.tick()
             if going:

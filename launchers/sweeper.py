@@ -78,7 +78,7 @@ def _leaves(table: Mapping[Any, Any], key: str) -> Iterator[tuple[str, str]]:
             yield f"{key}.{name}", str(value)
 
 
-def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
+def expand_sweep(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
     """The overrides of each point of a sweep.
 
     The values that an experiment sweeps over are those of its file, but where the command line
@@ -102,7 +102,7 @@ def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
         names = list(one.sweep_string_iterator()) if one.is_sweep_override() else [value]
         rest = [word for word in rest if word.partition("=")[0] != EXPERIMENT]
         if not names:
-            raise _empty(EXPERIMENT, value)
+            raise _no_values(EXPERIMENT, value)
     points: list[list[str]] = []
     for name in names:
         first = [] if name is None else [f"{EXPERIMENT}={name}"]
@@ -119,7 +119,7 @@ def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
         overrides = parser.parse_overrides([*params, *rest])
         for one in overrides:
             if one.is_sweep_override() and not list(one.sweep_string_iterator()):
-                raise _empty(str(one.key_or_group), str(one.input_line).partition("=")[2])
+                raise _no_values(str(one.key_or_group), str(one.input_line).partition("=")[2])
         (batch,) = BasicSweeper.split_arguments(overrides, None)
         points += [[*fixed, *first, *one] for one in batch]
     return points
@@ -158,7 +158,7 @@ def _check_choices(loader: ConfigLoader, config: DictConfig, typed: Sequence[Ove
             )
 
 
-def _empty(key: str, value: str) -> InputError:
+def _no_values(key: str, value: str) -> InputError:
     return InputError(
         f"{key} is {value}, but nothing matches it and the sweep has no points; see widthopt --help"
     )
@@ -172,7 +172,7 @@ class WidthoptSweeper(Sweeper):
     """
 
     def __init__(self, *, params: Mapping[str, str] | None) -> None:
-        """Args: params: What an experiment sweeps over; `expanded` reads it again."""
+        """Args: params: What an experiment sweeps over; `expand_sweep` reads it again."""
         self.params = params
         self.context: HydraContext | None = None
 
@@ -189,5 +189,5 @@ class WidthoptSweeper(Sweeper):
         """Launch the points of these arguments."""
         assert self.context is not None
         assert self.launcher is not None
-        points = expanded(self.context.config_loader, arguments)
+        points = expand_sweep(self.context.config_loader, arguments)
         return [self.launcher.launch(points, initial_job_idx=0)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from widthopt.errors import InputError
-from widthopt.runs.states import this_job
+from widthopt.runs.states import current_job
 
 
 logger = logging.getLogger("widthopt")
@@ -65,11 +65,11 @@ def run_order(order: Order) -> None:
     rank = _take_part()
     try:
         _work(order, Path(order.spec), rank)
-        _take_no_warning()  # from here on it would only spoil the end
+        _ignore_warning()  # from here on it would only spoil the end
     except BaseException as error:
         if warning.came:
             # A training that stops in order raises an exception of its own.
-            _put_back(order, rank, saving=not isinstance(error, KeyboardInterrupt))
+            _requeue(order, rank, saving=not isinstance(error, KeyboardInterrupt))
         if isinstance(error, InputError):
             sys.stderr.write(f"widthopt: {error}\n")
             sys.exit(2)
@@ -107,7 +107,7 @@ def _write_into(log: Path) -> None:
     os.dup2(file, 2)
     os.close(file)
     sys.stdout.write(
-        f"{time.strftime('%Y-%m-%d %H:%M:%S')}, job {this_job()}, host {socket.gethostname()}, "
+        f"{time.strftime('%Y-%m-%d %H:%M:%S')}, job {current_job()}, host {socket.gethostname()}, "
         f"process {os.getpid()}\n"
     )
     sys.stdout.flush()
@@ -116,7 +116,7 @@ def _write_into(log: Path) -> None:
 def _note(path: Path, restarts: int) -> None:
     """Add a line about this start."""
     line = {
-        "job": this_job(),
+        "job": current_job(),
         "restart": restarts,
         "host": socket.gethostname(),
         "time": time.time(),
@@ -134,7 +134,7 @@ class _Warning:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGUSR2, self._take)
         # SLURM signals every process of the job, those that load images too.
-        os.register_at_fork(after_in_child=_take_no_warning)
+        os.register_at_fork(after_in_child=_ignore_warning)
 
     def _take(self, _number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -142,11 +142,11 @@ class _Warning:
         signal.raise_signal(signal.SIGINT)
 
 
-def _take_no_warning() -> None:
+def _ignore_warning() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _put_back(order: Order, rank: int, *, saving: bool) -> None:
+def _requeue(order: Order, rank: int, *, saving: bool) -> None:
     """Put the job back into the queue and wait for its end; the process ends here.
 
     Args:
@@ -160,7 +160,7 @@ def _put_back(order: Order, rank: int, *, saving: bool) -> None:
         # this one, deep inside of a collective call that no signal interrupts.
         time.sleep(GRACE_SECONDS if saving else FIRST_SECONDS)
     if order.requeue:
-        job = this_job()
+        job = current_job()
         try:
             command = ["scontrol", "requeue", job]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from widthopt.config.compose import compose
-from widthopt.config.typed import frozen
+from widthopt.config.typed import to_plain
 from widthopt.errors import InputError
-from widthopt.files import writable
+from widthopt.files import check_writable
 from widthopt.runs.point import SizedRequest
 from widthopt.setting import Recipe
 
@@ -133,7 +133,7 @@ def test_every_choice_becomes_typed_values(group, choice):
             continue
         value = getattr(typed, key)
         assert (list(value) if isinstance(value, tuple) else value) == written[key], key
-    frozen_values = frozen(request)[group]
+    frozen_values = to_plain(request)[group]
     assert {field.name for field in fields(typed)} == frozen_values.keys() - {"_target_"}
 
 
@@ -710,7 +710,7 @@ def test_a_root_that_cannot_be_written_is_refused(tmp_path):
     root = tmp_path / "file"
     root.write_text("no folder")
     with pytest.raises(InputError) as caught:
-        writable(Path(compose([f"root={root / 'runs'}"]).root))
+        check_writable(Path(compose([f"root={root / 'runs'}"]).root))
     assert str(caught.value) == (
         f"root is {root / 'runs'}, but it cannot be written (Not a directory); name a folder you "
         "may write to"

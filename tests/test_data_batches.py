@@ -20,11 +20,11 @@ from torchvision import transforms
 
 from widthopt.config.compose import compose
 from widthopt.data import check, classes, search_split, target_split
-from widthopt.data.augmentation import CropDraws, crop_draws, cropped
+from widthopt.data.augmentation import CropDraws, crop_draws, crop_images
 from widthopt.data.batches import Placement
 from widthopt.data.cache import CachedFullImages, square, wholes
 from widthopt.data.dataset import DatasetChoice
-from widthopt.data.images import ArrayImages, FileImages, reduced
+from widthopt.data.images import ArrayImages, FileImages, reduce_image
 from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime
 
@@ -413,7 +413,7 @@ def test_padded_crops_are_those_of_a_loop_over_pixels(padding):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 7, 7), dtype=np.uint8)
     draws = crop_draws(12, padding=padding, flip=True, seed=4)
     assert 0 < draws.mirrored.sum() < 12
-    found = cropped(pixels, draws, padding=padding)
+    found = crop_images(pixels, draws, padding=padding)
     assert np.array_equal(found, slow_crop(pixels, draws, padding))
 
 
@@ -431,7 +431,7 @@ def test_nothing_is_mirrored_where_a_mirror_image_changes_the_class():
     assert not crop_draws(1_000, padding=2, flip=False, seed=0).mirrored.any()
     draws = CropDraws(np.array([1]), np.array([1]), np.array([False]))
     pixels = np.arange(12, dtype=np.uint8).reshape(1, 3, 2, 2)
-    assert np.array_equal(cropped(pixels, draws, padding=1), pixels)
+    assert np.array_equal(crop_images(pixels, draws, padding=1), pixels)
 
 
 def test_the_papers_augmentation_mirrors_only_where_that_keeps_the_class():
@@ -521,10 +521,10 @@ def test_photographs_are_evaluated_as_torchvision_does_from_the_file(photos):
 
 
 def test_an_image_is_reduced_to_its_short_side_and_never_enlarged():
-    assert reduced(photo(200, 150), 75).size == (100, 75)
-    assert reduced(photo(150, 200), 75).size == (75, 100)
-    assert reduced(photo(200, 150), 150).size == (200, 150)
-    assert reduced(photo(8, 8), 32).size == (8, 8)
+    assert reduce_image(photo(200, 150), 75).size == (100, 75)
+    assert reduce_image(photo(150, 200), 75).size == (75, 100)
+    assert reduce_image(photo(200, 150), 150).size == (200, 150)
+    assert reduce_image(photo(8, 8), 32).size == (8, 8)
 
 
 def test_a_photograph_decoded_at_a_smaller_scale_looks_like_one_decoded_in_full(tmp_path):
@@ -532,7 +532,7 @@ def test_a_photograph_decoded_at_a_smaller_scale_looks_like_one_decoded_in_full(
     photo(401, 300).save(path, quality=95)
     images = FileImages(str(tmp_path), np.array([0]), ("a",), (str(path),))
     quick = np.asarray(images.image(0, short_side=30), dtype=int)
-    full = np.asarray(reduced(images.image(0), 30), dtype=int)
+    full = np.asarray(reduce_image(images.image(0), 30), dtype=int)
     assert quick.shape == full.shape == (30, 40, 3)
     assert abs(quick - full).mean() < 2  # of 255
 

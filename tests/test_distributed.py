@@ -57,7 +57,7 @@ def member(function, rank, ranks, folder):
     torch.distributed.destroy_process_group()
 
 
-def together(function, ranks, folder):
+def process_group(function, ranks, folder):
     """What each of several processes returned, tensors and plain data."""
     folder.mkdir()
     context = multiprocessing.get_context("fork")
@@ -70,7 +70,7 @@ def together(function, ranks, folder):
     for one in started:
         one.join(timeout=120)
         assert one.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    return [torch.load_state_dict(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def close(tensors, others, atol=1e-6):
@@ -137,7 +137,7 @@ def exchanged(_folder):
 
 
 def test_sums_and_messages_reach_every_process(tmp_path):
-    for found in together(exchanged, 3, tmp_path / "three"):
+    for found in process_group(exchanged, 3, tmp_path / "three"):
         assert torch.equal(found["one"], torch.full((3, 2), 6.0))
         assert torch.equal(found["other"], torch.tensor([30.0]))
         assert found["ranks"] == 3
@@ -162,7 +162,7 @@ def test_a_process_alone_exchanges_nothing():
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_processes_train_as_one_does_on_as_many_micro_batches(tmp_path, ranks):
     """BatchNorm sees the images of its own process; 16 images on 3 processes are 5, 5 and 6."""
-    found = together(lambda _: run_training(), ranks, tmp_path / "together")
+    found = process_group(lambda _: run_training(), ranks, tmp_path / "together")
     if ranks == 2:
         alone = run_training(parts=2)
         for one in found:
@@ -178,7 +178,7 @@ def test_processes_train_as_one_does_on_as_many_micro_batches(tmp_path, ranks):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_without_batchnorm_processes_train_as_one_does_on_whole_batches(tmp_path, ranks):
     alone = run_training(norm=False)
-    for one in together(lambda _: run_training(norm=False), ranks, tmp_path / "together"):
+    for one in process_group(lambda _: run_training(norm=False), ranks, tmp_path / "together"):
         close(one["weights"], alone["weights"])
         assert one["said"] == pytest.approx(alone["said"], rel=1e-5)
 
@@ -203,13 +203,13 @@ def stopped(folder):
 
 
 def test_all_processes_stop_after_the_same_step_and_go_on_to_the_same_bits(tmp_path):
-    for one in together(stopped, 2, tmp_path / "stopped"):
+    for one in process_group(stopped, 2, tmp_path / "stopped"):
         assert "interrupted after step 6 of 8" in one["said"]
     run = tmp_path / "stopped" / "run"
     steps = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert len(steps) == 2
-    resumed = together(lambda _: run_training(folder=run), 2, tmp_path / "resumed")
-    whole = together(lambda _: run_training(), 2, tmp_path / "whole")
+    resumed = process_group(lambda _: run_training(folder=run), 2, tmp_path / "resumed")
+    whole = process_group(lambda _: run_training(), 2, tmp_path / "whole")
     for one, other in zip(resumed, whole, strict=True):
         equal(one["weights"], other["weights"])
         equal(one["buffers"], other["buffers"])
@@ -237,7 +237,7 @@ def dropped(_folder):
 
 
 def test_processes_draw_differently_for_their_different_images(tmp_path):
-    one, other = together(dropped, 2, tmp_path / "two")
+    one, other = process_group(dropped, 2, tmp_path / "two")
     assert not torch.equal(one, other)
     assert torch.equal(one, dropped(None))
 
@@ -258,7 +258,7 @@ def measured(_folder):
 
 
 def test_the_images_of_all_processes_are_evaluated(tmp_path):
-    one, other = together(measured, 2, tmp_path / "two")
+    one, other = process_group(measured, 2, tmp_path / "two")
     equal(one["buffers"], other["buffers"])
     assert one["passed"] == other["passed"] == 64
     assert one["accuracy"] == other["accuracy"]
@@ -271,7 +271,7 @@ def still(_folder):
 
 
 def test_accuracy_is_that_of_one_process_exactly(tmp_path):
-    assert together(still, 2, tmp_path / "two") == [still(None)] * 2
+    assert process_group(still, 2, tmp_path / "two") == [still(None)] * 2
 
 
 def test_recalibration_is_the_mean_over_processes(tmp_path):
@@ -289,7 +289,7 @@ def test_recalibration_is_the_mean_over_processes(tmp_path):
         recalibrate(model, Synthetic(), runtime=RUNTIME)
         return {"mean": model.bn0.running_mean, "variance": model.bn0.running_var}
 
-    for one in together(recalibrated, 2, tmp_path / "two"):
+    for one in process_group(recalibrated, 2, tmp_path / "two"):
         close(one, {"mean": mean, "variance": variance}, atol=1e-5)
 
 
@@ -334,7 +334,7 @@ def dmcp_steps(*, parts=1):
 
 def test_two_processes_search_by_dmcp_as_one_does(tmp_path):
     """T18: the same widths in each step, the same alpha and weights afterwards."""
-    one, other = together(lambda _: dmcp_steps(), 2, tmp_path / "two")
+    one, other = process_group(lambda _: dmcp_steps(), 2, tmp_path / "two")
     equal(one["weights"], other["weights"])
     assert torch.equal(one["alpha"], other["alpha"])
     alone = dmcp_steps(parts=2)
@@ -364,7 +364,7 @@ def slimmed(chunks=4):
 @pytest.mark.parametrize(("chunks", "ranks"), [(4, 2), (5, 2), (1, 2), (4, 4)])
 def test_slimming_counts_the_mistakes_of_all_processes_chunks(tmp_path, chunks, ranks):
     """Error count for error count (17); one of two processes may have no chunk at all."""
-    found = together(lambda _: slimmed(chunks), ranks, tmp_path / "together")
+    found = process_group(lambda _: slimmed(chunks), ranks, tmp_path / "together")
     alone = slimmed(chunks)
     assert [one["moves"] for one in found] == [alone["moves"]] * ranks
     assert len({one["macs"] for one in found}) == 1
@@ -381,15 +381,15 @@ def test_the_first_process_decides_how_a_supernet_runs(tmp_path, monkeypatch):
         return sandwich._Way("contiguous", mixed=False, backend=backend)  # noqa: SLF001
 
     monkeypatch.setattr(sandwich, "_fastest", timed)
-    monkeypatch.setattr(sandwich, "_kept", lambda *_: None)  # of a folder not seen yet
+    monkeypatch.setattr(sandwich, "_stored_trial", lambda *_: None)  # of a folder not seen yet
 
     def backend(folder):
         runtime = dataclasses.replace(RUNTIME, backend="auto")
-        conditions = SearchContext(RECIPE, runtime, 0, folder / "run")
-        supernet, _ = sandwich.prepared(Blueprint(WHERE), conditions, enlarge=1.5, batch_size=16)
+        context = SearchContext(RECIPE, runtime, 0, folder / "run")
+        supernet, _ = sandwich.prepare_supernet(Blueprint(WHERE), context, enlarge=1.5, batch_size=16)
         return supernet.backend
 
-    assert together(backend, 2, tmp_path / "two") == ["mask", "mask"]
+    assert process_group(backend, 2, tmp_path / "two") == ["mask", "mask"]
 
 
 def run_search(name, folder):
@@ -399,7 +399,7 @@ def run_search(name, folder):
             WHERE,
             Split(Synthetic(), Synthetic(), 4),
             budget_macs=Blueprint(WHERE).graph.macs(),
-            conditions=SearchContext(RECIPE, RUNTIME, 0, folder / "run"),
+            context=SearchContext(RECIPE, RUNTIME, 0, folder / "run"),
         )
     )
 
@@ -407,7 +407,7 @@ def run_search(name, folder):
 @pytest.mark.parametrize("kind", [DMCP, AutoSlim])
 def test_a_whole_search_is_the_same_in_every_process(tmp_path, kind):
     name = kind.__name__.lower()
-    one, other = together(lambda folder: run_search(name, folder), 2, tmp_path / "two")
+    one, other = process_group(lambda folder: run_search(name, folder), 2, tmp_path / "two")
     for result in (one, other):
         result.pop("seconds")
         result["details"].pop("slimming_seconds", None)
@@ -426,7 +426,7 @@ def test_processes_that_see_different_folders_are_stopped(tmp_path):
             return {"said": f"{type(error).__name__}: {error}"}
         return {"said": ""}
 
-    found = together(apart, 2, tmp_path / "two")
+    found = process_group(apart, 2, tmp_path / "two")
     assert any("another training" in one["said"] or "same folder" in one["said"] for one in found)
 
 

@@ -63,7 +63,7 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=None, budget=None,
         where,
         data or Split(Synthetic(), Synthetic(), 4),
         budget_macs=budget or Blueprint(where).graph.macs(),
-        conditions=SearchContext(recipe, RUNTIME, seed, folder),
+        context=SearchContext(recipe, RUNTIME, seed, folder),
     )
 
 
@@ -350,7 +350,7 @@ def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regularise
     chains, budget = objective.chains, BASE.macs()
     chains.start_at(1.25 * budget)
     before = chains.alpha.clone()
-    end = objective.simulated()
+    end = objective.simulate_regulariser()
     assert torch.equal(chains.alpha, before)
     alone = AlphaSGD(chains, mu=0.9)
     for step in range(60):
@@ -372,7 +372,7 @@ def test_a_search_reaches_its_budget_and_says_so(tmp_path):
         assert found.multipliers == {
             key: pytest.approx(channels[key] / n) for key, n in BASE.channels.items()
         }
-        supernet = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)).resized(
+        supernet = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)).resize_graph(
             {key: round(1.5 * n) for key, n in BASE.channels.items()}
         )
         part = supernet.macs(channels) / budget
@@ -414,7 +414,7 @@ def test_the_papers_networks_reach_their_budget_on_digits(tmp_path, network, wid
     assert 0.95 <= found.details["expected_part_of_budget"] <= 1.02
     graph = Blueprint(where).graph
     rounded = {name: round(count) for name, count in found.details["expected_channels"].items()}
-    assert Blueprint(where).resized(rounded).macs() == pytest.approx(graph.macs(), rel=0.05)
+    assert Blueprint(where).resize_graph(rounded).macs() == pytest.approx(graph.macs(), rel=0.05)
     steps = found.details["steps_by_side_of_budget"]
     assert steps["within"] > steps["above"] > 0
 
@@ -512,7 +512,7 @@ def test_the_overhead_is_what_the_layers_did(tmp_path, backend):
             Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0),
             Split(Watched(instrument), Synthetic(), 4),
             budget_macs=BASE.macs(),
-            conditions=SearchContext(
+            context=SearchContext(
                 RECIPE, dataclasses.replace(RUNTIME, backend=backend), 0, tmp_path
             ),
         )

@@ -39,7 +39,7 @@ def search(folder, name, **runtime):
         WHERE,
         Split(Synthetic(), Synthetic(), 4),
         budget_macs=Blueprint(WHERE).graph.macs(),
-        conditions=SearchContext(recipe, dataclasses.replace(RUNTIME, **runtime), 0, folder),
+        context=SearchContext(recipe, dataclasses.replace(RUNTIME, **runtime), 0, folder),
     )
 
 

@@ -25,7 +25,7 @@ from hydra_plugins.widthopt_launchers.launcher import (
 )
 from hydra_plugins.widthopt_launchers.local import TICK_SECONDS, Pool
 from hydra_plugins.widthopt_launchers.progress import Progress
-from hydra_plugins.widthopt_launchers.sweeper import expanded
+from hydra_plugins.widthopt_launchers.sweeper import expand_sweep
 from hydra_plugins.widthopt_launchers.workload import Failed, Task
 from widthopt.errors import InputError
 
@@ -371,7 +371,7 @@ def test_registering_again_changes_nothing():
 
 def points(*words):
     with initialize_config_module("conf", version_base="1.3"):
-        return expanded(GlobalHydra.instance().config_loader(), list(words))
+        return expand_sweep(GlobalHydra.instance().config_loader(), list(words))
 
 
 def test_points_are_the_product_of_what_is_swept():

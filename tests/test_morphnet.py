@@ -86,7 +86,7 @@ def search(folder, *, recipe=RECIPE, data=None, network=None, seed=0, where=None
     if data is None:
         data = Split(Synthetic(), Synthetic(), 4)
     return MorphNet(**(DEFAULT | options)).search(
-        where, data, budget_macs=1, conditions=SearchContext(recipe, RUNTIME, seed, folder)
+        where, data, budget_macs=1, context=SearchContext(recipe, RUNTIME, seed, folder)
     )
 
 
@@ -319,7 +319,7 @@ def test_two_processes_prune_as_one_does(tmp_path):
         one.join(timeout=60)
         assert one.exitcode == 0
     for rank in range(2):
-        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        together = torch.load_state_dict(tmp_path / f"{rank}.pt", weights_only=True)
         for name, parameter in alone.items():
             torch.testing.assert_close(together[name], parameter, rtol=0, atol=1e-6)
     assert any(one.eq(0).any() for name, one in alone.items() if "bn" in name)  # some died
@@ -684,7 +684,7 @@ def test_the_uniform_network_costs_nothing_to_find(tmp_path):
         setting(),
         Split(Synthetic(), Synthetic(), 4),
         budget_macs=1,
-        conditions=SearchContext(RECIPE, RUNTIME, 0, tmp_path),
+        context=SearchContext(RECIPE, RUNTIME, 0, tmp_path),
     )
     assert found.multipliers == dict.fromkeys(("stem", "inner", "down", "wide"), 1.0)
     assert found.overhead_macs == 0

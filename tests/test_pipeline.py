@@ -17,7 +17,7 @@ import widthopt
 from widthopt.config.compose import compose, search
 from widthopt.errors import InputError
 from widthopt.records import from_json
-from widthopt.runs.execute import found, run
+from widthopt.runs.execute import search_widths, run_request
 from widthopt.runs.plan import Plan
 from widthopt.runs.point import SizedRequest
 
@@ -87,7 +87,7 @@ def entries(root, kind):
 def ran(tmp_path_factory):
     """A run of all three methods: its point and its records."""
     one = point(f"root={tmp_path_factory.mktemp('runs')}")
-    return one, run(one)
+    return one, run_request(one)
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +224,14 @@ def test_what_is_done_is_not_done_again(ran):
     files = {path: path.stat().st_mtime_ns for path in one.store.root.rglob("result.json")}
     written = (one.folder / "record.json").read_bytes()
     shown = []
-    assert run(point(f"root={one.request.root}"), show=shown.append) == records
+    assert run_request(point(f"root={one.request.root}"), show=shown.append) == records
     assert shown == ["uniform, seed 0", "direct, seed 0", "transfer, seed 0"]
     assert {path: path.stat().st_mtime_ns for path in one.store.root.rglob("result.json")} == files
     assert (one.folder / "record.json").read_bytes() == written
 
 
 def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
-    again = run(point(f"root={tmp_path}", "methods=[transfer]"))[0]
+    again = run_request(point(f"root={tmp_path}", "methods=[transfer]"))[0]
     before = ran[1][2]
     assert again.found.channels == before.found.channels
     assert again.found.flags == before.found.flags
@@ -246,7 +246,7 @@ def test_a_training_is_named_before_its_channels_are_known(tmp_path):
     """By where they come from; two ways to the same channels are two trainings, and alike."""
     one = unsearched(f"root={tmp_path}", "recipe.epochs=1")
     names = [one.train_entry(method, 0).folder.name for method in ("uniform", "direct", "transfer")]
-    records = run(one)
+    records = run_request(one)
     assert [record.stages["train"] for record in records] == names
     assert len({tuple(record.found.channels.items()) for record in records}) == 1
     assert entries(tmp_path, "train") == sorted(names)
@@ -261,7 +261,7 @@ def test_direct_and_transfer_without_a_projection_share_one_search(tmp_path):
     again = point("projection.width=1", "projection.fraction=1.0")
     assert again.search_entry("transfer", 0).key == one.search_entry("transfer", 0).key
     assert one.train_entry("direct", 0).key == again.train_entry("transfer", 0).key
-    records = run(one)
+    records = run_request(one)
     assert [record.found.method for record in records] == ["uniform", "direct", "transfer"]
     assert len(entries(tmp_path, "search")) == 1
     assert len(entries(tmp_path, "train")) == 2
@@ -392,7 +392,7 @@ def test_a_given_budget_is_met_by_all_and_shared_out_to_the_proxy(part, tmp_path
     budget = round(part * full.budget_macs)
     one = unsearched(f"root={tmp_path}", f"budget_macs={budget}")
     for method in ("uniform", "direct", "transfer"):
-        match = found(one.request, method=method)
+        match = search_widths(one.request, method=method)
         assert match.budget_macs == budget
         assert 0.97 * budget <= match.macs <= budget
     assert one.search_budget("direct") == budget

@@ -10,10 +10,10 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from hydra_plugins.widthopt_launchers.sweeper import check_once, expanded
+from hydra_plugins.widthopt_launchers.sweeper import check_once, expand_sweep
 from widthopt.__main__ import _plan
-from widthopt.config.compose import compose, compose_sweep, requests
-from widthopt.config.typed import NON_IDENTITY_KEYS, frozen, request
+from widthopt.config.compose import compose, compose_sweep, build_requests
+from widthopt.config.typed import NON_IDENTITY_KEYS, to_plain, build_request
 from widthopt.errors import InputError
 from widthopt.reporting.console import show_plan
 from widthopt.reporting.sweeps import draw
@@ -196,7 +196,7 @@ def test_the_number_of_points_is_the_one_that_stands_in_the_file(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     said = int(text.lower().partition("points: ")[2].split()[0])
     with initialize_config_module("conf", version_base="1.3"):
-        points = expanded(GlobalHydra.instance().config_loader(), [f"experiment={name}"])
+        points = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={name}"])
     assert len(points) == said
 
 
@@ -213,7 +213,7 @@ def test_the_miniature_has_every_figure_of_the_paper(name):
 def first(experiment):
     """The first value of everything that an experiment sweeps over."""
     with initialize_config_module("conf", version_base="1.3"):
-        words = expanded(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[0]
+        words = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[0]
     return [word for word in words if not word.startswith("experiment=")]
 
 
@@ -278,8 +278,8 @@ def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
     """The oracle is Hydra's own composition of the same words, every 17th point."""
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        points = expanded(loader, [f"experiment={name}"])[::17]
-        together = requests(loader, points)
+        points = expand_sweep(loader, [f"experiment={name}"])[::17]
+        together = build_requests(loader, points)
     for words, one in zip(points, together, strict=True):
         alone = compose(words)
         assert one.fields == alone.fields
@@ -289,7 +289,7 @@ def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
 def test_the_values_of_one_point_do_not_reach_the_next():
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        one, other = requests(loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]])
+        one, other = build_requests(loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]])
     assert (one.projection.width, one.seeds, one.target.depth) == (0.7, (3,), 1)
     assert other.fields == compose(["target.depth=2"]).fields
 
@@ -298,7 +298,7 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
     calls = []
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        points = expanded(loader, ["experiment=fig3_width"])
+        points = expand_sweep(loader, ["experiment=fig3_width"])
         compose_one = loader.load_configuration
 
         def counted(*args, **kwargs):
@@ -306,14 +306,14 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
             return compose_one(*args, **kwargs)
 
         monkeypatch.setattr(loader, "load_configuration", counted)
-        assert len(requests(loader, points)) == 108
+        assert len(build_requests(loader, points)) == 108
     assert len(calls) == 2 * 3  # networks and algorithms
 
 
 def test_requests_that_are_frozen_are_the_same_again():
     words = ["root=elsewhere", "runtime.workers=3", *first("fig6_compound")]
     one = compose(["experiment=fig6_compound", *words])
-    again = request(_config(json.loads(json.dumps(frozen(one)))))
+    again = build_request(_config(json.loads(json.dumps(to_plain(one)))))
     assert again.fields == one.fields
     assert (again.root, again.runtime) == (one.root, one.runtime)
 

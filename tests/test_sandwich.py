@@ -19,7 +19,7 @@ from widthopt.algorithms.sandwich import (
     Sandwich,
     check_budget,
     distillation,
-    prepared,
+    prepare_supernet,
     step_macs,
 )
 from widthopt.errors import InputError
@@ -672,10 +672,10 @@ def passes():
 
 
 def prepare(folder, *, seed=0, **runtime):
-    conditions = SearchContext(
+    context = SearchContext(
         recipe=RECIPE, runtime=dataclasses.replace(RUNTIME, **runtime), seed=seed, folder=folder
     )
-    return prepared(BLUEPRINT, conditions, enlarge=1.5, batch_size=16)
+    return prepare_supernet(BLUEPRINT, context, enlarge=1.5, batch_size=16)
 
 
 WAYS = [

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widthopt.errors import InputError
-from widthopt.files import writable, write_atomically
-from widthopt.runs.states import blocked, this_job
+from widthopt.files import check_writable, write_atomically
+from widthopt.runs.states import mark_blocked, current_job
 from widthopt.runs.store import Store, Taken
 
 
@@ -269,7 +269,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, 
 def test_a_read_only_file_system_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refusing(errno.EROFS))
     with pytest.raises(InputError, match=r"\(Read-only file system\); name a folder you may"):
-        writable(tmp_path)
+        check_writable(tmp_path)
 
 
 READ_ONLY = """
@@ -277,12 +277,12 @@ READ_ONLY = """
     from pathlib import Path
     from widthopt.errors import InputError
     from widthopt.runs.store import Store
-    from widthopt.files import writable
+    from widthopt.files import check_writable
     if os.geteuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
     root = Path(sys.argv[1])
-    for attempt in (lambda: writable(root), lambda: Store(root).entry("a", 1).claim().__enter__()):
+    for attempt in (lambda: check_writable(root), lambda: Store(root).entry("a", 1).claim().__enter__()):
         try:
             attempt()
         except InputError as error:
@@ -302,11 +302,11 @@ def test_a_read_only_folder_is_one_line_before_any_work(tmp_path):
 def test_a_root_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match=r"root is .*/runs, but it cannot be written \(File exis"):
-        writable(tmp_path / "runs")
+        check_writable(tmp_path / "runs")
 
 
 def test_a_writable_root_is_made_and_left_empty(tmp_path):
-    writable(tmp_path / "new" / "runs")
+    check_writable(tmp_path / "new" / "runs")
     assert list((tmp_path / "new" / "runs").iterdir()) == []
 
 
@@ -447,7 +447,7 @@ def test_a_job_is_called_what_the_queue_calls_it(environment, job, monkeypatch):
         monkeypatch.delenv(f"SLURM_{name}", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert this_job() == job
+    assert current_job() == job
 
 
 def test_a_failure_is_forgotten_when_work_begins_again(entry):
@@ -517,21 +517,21 @@ def test_what_needs_a_failure_is_blocked():
     }
     needs = {"b": ["a"], "c": ["b", "elsewhere"], "d": ["a"], "e": ["d"], "f": ["a"], "g": ["f"]}
     before = dict(states)
-    assert blocked(states, needs) == {**states, "b": "blocked", "c": "blocked"}
+    assert mark_blocked(states, needs) == {**states, "b": "blocked", "c": "blocked"}
     assert states == before
 
 
 def test_stages_that_need_each_other_are_no_endless_loop():
     needs = {"a": ["b"], "b": ["a", "c"]}
     states = {"a": "missing", "b": "missing", "c": "failed"}
-    assert blocked(states, needs) == {"a": "blocked", "b": "blocked", "c": "failed"}
-    assert blocked({**states, "c": "done"}, needs) == {**states, "c": "done"}
+    assert mark_blocked(states, needs) == {"a": "blocked", "b": "blocked", "c": "failed"}
+    assert mark_blocked({**states, "c": "done"}, needs) == {**states, "c": "done"}
 
 
 def test_a_long_chain_is_blocked_to_its_end():
     needs = {str(place): [str(place - 1)] for place in range(1, 5000)}
     states = dict.fromkeys(needs, "missing")
-    assert set(blocked({"0": "blocked", **states}, needs).values()) == {"blocked"}
+    assert set(mark_blocked({"0": "blocked", **states}, needs).values()) == {"blocked"}
 
 
 def test_the_states_of_a_thousand_stages_take_less_than_a_second(tmp_path):

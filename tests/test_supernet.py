@@ -10,7 +10,7 @@ from torchvision.ops.misc import Permute
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint, resize
-from widthopt.networks.supernet import Supernet, check_maskable, enlarged
+from widthopt.networks.supernet import Supernet, check_maskable, enlarge_channels
 from widthopt.setting import Runtime, Setting
 from widthopt.tracing import trace
 from widthopt.training.evaluation import recalibrate
@@ -758,7 +758,7 @@ def test_nothing_is_drawn_in_a_pass_though_the_loop_trains(name):
 
 def test_a_supernet_is_half_as_wide_again(traced):
     _, graph = traced("resnet18")
-    wide = enlarged(graph, 1.5)
+    wide = enlarge_channels(graph, 1.5)
     assert sorted(set(wide.values())) == [96, 192, 384, 768]
     assert wide == {name: count * 3 // 2 for name, count in graph.channels.items()}
 
@@ -766,7 +766,7 @@ def test_a_supernet_is_half_as_wide_again(traced):
 def test_grouped_channels_are_enlarged_by_whole_groups(traced):
     """ResNeXt-50 has 32 groups of 4, 8, 16 and 32 channels: a group is a class, 48 of them."""
     _, graph = traced("resnext50_32x4d")
-    wide = enlarged(graph, 1.5)
+    wide = enlarge_channels(graph, 1.5)
     grouped = {name: one for name, one in graph.free.items() if one.unit > 1}
     assert sorted({one.unit for one in grouped.values()}) == [4, 8, 16, 32]
     assert all(wide[name] == 48 * one.unit for name, one in grouped.items())

@@ -14,7 +14,7 @@ from widthopt.networks.resize import Blueprint, resize
 from widthopt.setting import Setting
 from widthopt.tracing import trace
 from widthopt.widthgraph import WidthGraph
-from widthopt.widths import scaled
+from widthopt.widths import scale_channels
 
 
 # The nine of the specification of MorphNet, section 5, and one whose forward code shuffles.
@@ -189,7 +189,7 @@ def test_a_network_at_any_counts_runs_and_costs_what_the_graph_says(counted, nam
     graph = trace(model, 64)
     channels = {one: COUNTS[counts](variable) for one, variable in graph.free.items()}
     resized = resize(model, graph, channels)
-    assert counted(resized, 64) == graph.macs(channels) == graph.resized(channels).macs()
+    assert counted(resized, 64) == graph.macs(channels) == graph.resize_graph(channels).macs()
     resized.train()
     assert resized(torch.randn(2, 3, 64, 64)).shape == (2, 10)
     assert {
@@ -356,7 +356,7 @@ def test_fresh_weights_of_the_large_networks_follow_their_law_at_an_eighth_of_th
     traced, name, linear, convolution, bias
 ):
     model, graph = traced(name)
-    small = resize(model, graph, scaled(graph, 0.125), seed=1)
+    small = resize(model, graph, scale_channels(graph, 0.125), seed=1)
     for module in small.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             expected = (linear if isinstance(module, nn.Linear) else convolution)(module)

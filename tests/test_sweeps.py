@@ -17,9 +17,9 @@ from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, prepare, wid
 from PIL import Image
 
 from widthopt.errors import InputError
-from widthopt.runs.execute import recorded
-from widthopt.runs.manifest import manifests
-from widthopt.runs.store import Store, why
+from widthopt.runs.execute import record_of
+from widthopt.runs.manifest import load_manifests
+from widthopt.runs.store import Store, failure_reason
 from widthopt.sweeps.worker import run_spec
 
 
@@ -86,7 +86,7 @@ def records(folder):
     for stage in entries(folder, "train"):
         result = stage.result()
         if result is not None:
-            record = recorded(result, method="transfer", algorithm="any")
+            record = record_of(result, method="transfer", algorithm="any")
             one = dataclasses.replace(record.found, search_seconds=0.0)
             found[stage.key] = dataclasses.replace(record, found=one, train_seconds=0.0)
     return found
@@ -438,7 +438,7 @@ def test_a_run_that_cannot_even_begin_says_why(folder):
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory):
-    """A sweep of one point that was given in ``there``, with paths that are relative to it."""
+    """A sweep of one point that was given in ``root_option``, with paths that are relative to it."""
     there = tmp_path_factory.mktemp("by_hand") / "there"
     for number in range(8):
         for split in ("train", "val"):
@@ -567,7 +567,7 @@ def test_only_a_reason_is_told_as_one(tmp_path, last, reason):
     stage = Store(tmp_path).entry("search", {})
     stage.folder.mkdir()
     (stage.folder / "log.txt").write_text(f"2026-01-02 03:04:05, job 7\n{last}\n")
-    assert why(stage) == reason
+    assert failure_reason(stage) == reason
 
 
 @pytest.mark.parametrize(
@@ -577,13 +577,13 @@ def test_a_failure_that_says_little_is_told_nevertheless(tmp_path, left, reason)
     stage = Store(tmp_path).entry("search", {})
     stage.folder.mkdir()
     (stage.folder / "failed.json").write_text(json.dumps(left))
-    assert why(stage) == reason
+    assert failure_reason(stage) == reason
 
 
 def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):
     """The worker looks again."""
     root = whole[0] / "runs"
-    (manifest,) = manifests(root)
+    (manifest,) = load_manifests(root)
     name = next(name for name, run in manifest.own.items() if run["kind"] == "train")
     spec = json.loads((root / "stages" / name / "spec.json").read_text())
     folder = tmp_path / "stages" / name

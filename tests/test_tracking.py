@@ -16,11 +16,11 @@ from widthopt import training
 from widthopt.algorithms import SearchContext
 from widthopt.algorithms.sandwich import Sandwich
 from widthopt.config.compose import compose
-from widthopt.config.typed import frozen, request
+from widthopt.config.typed import to_plain, build_request
 from widthopt.data import Split
 from widthopt.errors import InputError
 from widthopt.networks.resize import Blueprint
-from widthopt.runs.execute import run
+from widthopt.runs.execute import run_request
 from widthopt.runs.point import SizedRequest
 from widthopt.setting import Setting
 from widthopt.tracking import About, Tracker, tracked
@@ -79,7 +79,7 @@ def found_by(name, folder, log, interrupt=None):
         where,
         Split(Synthetic(interrupt=interrupt), Synthetic(), 4),
         budget_macs=Blueprint(where).graph.macs(),
-        conditions=SearchContext(RECIPE, RUNTIME, 0, folder, log),
+        context=SearchContext(RECIPE, RUNTIME, 0, folder, log),
     )
 
 
@@ -303,7 +303,7 @@ def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(Tracker, "close", watching)
     words = [one for one in TINY if not one.startswith("network.factory")]
     words += ["network.factory=network_of_results.MyNetwork", "methods=[transfer]"]
-    run(SizedRequest(compose(words)))
+    run_request(SizedRequest(compose(words)))
     assert seen == [["search"], ["search", "train-"]]
 
 
@@ -321,7 +321,7 @@ def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch,
             return replace(found, details={"moves": ["a knight's"]})
 
     values = {one.name: getattr(asked.algorithm, one.name) for one in fields(asked.algorithm)}
-    (record,) = run(SizedRequest(replace(asked, algorithm=Own(**values))))
+    (record,) = run_request(SizedRequest(replace(asked, algorithm=Own(**values))))
     assert record.top1 > 0
     assert [one for one in caplog.records if "cannot be written" in one.message]
 
@@ -529,7 +529,7 @@ def test_tracking_names_no_run_and_is_frozen_with_it():
     one = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.every=7"])
     other = compose(["tracking=disabled"])
     assert one.fields == other.fields
-    again = request(_config(frozen(one)))
+    again = build_request(_config(to_plain(one)))
     assert again.tracking == one.tracking
     assert again.tracking.every == 7
 

@@ -123,10 +123,10 @@ class Watched(Objective):
     def after_epoch(self, epoch):
         self.ended.append(epoch)
 
-    def tensors(self):
+    def state_dict(self):
         return {"updates": self.updates}
 
-    def load(self, tensors):
+    def load_state_dict(self, tensors):
         self.updates.copy_(tensors["updates"])
 
 

@@ -10,10 +10,10 @@ import pytest
 
 PUT_BACK = """
 import sys
-from hydra_plugins.widthopt_launchers.worker import Order, _put_back
+from hydra_plugins.widthopt_launchers.worker import Order, _requeue
 order = Order(spec="", run_spec="", home="", requeue=len(sys.argv) > 2, max_requeues=1)
 print("warned", flush=True)
-_put_back(order, rank=int(sys.argv[1]), saving={saving})
+_requeue(order, rank=int(sys.argv[1]), saving={saving})
 """
 
 

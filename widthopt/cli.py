@@ -71,11 +71,11 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        from widthopt.config.messages import of_configuration, refusal  # noqa: PLC0415 (imports torch)
+        from widthopt.config.messages import is_configuration_error, to_input_error  # noqa: PLC0415 (imports torch)
 
-        if not of_configuration(error):
+        if not is_configuration_error(error):
             raise
-        _end(refusal(error, words), WRONG_INPUT)
+        _end(to_input_error(error, words), WRONG_INPUT)
     except KeyboardInterrupt as error:
         _end(str(error) or "stopped; the same command goes on from the last checkpoint", STOPPED)
 
@@ -147,12 +147,12 @@ def _options_last(words: Sequence[str]) -> list[str]:
 
 def _run(config: DictConfig) -> None:
     """One run of Hydra's: from a composed configuration to the table and the figures."""
-    from widthopt.config.typed import request  # noqa: PLC0415 (imports torch)
-    from widthopt.reporting.console import report  # noqa: PLC0415
-    from widthopt.runs.execute import run  # noqa: PLC0415
+    from widthopt.config.typed import build_request  # noqa: PLC0415 (imports torch)
+    from widthopt.reporting.console import run_and_report  # noqa: PLC0415
+    from widthopt.runs.execute import run_request  # noqa: PLC0415
     from widthopt.runs.point import SizedRequest  # noqa: PLC0415
     from widthopt.training.devices import resolve_device  # noqa: PLC0415
-    from widthopt.training.distributed import rank, together  # noqa: PLC0415
+    from widthopt.training.distributed import rank, process_group  # noqa: PLC0415
     from widthopt.training.loop import Diverged, Interrupted  # noqa: PLC0415
 
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
@@ -163,14 +163,14 @@ def _run(config: DictConfig) -> None:
             WRONG_INPUT,
         )
     try:
-        asked = request(config)
-        with together(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):
+        asked = build_request(config)
+        with process_group(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):
             if rank() == 0:
-                report(asked)
+                run_and_report(asked)
             else:
                 for handler in logger.handlers:
                     handler.setLevel(logging.WARNING)
-                run(SizedRequest(asked), show=logger.debug)
+                run_request(SizedRequest(asked), show=logger.debug)
     except InputError as error:
         _end(error, WRONG_INPUT)
     except Diverged as error:
@@ -201,12 +201,12 @@ def _report(words: Sequence[str]) -> None:
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
     from widthopt.reporting.compare import compare, runs  # noqa: PLC0415 (imports torch)
-    from widthopt.reporting.sweeps import asked_for, draw, show  # noqa: PLC0415
+    from widthopt.reporting.sweeps import select_sweeps, draw, show  # noqa: PLC0415
 
     root = arguments.root
     folders = [folder for name in arguments.names if (folder := _folder(name, root))]
     if not folders:
-        found, only = asked_for(_existing(root), arguments.names)
+        found, only = select_sweeps(_existing(root), arguments.names)
         drawn = [one for one in found if one.figures]
         if drawn:
             draw(root, drawn, only=only)
@@ -249,17 +249,17 @@ def _status(words: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(words)
     from widthopt.reporting.console import show_status  # noqa: PLC0415
-    from widthopt.runs.manifest import manifests  # noqa: PLC0415
+    from widthopt.runs.manifest import load_manifests  # noqa: PLC0415
     from widthopt.sweeps.control import states  # noqa: PLC0415 (imports torch)
 
     root = _existing(arguments.root)
-    tables = states(root, manifests(root, arguments.sweeps))
+    tables = states(root, load_manifests(root, arguments.sweeps))
     if not tables and not arguments.json:
         print(f"no sweeps in {root}; widthopt report shows single runs")  # noqa: T201
     show_status(tables, as_json=arguments.json, every=arguments.all)
 
 
-def _one(name: str, text: str, *, what: str = "KEY") -> _Parser:
+def _run_parser(name: str, text: str, *, what: str = "KEY") -> _Parser:
     """A parser of a command about one run, or about a sweep too."""
     parser = _Parser(f"widthopt {name}", description=text)
     parser.add_argument("name", metavar=what, help="its name, or how it begins")
@@ -269,7 +269,7 @@ def _one(name: str, text: str, *, what: str = "KEY") -> _Parser:
 
 def _logs(words: Sequence[str]) -> None:
     """``widthopt logs KEY [-f] [--rank N] [--root FOLDER]``."""
-    parser = _one("logs", "What a run has printed.")
+    parser = _run_parser("logs", "What a run has printed.")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
     parser.add_argument("--rank", type=int, default=0, help="which of its processes")
     arguments = parser.parse_args(words)
@@ -281,7 +281,7 @@ def _logs(words: Sequence[str]) -> None:
 
 def _show(words: Sequence[str]) -> None:
     """``widthopt show KEY [--root FOLDER]``."""
-    arguments = _one("show", "All that is known of a run, as JSON.").parse_args(words)
+    arguments = _run_parser("show", "All that is known of a run, as JSON.").parse_args(words)
     from widthopt.sweeps.control import show  # noqa: PLC0415 (imports torch)
 
     sys.stdout.write(json.dumps(show(arguments.root, arguments.name), indent=2) + "\n")
@@ -289,7 +289,7 @@ def _show(words: Sequence[str]) -> None:
 
 def _cancel(words: Sequence[str]) -> None:
     """``widthopt cancel SWEEP|KEY [--force] [--root FOLDER]``."""
-    parser = _one("cancel", "End the jobs of a sweep or of a run.", what="SWEEP|KEY")
+    parser = _run_parser("cancel", "End the jobs of a sweep or of a run.", what="SWEEP|KEY")
     parser.add_argument("--force", action="store_true", help="also what other sweeps need")
     arguments = parser.parse_args(words)
     from widthopt.sweeps.control import cancel  # noqa: PLC0415 (imports torch)
@@ -310,12 +310,12 @@ def _doctor(words: Sequence[str]) -> None:
     parser.add_argument("--job", action="store_true", help="send a job that looks at a node")
     arguments = parser.parse_intermixed_args(words)
     from hydra_plugins.widthopt_launchers.doctor import checks  # noqa: PLC0415
-    from widthopt.config.compose import launcher  # noqa: PLC0415 (imports torch)
+    from widthopt.config.compose import compose_launcher  # noqa: PLC0415 (imports torch)
 
     overrides = ["hydra/launcher=slurm", *arguments.overrides]
     if any(word.startswith("hydra/launcher=") for word in arguments.overrides):
         overrides = arguments.overrides
-    values, device = launcher(overrides, config_dir=arguments.config_dir)
+    values, device = compose_launcher(overrides, config_dir=arguments.config_dir)
     if "setup" not in values:
         raise InputError(
             "hydra/launcher is none of SLURM's, but those are what is checked; use "
@@ -336,7 +336,7 @@ def _doctor(words: Sequence[str]) -> None:
 def _retry(words: Sequence[str]) -> None:
     """``widthopt retry SWEEP|KEY [--root FOLDER]``."""
     text = "Do again what failed or is missing, as it was frozen, with the code of today."
-    arguments = _one("retry", text, what="SWEEP|KEY").parse_args(words)
+    arguments = _run_parser("retry", text, what="SWEEP|KEY").parse_args(words)
     from widthopt.sweeps.control import retry  # noqa: PLC0415 (imports torch)
 
     retry(arguments.root, arguments.name)
@@ -344,7 +344,7 @@ def _retry(words: Sequence[str]) -> None:
 
 def _run_again(words: Sequence[str]) -> None:
     """``widthopt run KEY [--root FOLDER]``."""
-    arguments = _one("run", "Do one run of a sweep here and now.").parse_args(words)
+    arguments = _run_parser("run", "Do one run of a sweep here and now.").parse_args(words)
     from widthopt.sweeps.control import run_now  # noqa: PLC0415 (imports torch)
     from widthopt.training.loop import Diverged, Interrupted  # noqa: PLC0415
 
@@ -423,9 +423,9 @@ def _sync(words: Sequence[str]) -> None:
     root, names = _existing(arguments.root), None
     if arguments.sweeps:
         from widthopt.reporting.sweeps import figures_run  # noqa: PLC0415
-        from widthopt.runs.manifest import manifests  # noqa: PLC0415
+        from widthopt.runs.manifest import load_manifests  # noqa: PLC0415
 
-        chosen = manifests(root, arguments.sweeps)
+        chosen = load_manifests(root, arguments.sweeps)
         names = {name for one in chosen for name in (*one.runs, figures_run(one))}
     if arguments.dry_run:
         asked = [one for one in tracked(root) if names is None or one.folder.name in names]

@@ -87,7 +87,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         sync_folder(path.parent)
 
 
-def writable(root: Path) -> None:
+def check_writable(root: Path) -> None:
     """Check, before any work, that results can be written below ``root``; make the folder.
 
     Raises:

@@ -74,7 +74,7 @@ def _differing(
         yield from _differing(*table)
 
 
-def apart(tables: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...], Any]]:
+def differing_values(tables: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...], Any]]:
     """Of each of several tables, its values that are not the same in all of them.
 
     Args:

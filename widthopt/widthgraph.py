@@ -287,8 +287,8 @@ class WidthGraph:
         if missing or unknown:
             raise InputError(
                 f"channels is a table of {len(channels)} names, but this network has "
-                f"{len(self.free)} free width variables (missing: {listed(missing)}; unknown: "
-                f"{listed(unknown)}); `widthopt macs` lists them"
+                f"{len(self.free)} free width variables (missing: {first_names(missing)}; unknown: "
+                f"{first_names(unknown)}); `widthopt macs` lists them"
             )
 
     def connected_without(self, name: str) -> bool:
@@ -315,7 +315,7 @@ class WidthGraph:
         for name, variable in self.free.items():
             _check_count(variable, channels[name], least=1)
 
-    def resized(
+    def resize_graph(
         self, channels: Mapping[str, int], *, keep: Mapping[str, Sequence[int]] | None = None
     ) -> "WidthGraph":
         """The graph of the same network at other channel counts.
@@ -472,7 +472,7 @@ def _check_count(variable: Variable, count: Any, *, least: int) -> None:
         )
 
 
-def listed(names: Sequence[str], most: int = 3) -> str:
+def first_names(names: Sequence[str], most: int = 3) -> str:
     """The first few names, for a message."""
     if not names:
         return "none"

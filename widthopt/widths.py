@@ -40,7 +40,7 @@ class Match:
         return 1 - self.macs / self.budget_macs
 
 
-def scaled(graph: WidthGraph, width: float) -> dict[str, int]:
+def scale_channels(graph: WidthGraph, width: float) -> dict[str, int]:
     """Channels of a network under a width multiplier: ``round(width * N)`` for each variable.
 
     Reading: the multiplier applies to every width variable, MobileNetV2's last layer too,
@@ -96,35 +96,35 @@ def match_macs(
 
     Source: paper section 3.3, E(w) = alpha * M(w); specification of MorphNet, section 1.8.
     """
-    wanted = _wanted(graph, multipliers)
+    wanted = _target_widths(graph, multipliers)
     steps = {name: math.lcm(variable.unit, round_to) for name, variable in graph.free.items()}
 
-    def rounded(alpha: float) -> dict[str, int]:
+    def round_channels(alpha: float) -> dict[str, int]:
         return {
             name: max(step, step * round(alpha * wanted[name] / step))
             for name, step in steps.items()
         }
 
     def fits(alpha: float) -> bool:
-        return bool(graph.macs(rounded(alpha)) <= budget_macs)
+        return bool(graph.macs(round_channels(alpha)) <= budget_macs)
 
     low, high = 0.0, 1.0
     if not fits(low):
         raise InputError(
             f"budget_macs is {budget_macs:,}, but the narrowest network already takes "
-            f"{graph.macs(rounded(low)):,} at resolution {graph.resolution}; raise the budget"
+            f"{graph.macs(round_channels(low)):,} at resolution {graph.resolution}; raise the budget"
         )
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    channels = rounded(low)
+    channels = round_channels(low)
     _repair(graph, channels, steps, {n: low * one for n, one in wanted.items()}, budget_macs)
     return Match(channels, low, graph.macs(channels), budget_macs)
 
 
-def _wanted(graph: WidthGraph, multipliers: Mapping[str, float]) -> dict[str, float]:
+def _target_widths(graph: WidthGraph, multipliers: Mapping[str, float]) -> dict[str, float]:
     wanted = {}
     for name, variable in graph.free.items():
         factor = multipliers.get(name, math.nan)

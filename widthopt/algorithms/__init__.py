@@ -13,7 +13,7 @@ from widthopt.data import Counts, Split
 from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime, Setting
 from widthopt.training.loop import Log
-from widthopt.widthgraph import WidthGraph, listed
+from widthopt.widthgraph import WidthGraph, first_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class WidthSearch(Protocol):
         ...
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """Optimise the widths of the setting's network under a test-time budget.
 
@@ -72,7 +72,7 @@ class WidthSearch(Protocol):
             setting: The proxy, or the target itself.
             data: Its training images, and images held out of them for validation.
             budget_macs: MACs that the optimised network of this setting may cost.
-            conditions: What it runs under.
+            context: What it runs under.
 
         Raises:
             InputError: The algorithm cannot search this network.
@@ -102,7 +102,7 @@ def check_searchable(graph: WidthGraph, *, algorithm: str) -> None:
     """
     if graph.searchable:
         return
-    names = listed(list(graph.free))
+    names = first_names(list(graph.free))
     raise InputError(
         f"algorithm is {algorithm}, but it searches by BatchNorm scales and no free width variable "
         f"of the network has them on all of its channels ({names}); use a network with BatchNorm, "

@@ -79,7 +79,7 @@ class MorphNet:
             )
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
@@ -91,11 +91,11 @@ class MorphNet:
         could have pruned; ``budget_reached``, always True here: what is pruned is grown.
         """
         del budget_macs  # the direction does not depend on it; the extrapolation grows to it
-        recipe, runtime = conditions.recipe, conditions.runtime
+        recipe, runtime = context.recipe, context.runtime
         blueprint = Blueprint(setting)
         graph = blueprint.graph
         model = blueprint.build(
-            graph.channels, seed=derived_seed(conditions.seed, "search weights")
+            graph.channels, seed=derived_seed(context.seed, "search weights")
         )
         to_device(model, runtime)
         penalty = Penalty(
@@ -108,27 +108,27 @@ class MorphNet:
             data.train,
             recipe=recipe,
             epochs=recipe.search_epochs,
-            seed=derived_seed(conditions.seed, "search"),
+            seed=derived_seed(context.seed, "search"),
             runtime=runtime,
             objective=objective,
-            folder=conditions.folder,
+            folder=context.folder,
             label=f"{self.name} search",
-            log=conditions.log,
+            log=context.log,
         )
         begin = time.perf_counter()
         # Reading: accuracy is compared with fresh statistics on both sides, so that the gap is
         # what the dead channels did and not how slowly running means follow.
         calibrated = recalibrate(model, data.train, runtime=runtime)
         full = evaluate(model, data.evaluation, runtime=runtime)
-        found = _found(penalty, graph, self.floor)
-        relative = _found(penalty, graph, self.floor, relative=True)
+        found = _alive_fractions(penalty, graph, self.floor)
+        relative = _alive_fractions(penalty, graph, self.floor, relative=True)
         gammas = {
             name: value.detach().cpu().contiguous()
             for name, value in model.state_dict().items()
             if name.rpartition(".")[0] in {one.name for one in graph.norms if one.gamma}
             and name.endswith(".weight")
         }
-        write_atomically(conditions.folder / "gammas.safetensors", save(gammas))
+        write_atomically(context.folder / "gammas.safetensors", save(gammas))
         alive, alive_relative = penalty.counts(), penalty.counts(relative=True)
         largest, mixed = penalty.largest(), penalty.mixed
         penalty.truncate()
@@ -245,7 +245,7 @@ class _Pruning(Objective):
         if self._algorithm.truncate and epoch < self._last_epoch:
             self._penalty.truncate()
 
-    def measures(self) -> dict[str, float]:
+    def step_metrics(self) -> dict[str, float]:
         """The penalty, and what is alive."""
         macs: int = self._penalty.graph.macs(self._alive())
         return {
@@ -255,7 +255,7 @@ class _Pruning(Objective):
             "mixed_classes": self._penalty.mixed,
         }
 
-    def epoch_measures(self) -> dict[str, float]:
+    def epoch_metrics(self) -> dict[str, float]:
         """Channels alive and the largest scale of each width variable, and what revived."""
         alive, largest = self._alive(), self._penalty.largest()
         return {
@@ -274,16 +274,16 @@ class _Pruning(Objective):
         names = ("epoch", "penalty", "dead", "revived")
         return [dict(zip(names, row, strict=True)) for row in self._history.tolist()]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return {"dead": self._dead, "history": self._history}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
         self._dead, self._history = tensors["dead"], tensors["history"]
 
 
-def _found(
+def _alive_fractions(
     penalty: Penalty, graph: WidthGraph, floor: int, *, relative: bool = False
 ) -> dict[str, float]:
     """The direction: what stays alive of each variable, but the floor, over what there was."""

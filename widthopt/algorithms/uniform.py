@@ -15,10 +15,10 @@ class Uniform:
     name: str
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: SearchContext
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`."""
-        del data, budget_macs, conditions
+        del data, budget_macs, context
         ones = dict.fromkeys(Blueprint(setting).graph.free, 1.0)
         return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
 

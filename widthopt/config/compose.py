@@ -17,13 +17,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import hydra_plugins.widthopt_launchers as launchers
-from hydra_plugins.widthopt_launchers.sweeper import CONFIG_NAME, EXPERIMENT, expanded
-from widthopt.config.messages import CONFIG_MODULE, no_config_dir, of_configuration, refusal
-from widthopt.config.typed import Made, request
+from hydra_plugins.widthopt_launchers.sweeper import CONFIG_NAME, EXPERIMENT, expand_sweep
+from widthopt.config.messages import CONFIG_MODULE, no_config_dir, is_configuration_error, to_input_error
+from widthopt.config.typed import Made, build_request
 from widthopt.errors import InputError
 from widthopt.records import WidthResult
 from widthopt.request import Request
-from widthopt.runs.execute import found
+from widthopt.runs.execute import search_widths
 
 
 def search(*overrides: str) -> WidthResult:
@@ -40,7 +40,7 @@ def search(*overrides: str) -> WidthResult:
     Raises:
         InputError: Something asked for cannot be done.
     """
-    return found(compose(overrides))
+    return search_widths(compose(overrides))
 
 
 def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Request:
@@ -54,7 +54,7 @@ def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Reque
         InputError: They do not fit it.
     """
     with _loading(overrides, config_dir) as words:
-        return request(hydra_compose(CONFIG_NAME, overrides=words))
+        return build_request(hydra_compose(CONFIG_NAME, overrides=words))
 
 
 def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Request]:
@@ -69,10 +69,10 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
     """
     with _loading(overrides, config_dir) as words:
         loader = GlobalHydra.instance().config_loader()
-        return requests(loader, expanded(loader, words))
+        return build_requests(loader, expand_sweep(loader, words))
 
 
-def launcher(
+def compose_launcher(
     overrides: Sequence[str], *, config_dir: str | None = None
 ) -> tuple[dict[str, Any], str]:
     """The values of the launcher that these overrides choose, as plain data; the runs' device.
@@ -104,12 +104,12 @@ def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             yield words
     except Exception as error:
-        if not of_configuration(error):
+        if not is_configuration_error(error):
             raise
-        raise refusal(error, words) from error
+        raise to_input_error(error, words) from error
 
 
-def requests(loader: ConfigLoader, points: Sequence[Sequence[str]]) -> list[Request]:
+def build_requests(loader: ConfigLoader, points: Sequence[Sequence[str]]) -> list[Request]:
     """The requests of these points, none of them composed twice.
 
     What takes time in Hydra is the composition of groups, so that is done once for every
@@ -140,7 +140,7 @@ def requests(loader: ConfigLoader, points: Sequence[Sequence[str]]) -> list[Requ
         config = copy.deepcopy(bases[key])
         values = [one for one in overrides if one not in whole]
         ConfigLoaderImpl._apply_overrides_to_config(values, config)  # noqa: SLF001 (no other way)
-        result.append(request(config, made))
+        result.append(build_request(config, made))
     return result
 
 

@@ -68,7 +68,7 @@ _NO_CHOICE = "Config group override must be a string"
 """How Hydra's ValueError about ``network=3`` begins; it does not say which group."""
 
 
-def of_configuration(error: Exception) -> bool:
+def is_configuration_error(error: Exception) -> bool:
     """Whether an error says that a configuration cannot be read: one of Hydra's, or any on its way.
 
     A file that is no table, that is not UTF-8 or that includes itself has no error of its own.
@@ -81,7 +81,7 @@ def of_configuration(error: Exception) -> bool:
     )
 
 
-def refusal(error: Exception, words: Sequence[str] = ()) -> InputError:
+def to_input_error(error: Exception, words: Sequence[str] = ()) -> InputError:
     """Hydra's error about a configuration, in one line.
 
     Args:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from widthopt import identity
-from widthopt.config.messages import GROUPS, missing_key, refusal, unknown_key
+from widthopt.config.messages import GROUPS, missing_key, to_input_error, unknown_key
 from widthopt.errors import InputError
 from widthopt.request import Request, Target
 from widthopt.setting import Resources, Runtime
@@ -34,7 +34,7 @@ Made = dict[tuple[str, str], Any]
 """What was made of each group's values before, by their canonical text."""
 
 
-def request(config: DictConfig, made: Made | None = None) -> Request:
+def build_request(config: DictConfig, made: Made | None = None) -> Request:
     """A composed configuration as typed values.
 
     Args:
@@ -49,7 +49,7 @@ def request(config: DictConfig, made: Made | None = None) -> Request:
             raise InputError(missing_key(key))
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise refusal(error) from error
+        raise to_input_error(error) from error
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items()}
     values.pop("hydra", None)
@@ -59,10 +59,10 @@ def request(config: DictConfig, made: Made | None = None) -> Request:
     absent = [key for key in _VALUES if key not in values]
     if absent:
         raise InputError(missing_key(absent[0]))
-    kinds = {group: _kind(group, values.get(group)) for group in GROUPS}
+    kinds = {group: _target_class(group, values.get(group)) for group in GROUPS}
     kinds |= {"target": Target, "runtime": Runtime, "resources": Resources}
     # Typed before they name anything, so that 1 and 1.0 name the same run.
-    typed = {key: _typed(kind, key, values[key]) for key, kind in kinds.items()}
+    typed = {key: _check_fields(kind, key, values[key]) for key, kind in kinds.items()}
     plain_values = {
         "budget_macs": _value(int | None, "budget_macs", values["budget_macs"]),
         "methods": _value(tuple[str, ...], "methods", values["methods"]),
@@ -86,13 +86,13 @@ def request(config: DictConfig, made: Made | None = None) -> Request:
     return Request(
         **objects,
         **plain_values,
-        figures=figures(values["figures"]),
+        figures=build_figures(values["figures"]),
         fields={key: composed[key] for key in values if key not in NON_IDENTITY_KEYS},
     )
 
 
-def frozen(asked: Request) -> dict[str, Any]:
-    """All of a request as plain data, from which `request` makes it again anywhere.
+def to_plain(asked: Request) -> dict[str, Any]:
+    """All of a request as plain data, from which `build_request` makes it again anywhere.
 
     Figures are left out: they change no result.
     """
@@ -109,19 +109,19 @@ def frozen(asked: Request) -> dict[str, Any]:
     }
 
 
-def figures(values: Any) -> tuple[Any, ...]:
+def build_figures(values: Any) -> tuple[Any, ...]:
     """What a report draws, each of the kind that its ``_target_`` names.
 
     Raises:
         InputError: The values are no list of such tables.
     """
     if not isinstance(values, list):
-        raise InputError(f"figures is {_shown(values)}, but it is a list of tables; see conf")
+        raise InputError(f"figures is {_format(values)}, but it is a list of tables; see conf")
     result = []
     for place, one in enumerate(values):
         key = f"figures[{place}]"
-        kind = _kind(key, one)
-        made = kind(**_typed(kind, key, one))
+        kind = _target_class(key, one)
+        made = kind(**_check_fields(kind, key, one))
         lacking = [name for name in _FIGURE if not hasattr(made, name)]
         if lacking:
             raise InputError(
@@ -141,24 +141,24 @@ _FIGURE = ("name", "title", "claim", "draw", "table")
 """What figures and tables have; see `widthopt.reporting.figures.grid.FigureSpec`."""
 
 
-def tracking(values: Any) -> Tracking:
-    """How runs are tracked, from what `frozen` made of it.
+def build_tracking(values: Any) -> Tracking:
+    """How runs are tracked, from what `to_plain` made of it.
 
     Raises:
         InputError: The values are something else.
     """
-    kind = _kind("tracking", values)
-    made = kind(**_typed(kind, "tracking", values))
+    kind = _target_class("tracking", values)
+    made = kind(**_check_fields(kind, "tracking", values))
     assert isinstance(made, Tracking)
     return made
 
 
-def _kind(group: str, values: Any) -> type[Any]:
+def _target_class(group: str, values: Any) -> type[Any]:
     """The dataclass that a group's ``_target_`` names."""
     name = values.get("_target_") if isinstance(values, Mapping) else None
     if not isinstance(name, str):
         raise InputError(
-            f"{group} is {_shown(values)}, but a choice of this group has a _target_; "
+            f"{group} is {_format(values)}, but a choice of this group has a _target_; "
             f"see conf/{group}"
         )
     module, _, attribute = name.rpartition(".")
@@ -177,13 +177,13 @@ def _kind(group: str, values: Any) -> type[Any]:
     return kind
 
 
-def _typed(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
+def _check_fields(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
     """The arguments of a dataclass from plain values, each of the type that its field says."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.init]
     if not isinstance(values, Mapping):
         raise InputError(
-            f"{key} is {_shown(values)}, but it is a table of keys; give them one by one, as in "
+            f"{key} is {_format(values)}, but it is a table of keys; give them one by one, as in "
             f"{key}.{names[0]}=..."
         )
     for name in values:
@@ -223,7 +223,7 @@ def _value(kind: Any, key: str, value: Any) -> Any:
     ):
         rule = _WORDS[kind]
     if rule:
-        raise InputError(f"{key} is {_shown(value)}, but it must be {rule}; correct it")
+        raise InputError(f"{key} is {_format(value)}, but it must be {rule}; correct it")
     return value
 
 
@@ -238,7 +238,7 @@ def _as_number(value: Any) -> float | None:
     return number if math.isfinite(number) or isinstance(value, float) else None
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     """A plain value as it is typed."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
@@ -249,5 +249,5 @@ def _values(kind: Any, key: str, value: Any) -> tuple[Any, ...]:
     length = None if get_origin(kind) is not tuple or Ellipsis in arguments else len(arguments)
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         size = "" if length is None else f" of {length}"
-        raise InputError(f"{key} is {_shown(value)}, but it is a list{size}; write [a, b]")
+        raise InputError(f"{key} is {_format(value)}, but it is a list{size}; write [a, b]")
     return tuple(_value(one, f"{key}[{place}]", item) for place, item in enumerate(value))

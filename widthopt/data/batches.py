@@ -22,13 +22,13 @@ from widthopt.data.augmentation import (
     PADDING,
     PaperAugmentation,
     crop_draws,
-    cropped,
-    undisturbed,
+    crop_images,
+    preserve_global_rngs,
 )
 from widthopt.data.cache import CachedEvalCrops, EvalCrops, FullImages, squares, wholes
 from widthopt.data.dataset import Dataset, classes
 from widthopt.data.images import Images, Integers, Pixels
-from widthopt.data.subsets import Counts, check_fraction, held_out, stratified
+from widthopt.data.subsets import Counts, check_fraction, held_out, stratify
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
@@ -156,7 +156,7 @@ class TrainBatches:
         self.steps_per_epoch = counts.steps_per_epoch
         self.images = counts.per_epoch
         self.classes = classes
-        self._augmented = augmented
+        self._augment = augmented
         self._labels = labels
         self._seed = seed
         self._placement = placement
@@ -190,11 +190,11 @@ class TrainBatches:
             step_seed = derived_seed(
                 self._seed, "augmentation", epoch * self.steps_per_epoch + step
             )
-            images = self._augmented(positions, part=part, seed=step_seed)
+            images = self._augment(positions, part=part, seed=step_seed)
             return images, self._labels[positions[part]]
 
         return self._placement.stream(
-            load, range(first_step, self.steps_per_epoch), immediate=self._augmented.immediate
+            load, range(first_step, self.steps_per_epoch), immediate=self._augment.immediate
         )
 
 
@@ -316,7 +316,7 @@ def search_split(
     """
     check_fraction(dataset, fraction=fraction, key="projection.fraction")
     images = dataset.train()
-    drawn = stratified(images.labels, classes=len(images.classes), fraction=fraction, seed=seed)
+    drawn = stratify(images.labels, classes=len(images.classes), fraction=fraction, seed=seed)
     train, validate = held_out(drawn, validation=dataset.validation)
     preparation = Preparation(dataset, resolution, seed, recipe, runtime, device)
     return preparation.split(images, train, evaluated=images, evaluation=validate)
@@ -396,7 +396,7 @@ class Cropped(Augmented):
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:
         """Part of a batch; one draw serves the whole batch."""
         draws = crop_draws(len(positions), padding=self._padding, flip=self._flip, seed=seed)
-        return cropped(self._images(positions[part]), draws[part], padding=self._padding)
+        return crop_images(self._images(positions[part]), draws[part], padding=self._padding)
 
 
 class PaperAugmented(Augmented):
@@ -411,7 +411,7 @@ class PaperAugmented(Augmented):
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:
         """Part of a batch; each image has a draw of its own."""
         places = range(len(positions))[part]
-        with undisturbed():
+        with preserve_global_rngs():
             return np.stack(
                 [
                     self._augmentation(
@@ -442,7 +442,7 @@ class Preparation:
         """
         placement = Placement.of(self.dataset, runtime=self.runtime, device=self.device)
         limit_bytes = self.dataset.memory_limit_gb * 1e9
-        augmented, used_bytes = self._augmented(images, train, limit_bytes=limit_bytes)
+        augmented, used_bytes = self._augment(images, train, limit_bytes=limit_bytes)
         prepared = self._squares(evaluated, evaluation, limit_bytes=limit_bytes - used_bytes)
         batches = TrainBatches(
             augmented,
@@ -460,7 +460,7 @@ class Preparation:
         )
         return Split(batches, measured, len(images.classes))
 
-    def _augmented(
+    def _augment(
         self, images: Images, indices: Integers, *, limit_bytes: float
     ) -> tuple[Augmented, int]:
         """The recipe's augmentation of some images, and the memory that they take."""

@@ -20,7 +20,7 @@ from widthopt.data.images import (
     Pixels,
     UnreadableError,
     side_lengths,
-    threaded,
+    map_threaded,
 )
 
 
@@ -242,7 +242,7 @@ def channels_first(image: Image.Image) -> Pixels:
 
 
 def _area(width: int, height: int, *, short_side: int | None) -> int:
-    """Pixels of an image after `reduced`."""
+    """Pixels of an image after `reduce_image`."""
     if short_side is not None and min(width, height) > short_side:
         width, height = side_lengths(width, height, short_side)
     return width * height
@@ -258,7 +258,7 @@ def _decode(keep: Callable[[int], None], count: int, *, progress: bool) -> None:
             return error
         return None
 
-    outcomes = threaded(attempt, range(count), progress="Decoding images" if progress else None)
+    outcomes = map_threaded(attempt, range(count), progress="Decoding images" if progress else None)
     errors = [error for error in outcomes if error is not None]
     if errors:
         raise errors[0].images.unreadable([index for e in errors for index in e.indices])

@@ -60,7 +60,7 @@ class VisionDataset(DatasetChoice):
         """How many classes there are; known without the images."""
         return {"CIFAR10": 10, "CIFAR100": 100, "FashionMNIST": 10, "ImageNet": 1000}[self.dataset]
 
-    def published(self) -> tuple[tuple[int, ...], int]:
+    def published_counts(self) -> tuple[tuple[int, ...], int]:
         """How many training images each class has, and how many test images there are.
 
         Known without the images. ImageNet's classes have 732 to 1,300; here they are alike.

@@ -35,7 +35,7 @@ class CustomNetwork:
 
     def build(self, *, depth: int, classes: int) -> nn.Module:
         """See `widthopt.setting.Network`."""
-        factory = _found(self.factory, "network.factory")
+        factory = _import(self.factory, "network.factory")
         arguments = {"num_classes": classes, **self.arguments}
         if "depth" in inspect.signature(factory).parameters:
             arguments["depth"] = depth
@@ -76,12 +76,12 @@ class CustomNetwork:
     def rules(self) -> dict[Any, Callable[..., Any]]:
         """The tracing rules, found by their names."""
         return {
-            _found(operation, "network.rules_for"): _found(rule, "network.rules_for")
+            _import(operation, "network.rules_for"): _import(rule, "network.rules_for")
             for operation, rule in self.rules_for.items()
         }
 
 
-def _found(name: str, key: str) -> Any:
+def _import(name: str, key: str) -> Any:
     """What a dotted name stands for."""
     module, _, attribute = name.rpartition(".")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", module):

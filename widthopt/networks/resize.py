@@ -14,7 +14,7 @@ from widthopt.networks import initialise
 from widthopt.setting import Network, Setting
 from widthopt.tracing import on_meta, symbolic_trace, trace
 from widthopt.widthgraph import Axis, Rewrite, WidthGraph
-from widthopt.widths import scaled
+from widthopt.widths import scale_channels
 
 
 class Blueprint:
@@ -31,18 +31,18 @@ class Blueprint:
         traced: Any = _traced if _hashable(setting.network) else _traced.__wrapped__
         axes = (setting.network, setting.depth, setting.classes, setting.resolution)
         self._traced: WidthGraph = traced(*axes)
-        self.graph = self._traced.resized(scaled(self._traced, setting.width))
+        self.graph = self._traced.resize_graph(scale_channels(self._traced, setting.width))
 
     def build(self, channels: Mapping[str, int], *, seed: int) -> nn.Module:
         """The network at these channel counts with fresh weights that depend on the seed."""
         setting = self.setting
         # Not kept: a sweep has hundreds of settings, and each network its weights.
-        model = _built(setting.network, setting.depth, setting.classes)
+        model = _build(setting.network, setting.depth, setting.classes)
         return resize(model, self._traced, channels, seed=seed, rules=setting.network.rules)
 
-    def resized(self, channels: Mapping[str, int]) -> WidthGraph:
+    def resize_graph(self, channels: Mapping[str, int]) -> WidthGraph:
         """The graph of the network at these channel counts, which `build` makes."""
-        return self._traced.resized(channels)
+        return self._traced.resize_graph(channels)
 
     def parameters(self, channels: Mapping[str, int]) -> int:
         """How many parameters the network has at these channel counts."""
@@ -59,7 +59,7 @@ def _traced(network: Network, depth: int, classes: int, resolution: int) -> Widt
 
     Remembered, since a plan asks for those of few networks some hundred times.
     """
-    model = _built(network, depth, classes)
+    model = _build(network, depth, classes)
     stages = network.stages(model)
     return trace(model, resolution, stages=stages, rules=network.rules)
 
@@ -67,7 +67,7 @@ def _traced(network: Network, depth: int, classes: int, resolution: int) -> Widt
 @lru_cache(maxsize=64)
 def _shapes(network: Network, depth: int, classes: int) -> nn.Module:
     """The network at width multiplier 1 without weights; remembered as its graph is."""
-    return on_meta(_built(network, depth, classes))
+    return on_meta(_build(network, depth, classes))
 
 
 def _hashable(network: Network) -> bool:
@@ -78,7 +78,7 @@ def _hashable(network: Network) -> bool:
     return True
 
 
-def _built(network: Network, depth: int, classes: int) -> nn.Module:
+def _build(network: Network, depth: int, classes: int) -> nn.Module:
     """The network as it comes; the caller's random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = network.build(depth=depth, classes=classes)
@@ -105,8 +105,8 @@ def resize(
         graph: Its graph, as `widthopt.trace` returned it.
         channels: Count of each free width variable, from 1 up.
         weights: ``fresh``: as torchvision starts them (see `widthopt.networks.initialise`).
-            ``sliced``: those of the given model, for counts no larger than its own.
-        keep: For ``sliced``, the classes that stay, ascending, by variable; without it the
+            ``slice_weights``: those of the given model, for counts no larger than its own.
+        keep: For ``slice_weights``, the classes that stay, ascending, by variable; without it the
             leading ones do. A class is one channel, or a group of a grouped convolution.
         seed: What fresh weights depend on.
         rules: The tracing rules that were given to `widthopt.trace`.
@@ -135,7 +135,7 @@ def resize(
         _Resizer(graph, channels, keep).resize(resized)
     if not graph.rewrites:
         return resized
-    return _rewritten(resized, graph.resized(channels, keep=keep), rules)
+    return _rewritten(resized, graph.resize_graph(channels, keep=keep), rules)
 
 
 class _Resizer:

@@ -56,7 +56,7 @@ class _Grouped(NamedTuple):
     per_group: int
 
 
-def enlarged(graph: WidthGraph, factor: float) -> dict[str, int]:
+def enlarge_channels(graph: WidthGraph, factor: float) -> dict[str, int]:
     """Channels of a network whose searchable variables are a factor wider.
 
     Reading: a variable without a BatchNorm (a squeeze layer, for example) cannot be searched;
@@ -95,7 +95,7 @@ class Supernet:
             backend: How subnets run.
         """
         self.base = blueprint.graph
-        self.graph = blueprint.resized(enlarged(self.base, enlarge))
+        self.graph = blueprint.resize_graph(enlarge_channels(self.base, enlarge))
         self.model = blueprint.build(self.graph.channels, seed=seed)
         self.backend: Backend = backend
         self.mixed = False
@@ -109,7 +109,7 @@ class Supernet:
         self._slots: dict[str, _Slot] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             path, _, key = name.rpartition(".")
-            owner = self.model.get_submodule(path)._parameters  # noqa: SLF001 (see `replaced`)
+            owner = self.model.get_submodule(path)._parameters  # noqa: SLF001 (see `replace_parameters`)
             self._slots[name] = _Slot(parameter, owner, key, tuple(axes.get(name, {}).items()))
         self._grouped = [
             _Grouped(module, layer.reads, module.in_channels // module.groups)
@@ -164,13 +164,13 @@ class Supernet:
         weights = {name: slot.parameter.detach() for name, slot in self._slots.items()}
         self._draw_nothing()
         with (
-            self.replaced({**weights, **self.folded(factors, learn=False)}),
+            self.replace_parameters({**weights, **self.fold_batchnorm(factors, learn=False)}),
             self._clipping(factors if site == "activation" else None),
         ):
             logits: Tensor = self.model(images)
         return logits
 
-    def folded(self, factors: Tensor, *, learn: bool) -> dict[str, Tensor]:
+    def fold_batchnorm(self, factors: Tensor, *, learn: bool) -> dict[str, Tensor]:
         """BatchNorm scales and shifts times the factors of their channels, by name.
 
         Args:
@@ -242,18 +242,18 @@ class Supernet:
         axes |= {one.reads for one in self._grouped} | {axis for _, axis in self._layer_norms}
         return {axis: _extent(axis, counts) for axis in axes}
 
-    def sliced(self, extents: Mapping[Axis, Extent]) -> dict[str, Tensor]:
+    def slice_weights(self, extents: Mapping[Axis, Extent]) -> dict[str, Tensor]:
         """The weights of a subnet by name, detached; views of the supernet's where possible.
 
         They are the parameters of `Blueprint.build` at these counts.
         """
         return {
-            name: _taken(slot.parameter.detach(), slot.axes, extents)
+            name: _select_entries(slot.parameter.detach(), slot.axes, extents)
             for name, slot in self._slots.items()
         }
 
     @contextmanager
-    def replaced(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    def replace_parameters(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the network compute with other tensors in the place of its parameters.
 
         As ``torch.func.functional_call``, but without a walk over all modules in every pass.
@@ -269,7 +269,7 @@ class Supernet:
                 slot.owner[slot.key] = slot.parameter
 
     @contextmanager
-    def sized(self, channels: Mapping[str, int], extents: Mapping[Axis, Extent]) -> Iterator[None]:
+    def resize_forward(self, channels: Mapping[str, int], extents: Mapping[Axis, Extent]) -> Iterator[None]:
         """Let the forward code be that of a subnet: its groups, its selections of channels."""
         values: list[tuple[nn.Module, str, object]] = [
             (one.module, "groups", _length(extents[one.reads]) // one.per_group)
@@ -281,7 +281,7 @@ class Supernet:
         ]
         if any(one.kind == "select" for one in self.graph.rewrites):
             leading = {n: range(channels[n] // v.unit) for n, v in self.graph.free.items()}
-            small = self.graph.resized(channels, keep=leading)
+            small = self.graph.resize_graph(channels, keep=leading)
             for number, rewrite in enumerate(small.rewrites):
                 if rewrite.kind == "select":
                     places = torch.tensor(selected_entries(rewrite), device=self.device)
@@ -304,7 +304,7 @@ class Supernet:
                 slot.parameter.grad = torch.zeros_like(slot.parameter)
             kept = [(dim, extents[axis]) for dim, axis in slot.axes]
             if all(isinstance(extent, int) for _, extent in kept):
-                targets.append(_taken(slot.parameter.grad, slot.axes, extents))
+                targets.append(_select_entries(slot.parameter.grad, slot.axes, extents))
                 additions.append(gradient)
             else:
                 _scatter(slot.parameter.grad, dict(kept), gradient)
@@ -371,13 +371,13 @@ class _Sliced(Subnet):
         self._extents = supernet.extents(channels)
         self._leaves = {
             name: tensor.requires_grad_(torch.is_grad_enabled())
-            for name, tensor in supernet.sliced(self._extents).items()
+            for name, tensor in supernet.slice_weights(self._extents).items()
         }
 
     def __call__(self, images: Tensor) -> Tensor:
         supernet = self._supernet
         supernet._draw_nothing()  # noqa: SLF001 (the two are one thing)
-        with supernet.sized(self._channels, self._extents), supernet.replaced(self._leaves):
+        with supernet.resize_forward(self._channels, self._extents), supernet.replace_parameters(self._leaves):
             logits: Tensor = supernet.model(images)
         return logits
 
@@ -403,7 +403,7 @@ class _Masked(Subnet):
     def __call__(self, images: Tensor) -> Tensor:
         supernet = self._supernet
         supernet._draw_nothing()  # noqa: SLF001 (the two are one thing)
-        with supernet.replaced(supernet.folded(self._factors, learn=True)):
+        with supernet.replace_parameters(supernet.fold_batchnorm(self._factors, learn=True)):
             logits: Tensor = supernet.model(images)
         return logits
 
@@ -463,7 +463,7 @@ def _length(extent: Extent) -> int:
     return extent if isinstance(extent, int) else len(extent)
 
 
-def _taken(
+def _select_entries(
     tensor: Tensor, axes: Iterable[tuple[int, Axis]], extents: Mapping[Axis, Extent]
 ) -> Tensor:
     """The entries of a tensor that stay."""

@@ -45,7 +45,7 @@ class TorchvisionNetwork:
         if depth == 1:
             model: nn.Module = builder(**arguments)
             return model
-        return _deepened(self.name, builder, arguments, depth)
+        return _deepen(self.name, builder, arguments, depth)
 
     def stages(self, model: nn.Module) -> list[tuple[str, list[str]]]:
         """See `widthopt.setting.Network`."""
@@ -103,7 +103,7 @@ def _names() -> list[str]:
     return [name for name in models.list_models(module=models) if not no_cnn.match(name)]
 
 
-def _deepened(
+def _deepen(
     name: str, builder: Callable[..., Any], arguments: Mapping[str, Any], depth: int
 ) -> nn.Module:
     kind = inspect.signature(builder).return_annotation

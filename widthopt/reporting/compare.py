@@ -106,13 +106,13 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
     targets: dict[str, list[Gathered]] = {}
     for one in found:
         first = one.records[0]
-        name = f"{first.network}-{first.dataset}-{_dashed(first.target)}".replace("/", "_")
+        name = f"{first.network}-{first.dataset}-{_axes_name(first.target)}".replace("/", "_")
         targets.setdefault(name, []).append(one)
     console = new_console()
     for name, its in targets.items():
         told = _labels([one.trained for one in its])
         for label in dict.fromkeys(told):
-            records = _named([one for one, own in zip(its, told, strict=True) if own == label])
+            records = _label_records([one for one, own in zip(its, told, strict=True) if own == label])
             if label:
                 console.print(label, style="bold")
             console.print(table(records))
@@ -131,12 +131,12 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
             console.print(str(path), soft_wrap=True)
 
 
-def _dashed(setting: Mapping[str, float]) -> str:
+def _axes_name(setting: Mapping[str, float]) -> str:
     """A setting's axes as a part of a name: 0.25-1-20-1."""
     return "-".join(f"{value:g}" for value in setting.values())
 
 
-def _named(found: Sequence[Gathered]) -> list[Record]:
+def _label_records(found: Sequence[Gathered]) -> list[Record]:
     """Records that were trained alike, each once; what was searched otherwise has its own name."""
     groups: dict[tuple[str, str], list[Gathered]] = {}
     for one in found:
@@ -144,7 +144,7 @@ def _named(found: Sequence[Gathered]) -> list[Record]:
         groups.setdefault((first.algorithm, first.found.method), []).append(one)
     result: list[Record] = []
     for (algorithm, method), its in groups.items():
-        proxies = [_dashed(one.records[0].proxy) for one in its]
+        proxies = [_axes_name(one.records[0].proxy) for one in its]
         if method != "transfer" or len(set(proxies)) == 1:
             proxies = [""] * len(its)
         labels = _labels([one.searched for one in its], proxies)
@@ -166,7 +166,7 @@ def _labels(tables: Sequence[Mapping[str, Any]], ends: Sequence[str] = ()) -> li
     ends = ends or [""] * len(tables)
     values = [
         {path: value for path, value in one.items() if not (any(ends) and path[0] in _PROXY)}
-        for one in identity.apart(tables)
+        for one in identity.differing_values(tables)
     ]
     chosen: list[tuple[str, ...]] = []
     kinds: list[tuple[str, ...]] = [(end,) for end in ends]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from widthopt.files import writable, write_atomically, writing
+from widthopt.files import check_writable, write_atomically, writing
 from widthopt.projection import nominal_saving
 from widthopt.records import Record, by_algorithm, read_channels
 from widthopt.reporting.figures import channels as channels_figure
@@ -24,7 +24,7 @@ from widthopt.reporting.figures.page import Section, page
 from widthopt.reporting.figures.style import RC
 from widthopt.reporting.figures.summary import short, table
 from widthopt.request import Request
-from widthopt.runs.execute import run
+from widthopt.runs.execute import run_request
 from widthopt.runs.plan import GPU_MACS_PER_SECOND, Plan, axes
 from widthopt.runs.states import State
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("widthopt")
 logger = logging.getLogger("widthopt")
 
 
-def report(request: Request) -> Path:
+def run_and_report(request: Request) -> Path:
     """Say what a run will cost, run it, and show what came out; the run's folder.
 
     Raises:
@@ -44,10 +44,10 @@ def report(request: Request) -> Path:
     console, plan = new_console(), Plan.of([request])
     point = plan.points[0].point
     states = plan.states()
-    writable(Path(request.root))
+    check_writable(Path(request.root))
     point.store.check()
     show_plan(plan, states)
-    records = run(point, show=lambda line: console.print(line, style="bold"))
+    records = run_request(point, show=lambda line: console.print(line, style="bold"))
     folder = point.folder
     pictures = draw(records, folder / "figures")
     console.print(table(records))
@@ -179,7 +179,7 @@ def show_plan(
         result.add_row(f"for {cost.points} points", "", "", "", short(cost.macs_left))
     console = new_console()
     console.print(result)
-    for line in _dear(plan):
+    for line in _expensive_proxies(plan):
         console.print(line, soft_wrap=True)
     others = {name: count for name, count in cost.states.items() if name in _NOTEWORTHY}
     for name, count in others.items():
@@ -191,7 +191,7 @@ def show_plan(
         )
 
 
-def _dear(plan: Plan) -> list[str]:
+def _expensive_proxies(plan: Plan) -> list[str]:
     """Proxies that take more than their targets to search: what is typed are their own values."""
     lines: dict[str, None] = {}
     for one in plan.points:
@@ -237,7 +237,7 @@ def show_figures(
     for kind, records, missing in drawn:
         images, files_of = [], media.setdefault(kind.name, {})
         for stem, figure in kind.draw(records).items():
-            files = {suffix: _saved(figure, suffix) for suffix in _METADATA}
+            files = {suffix: _encode_figure(figure, suffix) for suffix in _METADATA}
             for suffix, content in files.items():
                 write_atomically(into / f"{stem}.{suffix}", content)
             images.append(files["png"])
@@ -263,7 +263,7 @@ def show_figures(
     return media
 
 
-def _saved(figure: Figure, suffix: str) -> bytes:
+def _encode_figure(figure: Figure, suffix: str) -> bytes:
     """A figure as a file of this kind."""
     content = io.BytesIO()
     with mpl.rc_context(RC):

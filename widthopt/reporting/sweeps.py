@@ -5,20 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from widthopt import identity
-from widthopt.config.typed import figures, tracking
+from widthopt.config.typed import build_figures, build_tracking
 from widthopt.errors import InputError
 from widthopt.files import write_atomically, writing
 from widthopt.records import Record
 from widthopt.reporting import console
 from widthopt.reporting.compare import Gathered, side_by_side
-from widthopt.runs.execute import recorded
-from widthopt.runs.manifest import Manifest, manifests
-from widthopt.runs.states import ENDED, there
-from widthopt.runs.store import Store, StoreEntry, why
+from widthopt.runs.execute import record_of
+from widthopt.runs.manifest import Manifest, load_manifests
+from widthopt.runs.states import ENDED, root_option
+from widthopt.runs.store import Store, StoreEntry, failure_reason
 from widthopt.tracking import About, show_in, show_media
 
 
-def asked_for(root: Path, names: Sequence[str]) -> tuple[list[Manifest], list[str]]:
+def select_sweeps(root: Path, names: Sequence[str]) -> tuple[list[Manifest], list[str]]:
     """The sweeps and the figures that a person names.
 
     Args:
@@ -32,7 +32,7 @@ def asked_for(root: Path, names: Sequence[str]) -> tuple[list[Manifest], list[st
     Raises:
         InputError: There is neither such a sweep nor such a figure.
     """
-    every = manifests(root)
+    every = load_manifests(root)
     whole = {figure for sweep in every for figure in sweep.figures}
     begin = tuple(
         name
@@ -84,13 +84,13 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
                 result = results[name]
                 for figure in point["figures"]:
                     if result is not None:
-                        one = recorded(result, method=method, algorithm=point["algorithm"])
+                        one = record_of(result, method=method, algorithm=point["algorithm"])
                         records.setdefault(figure, {})[name] = one
                     else:
                         wanted.setdefault(figure, {})[name] = sweep.runs[name]["what"]
     drawn = [
         (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
-        for one in figures(list(kinds.values()))
+        for one in build_figures(list(kinds.values()))
     ]
     media = console.show_figures(drawn, into=root / "report", whole=not only)
     for sweep in () if only else sweeps:
@@ -113,14 +113,14 @@ def _find(sweep: Manifest, stages: Mapping[str, StoreEntry]) -> None:
 def figures_run(sweep: Manifest) -> str:
     """The name of the tracked run that shows a sweep's figures."""
     name = f"figures-{sweep.name}"
-    return tracking(sweep.tracking).run_id(name) if sweep.tracking else name
+    return build_tracking(sweep.tracking).run_id(name) if sweep.tracking else name
 
 
 def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
     """Track a sweep's figures and tables as a run of their own."""
     if not sweep.tracking or not media:
         return
-    how = tracking(sweep.tracking)
+    how = build_tracking(sweep.tracking)
     if how.mode == "disabled":
         return
     about = About(
@@ -163,19 +163,19 @@ def show(root: Path, sweeps: Sequence[Manifest]) -> None:
         for point in sweep.points:
             result = stages[point["train"]].result()
             if result is not None:
-                one = recorded(result, method=point["method"], algorithm=point["algorithm"])
-                its = _gathered(sweep, point)
+                one = record_of(result, method=point["method"], algorithm=point["algorithm"])
+                its = _dependencies(sweep, point)
                 key = identity.canonical([one.algorithm, one.found.method, *its])
                 found.setdefault(key, Gathered(*its, [])).records.append(one)
     if not found:
         raise InputError(
             f"--root is {root}, but no point of {', '.join(one.name for one in sweeps)} is done; "
-            f"see widthopt status {there(root)}"
+            f"see widthopt status {root_option(root)}"
         )
     side_by_side(list(found.values()), into=root / "report")
 
 
-def _gathered(sweep: Manifest, point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _dependencies(sweep: Manifest, point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a point's final training, and its search, depend on but for widths and seed."""
     runs = [sweep.runs[name] for name in (point["train"], *sweep.runs[point["train"]]["needs"])]
     trained, *searches = ({**one["fields"], "seed": None} for one in runs)
@@ -191,7 +191,7 @@ def status(
 
     Args:
         root: The folder that runs are kept in.
-        sweeps: As `manifests` returns them.
+        sweeps: As `load_manifests` returns them.
         live: The jobs that a queue knows as waiting or running.
     """
     store = Store(root / "stages")
@@ -208,7 +208,7 @@ def status(
                     "state": states[name],
                     "what": one["what"],
                     "job": (stages[name].submission() or {}).get("job"),
-                    "why": why(stages[name]) or None if states[name] in ENDED else None,
+                    "why": failure_reason(stages[name]) or None if states[name] in ENDED else None,
                 }
             )
         result.append({"sweep": sweep.name, "points": len(sweep.points), "runs": rows})

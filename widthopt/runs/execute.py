@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 
 from widthopt import data
 from widthopt.algorithms import SearchResult
-from widthopt.files import writable, write_atomically, writing
+from widthopt.files import check_writable, write_atomically, writing
 from widthopt.projection import nominal_saving
 from widthopt.records import Record, WidthResult, from_plain, to_json
 from widthopt.request import Request
 from widthopt.runs.point import SizedRequest, axis_values
-from widthopt.runs.states import this_job
+from widthopt.runs.states import current_job
 from widthopt.runs.store import StoreEntry
 from widthopt.seeds import derived_seed
 from widthopt.tracking import Tracker, tracked
@@ -36,18 +36,18 @@ from widthopt.widths import TOLERANCE, Match, multipliers
 logger = logging.getLogger("widthopt")
 
 
-def found(request: Request, *, method: str = "transfer") -> WidthResult:
+def search_widths(request: Request, *, method: str = "transfer") -> WidthResult:
     """Search and extrapolate for the first seed, without the final training.
 
     Raises:
         InputError: Something asked for cannot be done.
     """
     point = SizedRequest(replace(request, methods=(method,)))
-    writable(Path(request.root))
-    return _found(point, method, request.seeds[0])
+    check_writable(Path(request.root))
+    return _search_widths(point, method, request.seeds[0])
 
 
-def run(point: SizedRequest, show: Callable[[str], None] = logger.info) -> list[Record]:
+def run_request(point: SizedRequest, show: Callable[[str], None] = logger.info) -> list[Record]:
     """Everything that a request asks for; what was done before is not done again.
 
     Args:
@@ -70,11 +70,11 @@ def run(point: SizedRequest, show: Callable[[str], None] = logger.info) -> list[
         ]
     point.store.check()
     for folder in (point.folder, point.folder / "channels"):
-        writable(folder)
+        check_writable(folder)
     write_atomically(point.folder / "config.yaml", OmegaConf.to_yaml(dict(request.fields)))
     write_atomically(point.folder / "graph.json", point.target_blueprint.graph.to_json())
     records = []
-    with logged(point.folder / "run.log"):
+    with log_to_file(point.folder / "run.log"):
         for seed in request.seeds:
             for method in request.methods:
                 show(f"{method}, seed {seed}")
@@ -94,7 +94,7 @@ def _record(point: SizedRequest, method: str, seed: int) -> Record:
     return record
 
 
-def _found(point: SizedRequest, method: str, seed: int) -> WidthResult:
+def _search_widths(point: SizedRequest, method: str, seed: int) -> WidthResult:
     result = run_search(point, method, seed)
     target = point.target_blueprint
     match: Match = point.request.extrapolation(
@@ -150,14 +150,14 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
         ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
         return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
     stage = point.search_entry(method, seed)
-    with _working(stage, point.device) as done:
+    with _claim_entry(stage, point.device) as done:
         if done is None:
-            with _tracked(point, "search", method, seed, stage) as tracker:
+            with _open_tracker(point, "search", method, seed, stage) as tracker:
                 result = algorithm.search(
                     setting,
                     point.search_data(setting, seed),
                     budget_macs=point.search_budget(method),
-                    conditions=point.conditions(seed, stage.folder, tracker),
+                    context=point.context(seed, stage.folder, tracker),
                 )
                 if tracker is not None:
                     with tracker.careful():
@@ -176,22 +176,22 @@ def run_training(point: SizedRequest, method: str, seed: int) -> Record:
         method: One of `widthopt.records.METHODS`.
         seed: One of the point's.
     """
-    one = _found(point, method, seed)
+    one = _search_widths(point, method, seed)
     stage = point.train_entry(method, seed)
-    with _working(stage, point.device) as before:
+    with _claim_entry(stage, point.device) as before:
         if before is None:
-            with _tracked(point, "train", method, seed, stage) as tracker:
-                done = _record_of(point, one, stage, tracker)
+            with _open_tracker(point, "train", method, seed, stage) as tracker:
+                done = _train_and_record(point, one, stage, tracker)
         else:
             done = before
-    return recorded(done, method=method, algorithm=point.request.algorithm.name)
+    return record_of(done, method=method, algorithm=point.request.algorithm.name)
 
 
-def _record_of(
+def _train_and_record(
     point: SizedRequest, found: WidthResult, stage: StoreEntry, tracker: Tracker | None
 ) -> dict[str, Any]:
     """Train and evaluate the target at what was found, and keep the record."""
-    measured = _trained(point, found.channels, found.seed, stage.folder, tracker)
+    measured = _train_target(point, found.channels, found.seed, stage.folder, tracker)
     stages = {"train": stage.folder.name}
     if found.method != "uniform":
         stages["search"] = point.search_entry(found.method, found.seed).folder.name
@@ -218,7 +218,7 @@ def _record_of(
     return asdict(record)
 
 
-def recorded(result: Mapping[str, Any], *, method: str, algorithm: str) -> Record:
+def record_of(result: Mapping[str, Any], *, method: str, algorithm: str) -> Record:
     """The record in a training's result, as one of the requests that share it has it.
 
     A transfer whose proxy is the target is a direct search; a network that is not optimised is
@@ -229,7 +229,7 @@ def recorded(result: Mapping[str, Any], *, method: str, algorithm: str) -> Recor
 
 
 @contextmanager
-def _working(stage: StoreEntry, device: torch.device) -> Iterator[dict[str, Any] | None]:
+def _claim_entry(stage: StoreEntry, device: torch.device) -> Iterator[dict[str, Any] | None]:
     """Work on a stage alone, and write down what ended the work if it is not done.
 
     Of processes that work together the first claims it for all of them. An interruption is no
@@ -239,7 +239,7 @@ def _working(stage: StoreEntry, device: torch.device) -> Iterator[dict[str, Any]
         The result, if it is there already.
     """
     first = distributed.rank() == 0
-    with stage.claim(job=this_job()) if first else nullcontext():
+    with stage.claim(job=current_job()) if first else nullcontext():
         done = distributed.broadcast(stage.result() if first else None, device=device)
         try:
             yield done
@@ -250,7 +250,7 @@ def _working(stage: StoreEntry, device: torch.device) -> Iterator[dict[str, Any]
 
 
 @contextmanager
-def _tracked(
+def _open_tracker(
     point: SizedRequest, kind: str, method: str, seed: int, stage: StoreEntry
 ) -> Iterator[Tracker | None]:
     """Track the work on a stage."""
@@ -279,16 +279,16 @@ def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: Sea
             "budget_macs": point.search_budget(method),
             "seconds": result.seconds,
             **{f"flags/{name}": one for name, one in result.flags.items()},
-            **dict(_named("details", result.details)),
+            **dict(_flatten_details("details", result.details)),
         }
     )
 
 
-def _named(start: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten_details(start: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Single values by name, those of tables within tables too; lists are left out."""
     for name, one in values.items():
         if isinstance(one, Mapping):
-            yield from _named(f"{start}/{name}", one)
+            yield from _flatten_details(f"{start}/{name}", one)
         elif not isinstance(one, list | tuple):
             yield f"{start}/{name}", one
 
@@ -321,7 +321,7 @@ def _show_training(tracker: Tracker, record: Record) -> None:
     )
 
 
-def _trained(
+def _train_target(
     point: SizedRequest, channels: Mapping[str, int], seed: int, folder: Path, log: Log | None
 ) -> dict[str, float]:
     """Train the target at these channels on all of its data, and evaluate it."""
@@ -368,7 +368,7 @@ def _link(path: Path, to: Path) -> None:
 
 
 @contextmanager
-def logged(path: Path) -> Iterator[None]:
+def log_to_file(path: Path) -> Iterator[None]:
     """Write what is logged to a file too, all of it."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.DEBUG)

@@ -9,7 +9,7 @@ from typing import Any
 from widthopt import identity
 from widthopt.errors import InputError
 from widthopt.runs.plan import Plan, Run
-from widthopt.runs.states import State, blocked
+from widthopt.runs.states import State, mark_blocked
 from widthopt.runs.store import Store, StoreEntry
 
 
@@ -135,10 +135,10 @@ class Manifest:
         """How far each of its own runs is, by name."""
         stages = self.entries(store)
         states = {name: stages[name].state(live) for name in self.own}
-        return blocked(states, {name: one["needs"] for name, one in self.own.items()})
+        return mark_blocked(states, {name: one["needs"] for name, one in self.own.items()})
 
 
-def manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
+def load_manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
     """The sweeps that are kept below a root, by name.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from widthopt import identity
 from widthopt.request import Request
 from widthopt.runs.point import SizedRequest
-from widthopt.runs.states import State, blocked
+from widthopt.runs.states import State, mark_blocked
 from widthopt.runs.store import StoreEntry
 
 
@@ -155,7 +155,7 @@ class Plan:
                         trainings[name] = Run("train", train, point, method, seed, needs, macs)
                     figures = request.figures
                     points.append(Point(point, method, seed, search, name, figures))
-        return cls(tuple(points), _told_apart({**searches, **trainings}))
+        return cls(tuple(points), _distinguish({**searches, **trainings}))
 
     def states(self, live: Collection[str] = ()) -> dict[str, State]:
         """How far each run is, by name.
@@ -170,7 +170,7 @@ class Plan:
             stored = next(one.point for one in self.points if one.point.request.root == root)
             stored.store.check(write=False)
         states = {name: run.stage.state(live) for name, run in self.runs.items()}
-        return blocked(states, {name: run.needs for name, run in self.runs.items()})
+        return mark_blocked(states, {name: run.needs for name, run in self.runs.items()})
 
     def cost(self, states: Mapping[str, State], *, nodes: int, macs_per_second: float) -> "Cost":
         """What is left to do, and how long that takes.
@@ -202,7 +202,7 @@ class Plan:
 _SEARCH = ("own", "origin", "search")
 
 
-def _told_apart(runs: Mapping[str, Run]) -> dict[str, Run]:
+def _distinguish(runs: Mapping[str, Run]) -> dict[str, Run]:
     """The runs; those that would be described alike, each with the values in which they differ."""
     alike = defaultdict(list)
     for run in runs.values():
@@ -216,7 +216,7 @@ def _told_apart(runs: Mapping[str, Run]) -> dict[str, Run]:
             }
             for one in ones
         ]
-        for run, values in zip(ones, identity.apart(tables), strict=True):
+        for run, values in zip(ones, identity.differing_values(tables), strict=True):
             # Of its search a training's own fields have but the name.
             named = {path[-1]: value for path, value in values.items() if path != _SEARCH}
             told[run.name] = replace(run, apart=named)

@@ -13,7 +13,7 @@ from widthopt.algorithms.uniform import Uniform
 from widthopt.data import Dataset, Sizes, Split
 from widthopt.networks.resize import Blueprint
 from widthopt.request import Request
-from widthopt.runs.states import this_job
+from widthopt.runs.states import current_job
 from widthopt.runs.store import Store, StoreEntry
 from widthopt.setting import Setting
 from widthopt.tracking import About
@@ -80,7 +80,7 @@ class SizedRequest:
         """What a method searches with."""
         return Uniform("uniform") if method == "uniform" else self.request.algorithm
 
-    def conditions(self, seed: int, folder: Path, log: Log | None = None) -> SearchContext:
+    def context(self, seed: int, folder: Path, log: Log | None = None) -> SearchContext:
         """What a search runs under."""
         return SearchContext(self.request.recipe, self.request.runtime, seed, folder, log)
 
@@ -106,7 +106,7 @@ class SizedRequest:
                 "search": None
                 if not train or method == "uniform"
                 else self.search_entry(method, seed).folder.name,
-                "job": this_job(),
+                "job": current_job(),
             },
             extrapolation=self.strategy(method) if train else "",
         )

@@ -10,7 +10,7 @@ from typing import Literal
 State = Literal["missing", "queued", "running", "stale", "failed", "blocked", "done"]
 
 
-def this_job() -> str:
+def current_job() -> str:
     """The job of a queue that this process is a part of, as the queue names it; or nothing.
 
     An element of an array of SLURM's is called by the array's job and its index.
@@ -19,12 +19,12 @@ def this_job() -> str:
     return f"{array}_{element}" if array and element else os.environ.get("SLURM_JOB_ID", "")
 
 
-def there(root: Path) -> str:
+def root_option(root: Path) -> str:
     """How a command is told where runs are kept, as it is typed."""
     return f"--root {shlex.quote(str(root))}"
 
 
-def blocked(states: Mapping[str, State], needs: Mapping[str, Collection[str]]) -> dict[str, State]:
+def mark_blocked(states: Mapping[str, State], needs: Mapping[str, Collection[str]]) -> dict[str, State]:
     """The same states, with what cannot start because of a failure before it as "blocked".
 
     Only what is missing or stale can be blocked, by a need that failed or is blocked itself;

@@ -35,7 +35,7 @@ from widthopt.files import (
     reading,
     try_lock,
     unlock,
-    writable,
+    check_writable,
     write_atomically,
     writing,
 )
@@ -94,7 +94,7 @@ class StoreEntry:
         if isinstance(result, dict):
             # A number that is not finite, or such depth, was not written here.
             with suppress(InputError, RecursionError):
-                if found == self._signed(result):
+                if found == self._seal(result):
                     return result
         raise InputError(
             f"root is {self.folder.parent}, but {path} was changed after it was written; "
@@ -110,7 +110,7 @@ class StoreEntry:
         Raises:
             InputError: The disk is full or the folder cannot be written.
         """
-        signed = self._signed(json.loads(json.dumps(result, allow_nan=False)))
+        signed = self._seal(json.loads(json.dumps(result, allow_nan=False)))
         self._describe()
         write_atomically(self.folder / "result.json", json.dumps(signed, indent=2) + "\n")
         self._remove("failed.json")
@@ -185,7 +185,7 @@ class StoreEntry:
     def state(self, live: Collection[str] = ()) -> State:
         """How far this stage is, from its files and the queue alone; nothing is written.
 
-        Never "blocked", which depends on other stages: see `blocked`.
+        Never "blocked", which depends on other stages: see `mark_blocked`.
 
         Args:
             live: The jobs that the queue knows as waiting or running.
@@ -216,7 +216,7 @@ class StoreEntry:
 
         Args:
             wait: Whether to wait for someone else who works on it.
-            job: The job of a queue that this process is a part of, if any; see `this_job`.
+            job: The job of a queue that this process is a part of, if any; see `current_job`.
 
         Raises:
             Taken: Someone else works on it, and ``wait`` is off.
@@ -316,7 +316,7 @@ class StoreEntry:
         if not there:
             write_atomically(path, text)
 
-    def _signed(self, result: dict[str, Any]) -> dict[str, Any]:
+    def _seal(self, result: dict[str, Any]) -> dict[str, Any]:
         """What ``result.json`` says: the result, whose it is, and whether it is whole."""
         digest = identity.digest(result)
         return {"format": _RESULT_FORMAT, "key": self.key, "sha256": digest, "result": result}
@@ -368,7 +368,7 @@ class Store:
             found = read_json(path, self.root)
             if found is None:
                 continue
-            stage = self._described(found)
+            stage = self._entry_of(found)
             if stage is not None and stage.folder.name == name:
                 yield stage
             else:
@@ -396,11 +396,11 @@ class Store:
                     f"in store.json, {_ROOT_FORMAT} here); name another folder"
                 )
         if write:
-            writable(self.root)
+            check_writable(self.root)
             if found is None:
                 write_atomically(path, json.dumps({"format": _ROOT_FORMAT}) + "\n")
 
-    def _described(self, found: Any) -> StoreEntry | None:
+    def _entry_of(self, found: Any) -> StoreEntry | None:
         """The stage that ``fields.json`` names, or None if that is not what the file does."""
         if not isinstance(found, dict) or found.keys() != {"kind", "fields"}:
             return None
@@ -422,7 +422,7 @@ _REASON = re.compile(r"(widthopt: )?(?P<text>(?(1).*|[\w.]*(Error|Exception|Inte
 """What a process says last: one of our own messages, or the exception below a traceback."""
 
 
-def why(stage: StoreEntry) -> str:
+def failure_reason(stage: StoreEntry) -> str:
     """Why a stage was not done, in one line; empty if nothing is known."""
     found = stage.failure()
     if found is not None:

@@ -14,10 +14,10 @@ from hydra_plugins.widthopt_launchers.launcher import relaunch
 from hydra_plugins.widthopt_launchers.workload import Failed
 from widthopt.errors import InputError
 from widthopt.reporting.sweeps import status
-from widthopt.runs.manifest import Manifest, manifests
-from widthopt.runs.states import ENDED, State, there
-from widthopt.runs.store import Store, StoreEntry, why
-from widthopt.sweeps.worker import home, run_spec
+from widthopt.runs.manifest import Manifest, load_manifests
+from widthopt.runs.states import ENDED, State, root_option
+from widthopt.runs.store import Store, StoreEntry, failure_reason
+from widthopt.sweeps.worker import launch_folder, run_spec
 from widthopt.sweeps.workload import StoredSweep
 
 
@@ -50,7 +50,7 @@ class RunRef:
         return self.sweeps[0].own[self.name]
 
 
-def live(root: Path) -> Mapping[str, str] | None:
+def live_jobs(root: Path) -> Mapping[str, str] | None:
     """The jobs that wait or run, where the root has jobs; None, and said so, if nobody can tell."""
     try:
         return _live(root)
@@ -67,7 +67,7 @@ def _live(root: Path) -> Mapping[str, str]:
     """
     if not (root / "jobs").is_dir():
         return {}
-    if not queue.there():
+    if not queue.is_available():
         raise InputError(
             f"--root is {root}, but its runs are a queue's and there is no squeue on this machine; "
             "ask on a login node"
@@ -75,10 +75,10 @@ def _live(root: Path) -> Mapping[str, str]:
     from hydra_plugins.widthopt_launchers.slurm import adopt  # noqa: PLC0415 (imports submitit)
 
     adopt(root)
-    return queue.live()
+    return queue.live_jobs()
 
 
-def _told(stage: StoreEntry, state: State, jobs: Mapping[str, str] | None) -> State:
+def _state_without_queue(stage: StoreEntry, state: State, jobs: Mapping[str, str] | None) -> State:
     """A state where it may be that nobody knows which jobs live: then none counts as ended."""
     if jobs is None and state == "stale" and stage.submission() is not None:
         return "running" if (stage.folder / "claim.json").exists() else "queued"
@@ -91,7 +91,7 @@ def find(root: Path, name: str) -> RunRef:
     Raises:
         InputError: There is none, or there are several.
     """
-    sweeps = manifests(root)
+    sweeps = load_manifests(root)
     names = sorted({one for sweep in sweeps for one in sweep.own})
     if not names:
         raise InputError(
@@ -103,7 +103,7 @@ def find(root: Path, name: str) -> RunRef:
     if len(fitting) != 1 or not name:
         known = f"{len(fitting)} runs there begin so" if fitting else "there is no such run"
         raise InputError(
-            f"KEY is {name}, but {known} in {root}; widthopt status --all {there(root)} lists them"
+            f"KEY is {name}, but {known} in {root}; widthopt status --all {root_option(root)} lists them"
         )
     mine = tuple(sweep for sweep in sweeps if fitting[0] in sweep.own)
     stage = mine[0].entries(Store(root / "stages"))[fitting[0]]
@@ -112,47 +112,47 @@ def find(root: Path, name: str) -> RunRef:
 
 def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
     """How far sweeps are, with what the queue knows of them; see `widthopt.sweeps.status`."""
-    jobs = live(root)
+    jobs = live_jobs(root)
     tables = status(root, sweeps, jobs or {})
     rows = [row for table in tables for row in table["runs"]]
     if jobs is None:
         for sweep, table in zip(sweeps, tables, strict=True):
             stages = sweep.entries(Store(root / "stages"))
             for row in table["runs"]:
-                state = _told(stages[row["name"]], row["state"], jobs)
+                state = _state_without_queue(stages[row["name"]], row["state"], jobs)
                 row["queue"] = UNKNOWN if state != row["state"] else None
                 row["state"] = state
         return tables
     ended = {row["job"] for row in rows if row["state"] in ENDED and not row["why"] and row["job"]}
-    causes = _how_ended(root, ended) if ended and queue.there() else {}
+    causes = _job_endings(root, ended) if ended and queue.is_available() else {}
     for row in rows:
         row["why"] = row["why"] or (causes.get(row["job"]) if row["state"] in ENDED else None)
         row["queue"] = jobs.get(row["job"]) if row["state"] in {"queued", "running"} else None
     return tables
 
 
-def _how_ended(root: Path, jobs: Collection[str]) -> Mapping[str, str]:
-    from hydra_plugins.widthopt_launchers.slurm import how_ended  # noqa: PLC0415 (imports submitit)
+def _job_endings(root: Path, jobs: Collection[str]) -> Mapping[str, str]:
+    from hydra_plugins.widthopt_launchers.slurm import explain_endings  # noqa: PLC0415 (imports submitit)
 
-    return how_ended(root, jobs)
+    return explain_endings(root, jobs)
 
 
 def show(root: Path, name: str) -> dict[str, Any]:
     """All that is known of one run, as plain data."""
     found = find(root, name)
-    stage, jobs = found.stage, live(root)
+    stage, jobs = found.stage, live_jobs(root)
     result = stage.result()
     attempts = stage.folder / "attempts.jsonl"
     lines = attempts.read_text("utf-8").splitlines() if attempts.exists() else []
     submission = stage.submission() or {}
     state = found.sweeps[0].states(Store(root / "stages"), jobs or {})[found.name]
-    state = _told(stage, state, jobs)
+    state = _state_without_queue(stage, state, jobs)
     failure = stage.failure() or {}
     return {
         "name": found.name,
         "what": found.row["what"],
         "state": state,
-        "why": why(stage) or None if state in ENDED else None,
+        "why": failure_reason(stage) or None if state in ENDED else None,
         "traceback": failure.get("traceback") if state in ENDED else None,
         "needs": found.row["needs"],
         "sweeps": [sweep.name for sweep in found.sweeps],
@@ -185,7 +185,7 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
     told = [one for one in before if one.exists()]
     yield from (one.read_text("utf-8", "replace") for one in told)
     if follow:
-        yield from _followed(path, root, stage)
+        yield from _follow(path, root, stage)
         late = [one for one in before if one not in told and one.exists()]
         yield from (one.read_text("utf-8", "replace") for one in late)
     elif path.exists():
@@ -193,17 +193,17 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
     elif not early:
         raise InputError(
             f"KEY is {stage.folder.name}, but process {rank} of it has printed nothing; see "
-            f"widthopt show {stage.folder.name} {there(root)}"
+            f"widthopt show {stage.folder.name} {root_option(root)}"
         )
 
 
-def _followed(path: Path, root: Path, stage: StoreEntry) -> Iterator[str]:
+def _follow(path: Path, root: Path, stage: StoreEntry) -> Iterator[str]:
     """What is in a log, and what comes, until the run has ended."""
-    read, jobs, asked = 0, live(root), time.monotonic()
+    read, jobs, asked = 0, live_jobs(root), time.monotonic()
     while True:
         if time.monotonic() > asked + ASK_SECONDS:
-            jobs, asked = live(root), time.monotonic()
-        ended = _told(stage, stage.state(jobs or {}), jobs) not in {"queued", "running"}
+            jobs, asked = live_jobs(root), time.monotonic()
+        ended = _state_without_queue(stage, stage.state(jobs or {}), jobs) not in {"queued", "running"}
         if path.exists():
             with path.open("rb") as file:
                 file.seek(read)
@@ -232,7 +232,7 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
     """
     sweeps, chosen = _sweeps_or_run(root, name)
     mine = {sweep.name for sweep in sweeps}
-    others = {run for one in manifests(root) if one.name not in mine for run in one.own}
+    others = {run for one in load_manifests(root) if one.name not in mine for run in one.own}
     jobs = _live(root)
     wanted: dict[str, str] = {}
     for sweep in sweeps:
@@ -257,7 +257,7 @@ def _end(jobs: Collection[str]) -> None:
     except InputError as error:  # for one of them, which may have ended meanwhile
         refused = error
     until = time.monotonic() + GONE_SECONDS
-    while left := set(jobs) & set(queue.live()):
+    while left := set(jobs) & set(queue.live_jobs()):
         if time.monotonic() > until:
             raise refused or InputError(
                 f"scancel has ended {len(jobs) - len(left)} jobs of {len(jobs)}, but not yet "
@@ -288,21 +288,21 @@ def run_now(root: Path, name: str) -> None:
     """
     stage = find(root, name).stage
     spec = stage.folder / "spec.json"
-    if (folder := home(spec)) is not None:
+    if (folder := launch_folder(spec)) is not None:
         sys.path.append(str(folder))  # its network may be a module there
     run_spec(spec)
     state = stage.state()
     if state != "done":
         raise Failed(
             f"{stage.folder.name} is {state}, but it was to be done; see widthopt show "
-            f"{stage.folder.name} {there(root)}"
+            f"{stage.folder.name} {root_option(root)}"
         )
 
 
 def _sweeps_or_run(root: Path, name: str) -> tuple[list[Manifest], list[str]]:
     """The sweeps of a name, or those of the run of that name, and that run."""
     try:
-        return manifests(root, [name]), []
+        return load_manifests(root, [name]), []
     except InputError:
         found = find(root, name)
         return list(found.sweeps), [found.name]

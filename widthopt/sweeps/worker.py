@@ -13,11 +13,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from widthopt.config.typed import request
+from widthopt.config.typed import build_request
 from widthopt.errors import InputError
-from widthopt.runs.execute import logged, run_search, run_training
+from widthopt.runs.execute import log_to_file, run_search, run_training
 from widthopt.runs.point import SizedRequest
-from widthopt.runs.states import this_job
+from widthopt.runs.states import current_job
 from widthopt.runs.store import Store
 from widthopt.training import distributed
 from widthopt.training.loop import Interrupted
@@ -37,7 +37,7 @@ class _Named:
 _SPECIFIED = {"kind", "method", "seed", "needs", "figures", "home", "config"}
 
 
-def home(spec: Path) -> Path | None:
+def launch_folder(spec: Path) -> Path | None:
     """The folder that a frozen run was given in, if it is still there.
 
     Raises:
@@ -94,11 +94,11 @@ def _run_spec(spec: Path, content: Mapping[str, Any], rank: int) -> None:
     method, seed, needs = content["method"], content["seed"], content["needs"]
     spec = spec.resolve()
     root = spec.parents[2]  # it is <root>/stages/<name>/spec.json
-    start = f"{this_job() or 'here'}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    start = f"{current_job() or 'here'}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     meeting = spec.parent / f".meeting-{start}.json"
     log = f"log-{rank}.txt" if rank else "log.txt"
-    with chdir(home(spec) or "."):
-        asked = request(OmegaConf.create({**content["config"], "root": str(root)}))
+    with chdir(launch_folder(spec) or "."):
+        asked = build_request(OmegaConf.create({**content["config"], "root": str(root)}))
         point = SizedRequest(
             replace(asked, figures=tuple(_Named(name) for name in content["figures"]))
         )
@@ -109,7 +109,7 @@ def _run_spec(spec: Path, content: Mapping[str, Any], rank: int) -> None:
                 f"{spec.parent.name}/spec.json is of another run ({meant}), but what it says names "
                 "its folder; give the same sweep again"
             )
-        with distributed.together(point.device, meeting=meeting), logged(spec.parent / log):
+        with distributed.process_group(point.device, meeting=meeting), log_to_file(spec.parent / log):
             if content["kind"] == "search":
                 run_search(point, method, seed)
                 return

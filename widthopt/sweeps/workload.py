@@ -16,17 +16,17 @@ from hydra.core.config_loader import ConfigLoader
 
 from hydra_plugins.widthopt_launchers.sweeper import EXPERIMENT
 from hydra_plugins.widthopt_launchers.workload import Task
-from widthopt.config.compose import requests
-from widthopt.config.typed import frozen
+from widthopt.config.compose import build_requests
+from widthopt.config.typed import to_plain
 from widthopt.errors import InputError
-from widthopt.files import writable, write_atomically, writing
+from widthopt.files import check_writable, write_atomically, writing
 from widthopt.reporting import console
 from widthopt.reporting.sweeps import draw, show
-from widthopt.runs.execute import run
+from widthopt.runs.execute import run_request
 from widthopt.runs.manifest import Manifest
 from widthopt.runs.plan import GPU_MACS_PER_SECOND, Plan, Run
 from widthopt.runs.states import State
-from widthopt.runs.store import Store, StoreEntry, why
+from widthopt.runs.store import Store, StoreEntry, failure_reason
 from widthopt.sweeps.worker import FORMAT, read_spec
 from widthopt.training.loop import Interrupted
 
@@ -69,7 +69,7 @@ class _Staged:
 
     def failure(self, name: str) -> str:
         """See `Workload`."""
-        return why(self.entry(name))
+        return failure_reason(self.entry(name))
 
 
 class Sweep(_Staged):
@@ -90,7 +90,7 @@ class Sweep(_Staged):
         Raises:
             InputError: Something asked for cannot be done.
         """
-        asked = requests(loader, points)
+        asked = build_requests(loader, points)
         roots = sorted({one.root for one in asked})
         if len(roots) > 1:
             raise InputError(
@@ -104,7 +104,7 @@ class Sweep(_Staged):
     @cached_property
     def manifest(self) -> Manifest:
         """What is kept of it beside its runs."""
-        tracking = frozen(self.plan.points[0].point.request)["tracking"]
+        tracking = to_plain(self.plan.points[0].point.request)["tracking"]
         return Manifest.of(self.plan, title=self._title, tracking=tracking)
 
     @property
@@ -126,7 +126,7 @@ class Sweep(_Staged):
         cost = self.plan.cost(self._states, nodes=1, macs_per_second=GPU_MACS_PER_SECOND)
         if cost.gpu_hours_left > ASK_GPU_HOURS and not assume_yes:
             _ask(cost.gpu_hours_left)
-        writable(self.root)
+        check_writable(self.root)
         self.store.check()
         console.show_plan(self.plan, self._states)
         folder = self.root / "sweeps"
@@ -164,7 +164,7 @@ class Sweep(_Staged):
             folder.mkdir(parents=True, exist_ok=True)
         run.stage.forget_failure()
         write_atomically(
-            folder / "spec.json", json.dumps(_specified(run, self._figures(name)), indent=2) + "\n"
+            folder / "spec.json", json.dumps(_spec_of(run, self._figures(name)), indent=2) + "\n"
         )
         return folder / "spec.json"
 
@@ -187,7 +187,7 @@ class Sweep(_Staged):
             if all(states[one.train] == "done" for one in mine):
                 seeds = sorted({one.seed for one in mine})
                 gathered = point.with_seeds(seeds)
-                records = run(gathered, show=logger.debug)
+                records = run_request(gathered, show=logger.debug)
                 if not self.manifest.figures:
                     console.draw(records, gathered.folder / "figures")
                 done = True
@@ -210,7 +210,7 @@ class StoredSweep(_Staged):
 
         Args:
             root: The folder that runs are kept in.
-            manifest: As `manifests` returns it.
+            manifest: As `load_manifests` returns it.
             names: The runs to do, and what they need; all of them if there are none.
         """
         self.root, self.manifest = root, manifest
@@ -233,7 +233,7 @@ class StoredSweep(_Staged):
     def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
         """See `Workload`; what was asked once is not asked again."""
         del assume_yes
-        writable(self.root)
+        check_writable(self.root)
         Store(self.root / "stages").check()
         self._states = self.manifest.states(Store(self.root / "stages"), live)
 
@@ -297,13 +297,13 @@ def _ask(gpu_hours: float) -> None:
     )
 
 
-def _specified(run: Run, figures: Sequence[str]) -> dict[str, Any]:
+def _spec_of(run: Run, figures: Sequence[str]) -> dict[str, Any]:
     """All that a process needs to do a run.
 
     Its root is left out, for it is the one that the run lies in, wherever that is then; other
-    paths start from ``home``, the folder that the sweep was given in.
+    paths start from ``launch_folder``, the folder that the sweep was given in.
     """
-    config = frozen(run.point.request)
+    config = to_plain(run.point.request)
     del config["root"]
     config["methods"], config["seeds"] = [run.method], [run.seed]
     config["runtime"]["progress"] = False

@@ -20,7 +20,7 @@ from widthopt.widthgraph import (
 )
 
 
-def assembled(ledger: Ledger, stages: tuple[Stage, ...]) -> WidthGraph:
+def assemble(ledger: Ledger, stages: tuple[Stage, ...]) -> WidthGraph:
     """The graph of everything that was recorded while a network was traced."""
     assembly = _Assembly(ledger)
     return WidthGraph(

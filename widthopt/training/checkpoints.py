@@ -58,7 +58,7 @@ def save(folder: Path, *, step: int, state: dict[str, Any], tensors: Mapping[str
     Raises:
         InputError: The disk is full or the folder cannot be written; what was there is kept.
     """
-    content = safetensors.torch.save({name: _copied(tensor) for name, tensor in tensors.items()})
+    content = safetensors.torch.save({name: _copy(tensor) for name, tensor in tensors.items()})
     described: dict[str, Any] = {
         "state": state,
         "tensors": {"sha256": _digest(content), "bytes": len(content)},
@@ -133,7 +133,7 @@ def _steps(folder: Path) -> list[int]:
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def _copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU, rows in order: safetensors takes no shared and no permuted memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 

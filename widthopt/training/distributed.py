@@ -2,7 +2,7 @@
 
 A process that belongs to no process group of torch's is alone, and nothing here costs it
 anything. Whoever starts several of them says so in their environment, as torchrun does, and
-`together` makes the group; they all hold the same parameters and make the same draws, so only
+`process_group` makes the group; they all hold the same parameters and make the same draws, so only
 sums over images pass between them.
 """
 
@@ -29,7 +29,7 @@ MEETING_SECONDS = 300
 
 
 @contextmanager
-def together(device: torch.device, *, meeting: Path) -> Iterator[None]:
+def process_group(device: torch.device, *, meeting: Path) -> Iterator[None]:
     """Be one of the processes that this one's environment speaks of; alone if it speaks of none.
 
     ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are torchrun's. Where ``MASTER_ADDR`` stands with
@@ -88,12 +88,12 @@ def _meet(meeting: Path, mine: int, count: int, wait: timedelta) -> Store:
 
 def rank() -> int:
     """Which of the processes this is, from 0."""
-    return dist.get_rank() if _grouped() else 0
+    return dist.get_rank() if _has_group() else 0
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if _grouped() else 1
+    return dist.get_world_size() if _has_group() else 1
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
@@ -160,5 +160,5 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _grouped() -> bool:
+def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()

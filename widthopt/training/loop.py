@@ -190,20 +190,20 @@ class Objective:
     def after_epoch(self, epoch: int) -> None:
         """Called when an epoch (from 0) has ended, before its checkpoint is written."""
 
-    def measures(self) -> dict[str, float]:
+    def step_metrics(self) -> dict[str, float]:
         """What is worth a row beside the loss, as it is now; one process asks, and reads."""
         return {}
 
-    def epoch_measures(self) -> dict[str, float]:
+    def epoch_metrics(self) -> dict[str, float]:
         """The same at the end of an epoch, after `after_epoch`."""
         return {}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep of this objective."""
         return {}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` gave; these are on the CPU."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave; these are on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +422,7 @@ class Loop:
         distributed.all_reduce_sum([sums])
         for (step, images, *_), (loss, right, right5) in zip(unread, sums.tolist(), strict=True):
             if not math.isfinite(loss):
-                raise self._diverged(f"the loss is {loss}", step)
+                raise self._divergence(f"the loss is {loss}", step)
             self.tally.images += images
             self.tally.epoch_images += images
             self.tally.epoch_loss += loss * images
@@ -443,23 +443,23 @@ class Loop:
         self.read()
         for name, tensor in self._moving().items():
             if not tensor.isfinite().all():
-                raise self._diverged(f"{name} is not finite", self.tally.step - 1)
+                raise self._divergence(f"{name} is not finite", self.tally.step - 1)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """All that the steps to come depend on."""
         kept = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         kept |= {name: t for name, t in self._moving().items() if name.startswith("momentum.")}
-        return kept | {f"objective.{name}": t for name, t in self.objective.tensors().items()}
+        return kept | {f"objective.{name}": t for name, t in self.objective.state_dict().items()}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
         self.model.load_state_dict(_below("model.", tensors))
         momenta = _below("momentum.", tensors)
         for name, parameter in self.model.named_parameters():
             if name in momenta:
                 buffer = torch.empty_like(parameter, requires_grad=False).copy_(momenta[name])
                 self._optimizer.state[parameter]["momentum_buffer"] = buffer
-        self.objective.load(_below("objective.", tensors))
+        self.objective.load_state_dict(_below("objective.", tensors))
 
     def _seed_draws(self, step: int) -> None:
         """Make what a step draws (dropout, for example) a function of the seed and the step.
@@ -499,7 +499,7 @@ class Loop:
                 moving[f"momentum.{name}"] = momentum
         return moving
 
-    def _diverged(self, what: str, step: int) -> Diverged:
+    def _divergence(self, what: str, step: int) -> Diverged:
         """The error of a step, with what to look at."""
         epoch = step // self._schedule["steps_per_epoch"]
         return Diverged(
@@ -644,7 +644,7 @@ def _run_epoch(
     before, started = tally.seconds, time.perf_counter()
     rank, ranks = distributed.rank(), distributed.world_size()
     mine = batches.epoch(epoch, first_step=first, rank=rank, ranks=ranks)
-    for images, labels in _fetched(mine, stop):
+    for images, labels in _prefetch(mine, stop):
         loop.step(images, labels, tally.step)
         stop.agree()
         tally.seconds = before + time.perf_counter() - started
@@ -662,7 +662,7 @@ def _run_epoch(
         rows.epoch()
 
 
-def _fetched(
+def _prefetch(
     epoch: Iterator[tuple[Tensor, Tensor]], stop: "_InterruptHandler"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of ``epoch`` until it ends or stopping is asked for.
@@ -716,7 +716,7 @@ class _CheckpointManager:
                 f"folder is {self._folder}, but its checkpoints are of another training ({other}); "
                 "use another folder or remove this one"
             )
-        self._loop.load(found.tensors)
+        self._loop.load_state_dict(found.tensors)
         for name, value in found.state["tally"].items():
             setattr(self._loop.tally, name, value)
         self._step = found.step
@@ -733,7 +733,7 @@ class _CheckpointManager:
         tally = self._loop.tally
         state = {"identity": self._identity, "tally": dataclasses.asdict(tally)}
         if distributed.rank() == 0:
-            tensors = self._loop.tensors()
+            tensors = self._loop.state_dict()
             checkpoints.save(self._folder, step=tally.step, state=state, tensors=tensors)
         distributed.barrier()
         self._step = tally.step
@@ -885,7 +885,7 @@ class _MetricWriter:
         if self._log is not None:
             tally = self._loop.tally
             more = {"epoch_loss": tally.loss, "top1": tally.top1, "top5": tally.top5}
-            self._row(self._log, more | self._loop.objective.epoch_measures())
+            self._row(self._log, more | self._loop.objective.epoch_metrics())
 
     def keep(self) -> None:
         """See `Log.keep`."""
@@ -895,7 +895,7 @@ class _MetricWriter:
     def _row(self, log: Log, more: Mapping[str, float]) -> None:
         loop, tally = self._loop, self._loop.tally
         (images, seconds), self._since = self._since, (tally.images, tally.seconds)
-        values = {"epoch": tally.step / self._per_epoch, **loop.seen, **loop.objective.measures()}
+        values = {"epoch": tally.step / self._per_epoch, **loop.seen, **loop.objective.step_metrics()}
         if tally.seconds > seconds:
             rate = (tally.images - images) / (tally.seconds - seconds)
             values["perf/images_per_second"] = rate

@@ -130,7 +130,7 @@ class PairwiseCosine:
             matrix = _matrix(entries)
             for entry, line in zip(entries, matrix, strict=True):
                 cells = {
-                    (other.algorithm, other.source): _shown(value)
+                    (other.algorithm, other.source): _format(value)
                     for other, value in zip(entries, line, strict=True)
                 }
                 rows.append(
@@ -138,7 +138,7 @@ class PairwiseCosine:
                         name,
                         entry.algorithm,
                         entry.source,
-                        _shown(to_uniform(entry.records)),
+                        _format(to_uniform(entry.records)),
                         *(cells.get(column, NOTHING) for column in names),
                     )
                 )
@@ -149,7 +149,7 @@ class PairwiseCosine:
         return TextTable(self.title, columns, tuple(rows), (*notes, *clash_notes(shown)))
 
 
-def alike(ones: Sequence[Record], others: Sequence[Record]) -> float:
+def mean_cosine(ones: Sequence[Record], others: Sequence[Record]) -> float:
     """Mean cosine similarity over the seeds that both have; NaN where there is none.
 
     Widths over other variables cannot be compared, and count as not there.
@@ -174,7 +174,7 @@ def _mean(values: Iterable[float]) -> float:
     return Summary.of(values).mean if values else math.nan
 
 
-def _shown(value: float) -> str:
+def _format(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{value:.3f}"
 
 
@@ -182,7 +182,7 @@ def _matrix(entries: Sequence[Entry]) -> list[list[float]]:
     """Similarities of all pairs; symmetric, so each is computed once."""
     size = range(len(entries))
     half = {
-        (row, column): alike(entries[row].records, entries[column].records)
+        (row, column): mean_cosine(entries[row].records, entries[column].records)
         for row in size
         for column in size
         if row <= column

@@ -44,14 +44,14 @@ class TextTable:
     def markdown(self) -> str:
         """Title, table and notes as Markdown; a cell never ends its column or opens a tag."""
         lines = [
-            f"**{_marked(self.title)}**",
+            f"**{_escape(self.title)}**",
             "",
             _line(self.columns),
             _line(["---"] * len(self.columns)),
             *(_line(row) for row in self.rows),
         ]
         if self.notes:
-            lines += ["", *(f"- {_marked(note)}" for note in self.notes)]
+            lines += ["", *(f"- {_escape(note)}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
     def html(self) -> str:
@@ -106,10 +106,10 @@ class FigureSpec(Protocol):
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(_marked(cell) for cell in cells)} |"
+    return f"| {' | '.join(_escape(cell) for cell in cells)} |"
 
 
-def _marked(text: str) -> str:
+def _escape(text: str) -> str:
     """Text that Markdown shows as it is."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 

@@ -6,7 +6,7 @@ from itertools import combinations
 from rich.table import Table
 
 from widthopt.records import Record, Summary, by_algorithm, by_method
-from widthopt.reporting.figures.summary import titled
+from widthopt.reporting.figures.summary import new_table
 from widthopt.widths import cosine
 
 
@@ -19,7 +19,7 @@ def table(records: Sequence[Record]) -> Table:
 
     Source: paper appendix D.
     """
-    result = titled(records)
+    result = new_table(records)
     for name in ("algorithm", "method"):
         result.add_column(name, no_wrap=True)
     for name in ("seeds", "direct", "uniform", "budget"):
@@ -34,11 +34,11 @@ def table(records: Sequence[Record]) -> Table:
             result.add_row(
                 algorithm,
                 method,
-                _alike(combinations(ones, 2)),
-                _alike((one, direct[one.found.seed]) for one in ones if one.found.seed in direct)
+                _cosine_text(combinations(ones, 2)),
+                _cosine_text((one, direct[one.found.seed]) for one in ones if one.found.seed in direct)
                 if method != "direct"
                 else "-",
-                _shown(cosine(one.found.multipliers, _ones(one)) for one in ones),
+                _format(cosine(one.found.multipliers, _ones(one)) for one in ones),
                 f"{len(reached)} of {len(ones)}",
             )
     return result
@@ -57,11 +57,11 @@ def _ones(record: Record) -> dict[str, float]:
     return dict.fromkeys(record.found.multipliers, 1.0)
 
 
-def _alike(pairs: Iterable[tuple[Record, Record]]) -> str:
-    return _shown(cosine(one.found.multipliers, other.found.multipliers) for one, other in pairs)
+def _cosine_text(pairs: Iterable[tuple[Record, Record]]) -> str:
+    return _format(cosine(one.found.multipliers, other.found.multipliers) for one, other in pairs)
 
 
-def _shown(values: Iterable[float]) -> str:
+def _format(values: Iterable[float]) -> str:
     values = list(values)
     if not values:
         return "-"

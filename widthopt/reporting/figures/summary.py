@@ -18,7 +18,7 @@ def table(records: Sequence[Record]) -> Table:
     """
     groups = by_algorithm(records)
     several = len(groups) > 1
-    result = titled(records)
+    result = new_table(records)
     names = ["method", "channels", "MACs", "params", "overhead", "nominal", "saved"]
     names += ["top-1 %", "seconds"]
     if several:
@@ -37,7 +37,7 @@ def table(records: Sequence[Record]) -> Table:
     return result
 
 
-def titled(records: Sequence[Record]) -> Table:
+def new_table(records: Sequence[Record]) -> Table:
     """A table that says which network, data and how many seeds it is of."""
     first = records[0]
     seeds = len({record.found.seed for record in records})

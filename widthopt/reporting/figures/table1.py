@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from widthopt.records import Record, Summary
-from widthopt.reporting.figures.cosine import alike, to_uniform
+from widthopt.reporting.figures.cosine import mean_cosine, to_uniform
 from widthopt.reporting.figures.grid import NOTHING, TextTable
 from widthopt.reporting.figures.groups import Group, clash_notes, direct_groups
 from widthopt.reporting.figures.style import (
@@ -195,11 +195,11 @@ class Table1:
         for one, other in combinations(searched, 2):
             if one.widths == other.widths:
                 shared = one.records.keys() & other.records.keys()
-                cells = {place: _shown(alike(one.records[place], other.records[place]))
+                cells = {place: _format(mean_cosine(one.records[place], other.records[place]))
                          for place in shared}  # fmt: skip
                 add(f"cosine({one.dataset}, {other.dataset})", one.widths, cells, digits=2)
         for row in searched:
-            cells = {place: _shown(to_uniform(ones)) for place, ones in row.records.items()}
+            cells = {place: _format(to_uniform(ones)) for place, ones in row.records.items()}
             add(f"cosine({row.dataset}, uniform)", row.widths, cells, digits=2)
         columns = ("what", "widths", "from", *(_column(one) for one in configurations))
         notes = [self.claim, *notes] if self.claim else notes
@@ -258,5 +258,5 @@ def _column(place: Configuration) -> str:
     return PAPER_CONFIGURATIONS.get(place, f"{width:g}w,{depth:g}d")
 
 
-def _shown(value: float) -> str:
+def _format(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{value:.2f}"

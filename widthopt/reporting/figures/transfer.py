@@ -324,7 +324,7 @@ def _cells(
         str(point.top1.seeds),
         f"{point.saved:z.2f}",
         f"{point.records[0].found.nominal_saving:.4g}x",
-        _seconds_saved(point, direct),
+        _saved_seconds_text(point, direct),
         _accuracy(point.top1),
         _difference(point.top1, uniform),
         _difference(point.top1, None if direct is None else direct.top1),
@@ -332,7 +332,7 @@ def _cells(
     )
 
 
-def _seconds_saved(point: SizedRequest, direct: SizedRequest | None) -> str:
+def _saved_seconds_text(point: SizedRequest, direct: SizedRequest | None) -> str:
     """In wall-clock time, where a proxy may save less than it does in MACs."""
     whole = _seconds(direct) if direct else 0.0
     return f"{100 * (1 - _seconds(point) / whole):z.1f}" if whole > 0 else NOTHING
