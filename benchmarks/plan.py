@@ -66,7 +66,7 @@ def _filled(plan: Plan) -> None:
         if run.kind == "search":
             run.stage.finish({"multipliers": {}, "overhead_macs": run.macs})
         else:
-            run.stage.finish(asdict(_made_up(run.point, run.method, run.seed, draws)))
+            run.stage.finish(_made_up(run.point, run.method, run.seed, draws).to_plain())
 
 
 def _made_up(point: SizedRequest, method: str, seed: int, draws: random.Random) -> Record:
@@ -89,7 +89,7 @@ def _made_up(point: SizedRequest, method: str, seed: int, draws: random.Random) 
         direct_overhead_macs=0 if method == "uniform" else point.overhead_macs("direct"),
         nominal_saving=1.0,
         search_seconds=draws.uniform(1, 2),
-        flags={"budget_reached": True},
+        diagnostics={"budget_reached": True},
         searched=dict.fromkeys(channels, 1.0),
     )
     axes = [

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra_plugins.widthopt_launchers import queue
-from hydra_plugins.widthopt_launchers.slurm import Resources, Slurm, file_system, explain_endings, is_shared
+from hydra_plugins.widthopt_launchers.slurm import (
+    Resources,
+    Slurm,
+    explain_endings,
+    file_system,
+    is_shared,
+)
 from hydra_plugins.widthopt_launchers.workload import Task
 from widthopt.errors import InputError
 from widthopt.files import check_writable, write_atomically
@@ -225,12 +231,16 @@ def _node(root: Path, options: Mapping[str, Any], device: str) -> Iterator[Check
             slurm.submit(workload)
             until = time.monotonic() + PROBE_SECONDS
             while not workload.is_done("doctor") and time.monotonic() < until:
-                if workload.job("doctor") not in queue.live_jobs() and not workload.is_done("doctor"):
+                if workload.job("doctor") not in queue.live_jobs() and not workload.is_done(
+                    "doctor"
+                ):
                     break
                 time.sleep(0.5)
             if not workload.is_done("doctor"):
                 job = workload.job("doctor")
-                why = queue.live_jobs().get(job) or explain_endings(own, [job]).get(job, "it left no word")
+                why = queue.live_jobs().get(job) or explain_endings(own, [job]).get(
+                    job, "it left no word"
+                )
                 queue.cancel([job])
                 said = f"job {job} did not look at a node ({why}); see the files in {own}"
                 yield _badly("node", said)

@@ -88,7 +88,9 @@ class Pool:
                         progress.finish(task)
                     else:
                         lost.add(task.name)
-                        progress.fail(task, workload.failure(task.name) or _exit_text(process.exitcode))
+                        progress.fail(
+                            task, workload.failure(task.name) or _exit_text(process.exitcode)
+                        )
                 progress.tick()
         except KeyboardInterrupt:
             for _, process in running.values():

@@ -110,7 +110,9 @@ def hosts() -> set[str]:
 
 def array_size() -> int:
     """How many elements one array may have (``MaxArraySize`` bounds the index)."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", query("scontrol", "show", "config"), re.MULTILINE)
+    found = re.search(
+        r"^MaxArraySize\s*=\s*(\d+)", query("scontrol", "show", "config"), re.MULTILINE
+    )
     return max(1, int(found[1]) if found else _ARRAY_SIZE)
 
 

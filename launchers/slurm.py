@@ -557,7 +557,9 @@ def watch(workload: Workload) -> None:
                     progress.finish(task)
                 else:
                     progress.fail(
-                        task, workload.failure(name) or explain_endings(workload.root, [job]).get(job, "")
+                        task,
+                        workload.failure(name)
+                        or explain_endings(workload.root, [job]).get(job, ""),
                     )
             progress.tick()
             if going:

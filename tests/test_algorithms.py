@@ -188,7 +188,7 @@ def search(name, folder):
         budget_macs=Blueprint(WHERE).graph.macs(),
         context=SearchContext(recipe, RUNTIME, 0, folder),
     )
-    plain = dataclasses.asdict(found)
+    plain = found.to_plain()
     plain.pop("seconds")
     plain["details"].pop("slimming_seconds", None)
     (folder / "found.json").write_text(json.dumps(plain, sort_keys=True))

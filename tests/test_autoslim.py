@@ -73,13 +73,15 @@ def test_the_widths_found_meet_the_budget_and_the_network_before_them_does_not(t
         budget = round(share * BASE.macs())
         found = search(tmp_path / name, budget=budget)
         channels = found.details["channels"]
-        graph = Blueprint(SMALL).resize_graph({key: round(1.5 * n) for key, n in BASE.channels.items()})
+        graph = Blueprint(SMALL).resize_graph(
+            {key: round(1.5 * n) for key, n in BASE.channels.items()}
+        )
         moves = found.details["moves"]
         assert graph.macs(channels) == moves[-1]["macs"] <= budget
         assert len(moves) > 1
         assert moves[-2]["macs"] > budget
         assert found.multipliers == {key: channels[key] / n for key, n in BASE.channels.items()}
-        assert found.flags == {"budget_reached": True}
+        assert found.diagnostics == {"budget_reached": True}
 
 
 def test_a_larger_budgets_widths_lie_on_the_path_to_a_smaller_ones(tmp_path):
@@ -233,7 +235,10 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
         ({"least_bins": 10}, "algorithm.least_bins is 10, but it is a whole number from 0 up and"),
         ({"random_subnets": -1}, "algorithm.random_subnets is -1, but it is a whole number from 0"),
         ({"validation_images": 8}, "algorithm.validation_images is 8, but batch statistics need"),
-        ({"evaluation_batch_size": 8}, "algorithm.evaluation_batch_size is 8, but batch statistics need at least 32 images"),
+        (
+            {"evaluation_batch_size": 8},
+            "algorithm.evaluation_batch_size is 8, but batch statistics need at least 32 images",
+        ),
         ({"calibration_images": 8}, "algorithm.calibration_images is 8, but statistics need at"),
         ({"calibration_images": -1}, "algorithm.calibration_images is -1, but statistics need at"),
     ],

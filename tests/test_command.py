@@ -50,7 +50,7 @@ def results(folder):
             record.top1,
             record.train_loss,
             record.found.channels,
-            record.found.flags,
+            record.found.diagnostics,
             record.stages,
             weights(run / f"train-{record.found.method}-seed0"),
         )
@@ -188,7 +188,7 @@ def said_and_loaded(folder, *words):
     """What a command prints, and which of the modules that take long to import it has imported."""
     script = (
         f"import sys\nsys.argv = ['widthopt', *{words!r}]\n"
-        "from widthopt.__main__ import main\n"
+        "from widthopt.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
         f"print('loaded:', *(one for one in {HEAVY!r} if one in sys.modules))\n"
     )

@@ -13,7 +13,7 @@ import pytest
 from commands import NETWORK, TINY, command, one_line, widthopt
 from wandb_server import KEY, Server
 
-from widthopt.__main__ import PAPER
+from widthopt.cli import PAPER
 from widthopt.config.compose import compose
 from widthopt.reporting.dashboard import HEALTH, as_json, push, sections, workspace
 from widthopt.runs.execute import run

@@ -70,7 +70,9 @@ def process_group(function, ranks, folder):
     for one in started:
         one.join(timeout=120)
         assert one.exitcode == 0
-    return [torch.load_state_dict(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    return [
+        torch.load_state_dict(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)
+    ]
 
 
 def close(tensors, others, atol=1e-6):
@@ -386,7 +388,9 @@ def test_the_first_process_decides_how_a_supernet_runs(tmp_path, monkeypatch):
     def backend(folder):
         runtime = dataclasses.replace(RUNTIME, backend="auto")
         context = SearchContext(RECIPE, runtime, 0, folder / "run")
-        supernet, _ = sandwich.prepare_supernet(Blueprint(WHERE), context, enlarge=1.5, batch_size=16)
+        supernet, _ = sandwich.prepare_supernet(
+            Blueprint(WHERE), context, enlarge=1.5, batch_size=16
+        )
         return supernet.backend
 
     assert process_group(backend, 2, tmp_path / "two") == ["mask", "mask"]

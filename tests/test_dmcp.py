@@ -316,7 +316,7 @@ def test_a_short_search_starts_above_its_budget_unless_told_to_start_at_a_half(t
     with caplog.at_level(logging.WARNING, logger="widthopt"):
         found = search(tmp_path / "zero", alpha_init="zero")
     assert found.details["part_of_budget_at_start"] < 0.4
-    assert found.flags == {"budget_reached": False}
+    assert found.diagnostics == {"budget_reached": False}
     told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
     assert "may be too few: the regulariser alone would go from" in told[0]
     assert told[1].startswith("the search ended at ")
@@ -342,7 +342,7 @@ def test_a_budget_is_reached_up_to_1_02_of_it(tmp_path, part, reached):
     still = {"learning_rate": 1e-9, "final_learning_rate": 0.0, "alpha_init": "budget"}
     found = search(tmp_path, budget=budget, **still)
     assert found.details["expected_part_of_budget"] == pytest.approx(part, abs=1e-4)
-    assert found.flags == {"budget_reached": reached}
+    assert found.diagnostics == {"budget_reached": reached}
 
 
 def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regulariser_alone_does():
@@ -367,7 +367,7 @@ def test_a_search_reaches_its_budget_and_says_so(tmp_path):
     for name, share in (("less", 0.6), ("whole", 1.0)):
         budget = round(share * BASE.macs())
         found = search(tmp_path / name, recipe=recipe, budget=budget)
-        assert found.flags == {"budget_reached": True}
+        assert found.diagnostics == {"budget_reached": True}
         channels = found.details["expected_channels"]
         assert found.multipliers == {
             key: pytest.approx(channels[key] / n) for key, n in BASE.channels.items()
@@ -409,7 +409,7 @@ def test_the_papers_networks_reach_their_budget_on_digits(tmp_path, network, wid
     found = search(
         tmp_path, recipe=recipe, data=data, where=where, alpha_init="budget", least=least
     )
-    assert found.flags == {"budget_reached": True}
+    assert found.diagnostics == {"budget_reached": True}
     assert found.details["part_of_budget_at_start"] == pytest.approx(1.25, rel=1e-6)
     assert 0.95 <= found.details["expected_part_of_budget"] <= 1.02
     graph = Blueprint(where).graph

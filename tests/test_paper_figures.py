@@ -34,7 +34,7 @@ HALF = 0.5**0.5
 def record(
     method="transfer", seed=0, *, algorithm="dmcp", network="resnet18", dataset="imagenet",
     target=TARGET, proxy=None, extrapolation="", top1=70.0, overhead=1000, seconds=100.0,
-    multipliers=(1.0, 1.0, 1.0), channels=(10, 20, 40), flags=None,
+    multipliers=(1.0, 1.0, 1.0), channels=(10, 20, 40), diagnostics=None,
 ):  # fmt: skip
     found = WidthResult(
         method=method,
@@ -49,7 +49,7 @@ def record(
         direct_overhead_macs=0 if method == "uniform" else 1000,
         nominal_saving=4.0 if proxy else 1.0,
         search_seconds=0.0 if method == "uniform" else seconds,
-        flags=flags or {},
+        diagnostics=diagnostics or {},
         searched=dict.fromkeys(NAMES, 1.0),
     )
     return Record(
@@ -74,8 +74,8 @@ RECORDS = [
     record("uniform", 0, top1=70.0),
     record("uniform", 1, top1=72.0),
     # The target itself, once by the method's name and once by its setting.
-    record("direct", 0, top1=74.0, flags={"budget_reached": True}),
-    record("transfer", 1, top1=76.0, flags={"budget_reached": False}),
+    record("direct", 0, top1=74.0, diagnostics={"budget_reached": True}),
+    record("transfer", 1, top1=76.0, diagnostics={"budget_reached": False}),
     record(proxy=NARROW, seed=0, top1=71.0, overhead=50, seconds=30.0),
     record(proxy=NARROW, seed=1, top1=72.0, overhead=70, seconds=30.0),
     record(proxy=WIDE, seed=0, top1=74.0, overhead=250, seconds=40.0),
@@ -391,12 +391,12 @@ def test_without_direct_uniform_or_a_second_seed_it_is_said_that_nothing_is_know
 
 
 def test_flags_say_how_many_searches_went_well_and_what_went_wrong():
-    flags = [
+    diagnostics = [
         {"valid": True, "budget_reached": True, "unchanged": False, "collapsed": []},
         {"valid": False, "budget_reached": False, "unchanged": True, "collapsed": ["stem"]},
         {"valid": True, "budget_reached": False, "unchanged": False, "collapsed": []},
     ]
-    records = [record("direct", seed, flags=one) for seed, one in enumerate(flags)]
+    records = [record("direct", seed, diagnostics=one) for seed, one in enumerate(diagnostics)]
     assert [row["flags"] for row in table(KIND, records)] == [
         "valid 2 of 3; budget reached 1 of 3; pruned nothing 1 of 3; fell to the floor 1 of 3"
     ]

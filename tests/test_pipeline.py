@@ -17,7 +17,7 @@ import widthopt
 from widthopt.config.compose import compose, search
 from widthopt.errors import InputError
 from widthopt.records import from_json
-from widthopt.runs.execute import search_widths, run_request
+from widthopt.runs.execute import run_request, search_widths
 from widthopt.runs.plan import Plan
 from widthopt.runs.point import SizedRequest
 
@@ -119,7 +119,7 @@ def test_no_method_costs_more_than_the_budget_and_what_is_left_over_is_said(ran)
         macs = one.target_blueprint.graph.macs(record.found.channels)
         assert record.found.macs == macs <= record.found.budget_macs
         left = 1 - macs / record.found.budget_macs
-        assert record.found.flags["budget_shortfall"] == pytest.approx(left)
+        assert record.found.diagnostics["budget_shortfall"] == pytest.approx(left)
         said = f"{record.found.method}: {100 * left:.2f} % of the budget is left over"
         assert (said in (one.folder / "run.log").read_text()) is (left > 0.005)
 
@@ -234,7 +234,7 @@ def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
     again = run_request(point(f"root={tmp_path}", "methods=[transfer]"))[0]
     before = ran[1][2]
     assert again.found.channels == before.found.channels
-    assert again.found.flags == before.found.flags
+    assert again.found.diagnostics == before.found.diagnostics
     assert (again.top1, again.train_loss) == (before.top1, before.train_loss)
     assert again.stages == before.stages
 

@@ -11,9 +11,9 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from hydra_plugins.widthopt_launchers.sweeper import check_once, expand_sweep
-from widthopt.__main__ import _plan
-from widthopt.config.compose import compose, compose_sweep, build_requests
-from widthopt.config.typed import NON_IDENTITY_KEYS, to_plain, build_request
+from widthopt.cli import _plan
+from widthopt.config.compose import build_requests, compose, compose_sweep
+from widthopt.config.typed import NON_IDENTITY_KEYS, build_request, to_plain
 from widthopt.errors import InputError
 from widthopt.reporting.console import show_plan
 from widthopt.reporting.sweeps import draw
@@ -213,7 +213,9 @@ def test_the_miniature_has_every_figure_of_the_paper(name):
 def first(experiment):
     """The first value of everything that an experiment sweeps over."""
     with initialize_config_module("conf", version_base="1.3"):
-        words = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[0]
+        words = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[
+            0
+        ]
     return [word for word in words if not word.startswith("experiment=")]
 
 
@@ -289,7 +291,9 @@ def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
 def test_the_values_of_one_point_do_not_reach_the_next():
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        one, other = build_requests(loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]])
+        one, other = build_requests(
+            loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]]
+        )
     assert (one.projection.width, one.seeds, one.target.depth) == (0.7, (3,), 1)
     assert other.fields == compose(["target.depth=2"]).fields
 

@@ -32,7 +32,7 @@ FOUND = WidthResult(
     direct_overhead_macs=100,
     nominal_saving=8.0,
     search_seconds=2.5,
-    flags={"collapsed": ["conv1"], "valid": False, "masked_accuracy_gap": 0.1},
+    diagnostics={"collapsed": ["conv1"], "valid": False, "masked_accuracy_gap": 0.1},
     searched={"conv1": 0.4, "layer1.0": 0.3},
 )
 RECORD = Record(

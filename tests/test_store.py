@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from widthopt.errors import InputError
 from widthopt.files import check_writable, write_atomically
-from widthopt.runs.states import mark_blocked, current_job
+from widthopt.runs.states import current_job, mark_blocked
 from widthopt.runs.store import Store, Taken
 
 

@@ -16,7 +16,7 @@ from widthopt import training
 from widthopt.algorithms import SearchContext
 from widthopt.algorithms.sandwich import Sandwich
 from widthopt.config.compose import compose
-from widthopt.config.typed import to_plain, build_request
+from widthopt.config.typed import build_request, to_plain
 from widthopt.data import Split
 from widthopt.errors import InputError
 from widthopt.networks.resize import Blueprint

@@ -152,7 +152,7 @@ def _run(config: DictConfig) -> None:
     from widthopt.runs.execute import run_request  # noqa: PLC0415
     from widthopt.runs.point import SizedRequest  # noqa: PLC0415
     from widthopt.training.devices import resolve_device  # noqa: PLC0415
-    from widthopt.training.distributed import rank, process_group  # noqa: PLC0415
+    from widthopt.training.distributed import process_group, rank  # noqa: PLC0415
     from widthopt.training.loop import Diverged, Interrupted  # noqa: PLC0415
 
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
@@ -164,7 +164,9 @@ def _run(config: DictConfig) -> None:
         )
     try:
         asked = build_request(config)
-        with process_group(resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"):
+        with process_group(
+            resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"
+        ):
             if rank() == 0:
                 run_and_report(asked)
             else:
@@ -201,7 +203,7 @@ def _report(words: Sequence[str]) -> None:
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
     from widthopt.reporting.compare import compare, runs  # noqa: PLC0415 (imports torch)
-    from widthopt.reporting.sweeps import select_sweeps, draw, show  # noqa: PLC0415
+    from widthopt.reporting.sweeps import draw, select_sweeps, show  # noqa: PLC0415
 
     root = arguments.root
     folders = [folder for name in arguments.names if (folder := _folder(name, root))]
@@ -370,8 +372,8 @@ def _dashboard(words: Sequence[str]) -> None:
     parser.add_argument("--entity", help="a user or team; tracking.entity by default")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args(words)
-    from widthopt.reporting import dashboard  # noqa: PLC0415
     from widthopt.config.compose import compose  # noqa: PLC0415 (imports torch)
+    from widthopt.reporting import dashboard  # noqa: PLC0415
     from widthopt.tracking.client import reason  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER

@@ -36,7 +36,7 @@ class WidthResult:
             one, in closed form otherwise.
         nominal_saving: How many times cheaper the proxy is, by the idealised law.
         search_seconds: Time that the search took.
-        flags: What went wrong in the search.
+        diagnostics: What went wrong in the search, by name; ``flags`` in files.
         searched: The multipliers that the search handed on, before extrapolation.
     """
 
@@ -52,7 +52,7 @@ class WidthResult:
     direct_overhead_macs: int
     nominal_saving: float
     search_seconds: float
-    flags: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
     searched: dict[str, float]
 
     @property
@@ -61,6 +61,22 @@ class WidthResult:
         if self.direct_overhead_macs == 0:
             return 0.0
         return 1 - self.overhead_macs / self.direct_overhead_macs
+
+    def to_plain(self) -> dict[str, Any]:
+        """The plain data that files hold."""
+        plain = asdict(self)
+        plain["flags"] = plain.pop("diagnostics")  # the name since format 1 of the store
+        return plain
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> "WidthResult":
+        """Read what `to_plain` made.
+
+        Raises:
+            KeyError, TypeError: The content is something else.
+        """
+        rest = {name: value for name, value in content.items() if name != "flags"}
+        return cls(**rest, diagnostics=content["flags"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +112,10 @@ class Record:
     train_seconds: float
     train_loss: float
     stages: Mapping[str, str]
+
+    def to_plain(self) -> dict[str, Any]:
+        """The plain data that files hold; `from_plain` reads it back."""
+        return {**asdict(self), "found": self.found.to_plain()}
 
 
 class Summary(NamedTuple):
@@ -140,17 +160,17 @@ def by_algorithm(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def from_plain(content: Mapping[str, Any]) -> Record:
-    """A record from what `dataclasses.asdict` made of it.
+    """A record from what `Record.to_plain` made of it.
 
     Raises:
         KeyError, TypeError: It is of something else.
     """
-    return Record(**{**content, "found": WidthResult(**content["found"])})
+    return Record(**{**content, "found": WidthResult.from_plain(content["found"])})
 
 
 def to_json(records: Sequence[Record]) -> str:
     """Records as JSON text; `from_json` reads it back."""
-    plain = json.loads(json.dumps([asdict(record) for record in records], allow_nan=False))
+    plain = json.loads(json.dumps([record.to_plain() for record in records], allow_nan=False))
     content = {"format": FORMAT, "sha256": identity.digest(plain), "records": plain}
     return json.dumps(content, indent=2) + "\n"
 

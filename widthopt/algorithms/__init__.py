@@ -5,7 +5,7 @@ anywhere, and one conf file.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,15 +44,31 @@ class SearchResult:
             variable; a direction, not yet matched to a budget.
         overhead_macs: MACs of all forward and backward passes of the search.
         seconds: Time that the search took, of all processes that took part.
-        flags: What went wrong, by name; see `widthopt.algorithms.morphnet`.
+        diagnostics: What went wrong, by name; ``flags`` in files.
         details: What else is worth recording, as plain data.
     """
 
     multipliers: dict[str, float]
     overhead_macs: int
     seconds: float
-    flags: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
     details: Mapping[str, Any]
+
+    def to_plain(self) -> dict[str, Any]:
+        """The plain data that the store holds."""
+        plain: dict[str, Any] = asdict(self)
+        plain["flags"] = plain.pop("diagnostics")  # the name since format 1 of the store
+        return plain
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> "SearchResult":
+        """Read what `to_plain` made.
+
+        Raises:
+            KeyError, TypeError: The content is something else.
+        """
+        rest = {name: value for name, value in content.items() if name != "flags"}
+        return cls(**rest, diagnostics=content["flags"])
 
 
 class WidthSearch(Protocol):

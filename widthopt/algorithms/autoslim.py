@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.greedy import assumed_path, path_macs, slim
 from widthopt.algorithms.grids import Grids, bin_grid, grids
-from widthopt.algorithms.sandwich import Reduction, Sandwich, check_budget, prepare_supernet, step_macs
+from widthopt.algorithms.sandwich import (
+    Reduction,
+    Sandwich,
+    check_budget,
+    prepare_supernet,
+    step_macs,
+)
 from widthopt.data import Counts, Split
 from widthopt.errors import InputError
 from widthopt.networks.resize import Blueprint
@@ -52,7 +58,8 @@ class AutoSlim:
         random_subnets: Random subnets in a step, beside the widest and the narrowest.
         reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
         validation_images: Held-out images at most that mistakes are counted on.
-        evaluation_batch_size: Images at most in one pass of slimming, whose statistics BatchNorm takes.
+        evaluation_batch_size: Images in one pass of slimming, at most; BatchNorm takes their
+            statistics.
         calibration_images: Training images at most that it takes them from instead, anew for
             every candidate, in slimming; 0 for none.
     """
@@ -170,7 +177,7 @@ class AutoSlim:
             },
             overhead_macs=objective.macs + slimmed.macs,
             seconds=trained.seconds + slimmed.seconds,
-            flags={"budget_reached": True},
+            diagnostics={"budget_reached": True},
             details={
                 "backend": supernet.backend,
                 "budget_macs": budget_macs,
@@ -256,8 +263,8 @@ class AutoSlim:
                 f"statistics need at least {LEAST_IMAGES}; raise projection.fraction or "
                 "dataset.validation"
             )
-        images = min(held_out, self.validation_images)
-        return images - images % self.evaluation_batch_size if images > self.evaluation_batch_size else images
+        images, batch = min(held_out, self.validation_images), self.evaluation_batch_size
+        return images - images % batch if images > batch else images
 
     def _calibration(self, data: Split) -> Tensor | None:
         """The first training images of an epoch, as they are trained on.

@@ -170,7 +170,7 @@ class DMCP:
             multipliers={name: expected[name] / n for name, n in supernet.base.channels.items()},
             overhead_macs=objective.macs,
             seconds=trained.seconds,
-            flags={"budget_reached": reached},
+            diagnostics={"budget_reached": reached},
             details={
                 **start,
                 "backend": supernet.backend,

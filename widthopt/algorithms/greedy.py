@@ -360,7 +360,9 @@ def _steps(graph: WidthGraph, grids: Grids, channels: Mapping[str, int]) -> dict
     }
 
 
-def _solutions_met(budgets: Iterable[int], macs: int, channels: Mapping[str, int]) -> list[Solution]:
+def _solutions_met(
+    budgets: Iterable[int], macs: int, channels: Mapping[str, int]
+) -> list[Solution]:
     """Solutions for the budgets, of those that are open, that a network meets."""
     return [Solution(budget, dict(channels)) for budget in budgets if macs <= budget]
 

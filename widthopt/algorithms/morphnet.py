@@ -83,7 +83,7 @@ class MorphNet:
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
-        The flags say: ``collapsed``, variables that fell to the floor; ``cut``, those among
+        The diagnostics say: ``collapsed``, variables that fell to the floor; ``cut``, those among
         them that no shortcut goes around; ``suspect``, those that only the absolute threshold
         empties (a layer that works at a small scale); ``masked_accuracy_gap``, points that
         the last truncation cost, more than two of which make ``valid`` False, as ``cut`` does;
@@ -94,9 +94,7 @@ class MorphNet:
         recipe, runtime = context.recipe, context.runtime
         blueprint = Blueprint(setting)
         graph = blueprint.graph
-        model = blueprint.build(
-            graph.channels, seed=derived_seed(context.seed, "search weights")
-        )
+        model = blueprint.build(graph.channels, seed=derived_seed(context.seed, "search weights"))
         to_device(model, runtime)
         penalty = Penalty(
             model, graph, threshold=self.threshold, tie=self.tie, depthwise=self.depthwise
@@ -138,7 +136,7 @@ class MorphNet:
         least = {name: min(self.floor, one.classes) for name, one in graph.free.items()}
         collapsed = [name for name in penalty.searchable if alive[name] < least[name]]
         cut = [name for name in collapsed if not graph.connected_without(name)]
-        flags: dict[str, Any] = {
+        diagnostics: dict[str, Any] = {
             "budget_reached": True,
             "collapsed": collapsed,
             "cut": cut,
@@ -148,14 +146,14 @@ class MorphNet:
             "unchanged": all(alive[name] == one.classes for name, one in graph.free.items()),
             "valid": not cut and gap <= GAP_POINTS,
         }
-        _warn(flags)
+        _warn(diagnostics)
         channels = {name: alive[name] * one.unit for name, one in graph.free.items()}
         return SearchResult(
             multipliers=found,
             overhead_macs=3 * graph.macs() * trained.images
             + graph.macs() * (calibrated + full.images + masked.images),
             seconds=trained.seconds + time.perf_counter() - begin,
-            flags=flags,
+            diagnostics=diagnostics,
             details={
                 **start,
                 "alive_macs": graph.macs(channels) / graph.macs(),
@@ -294,13 +292,13 @@ def _alive_fractions(
     }
 
 
-def _warn(flags: Mapping[str, Any]) -> None:
-    if flags["unchanged"]:
+def _warn(diagnostics: Mapping[str, Any]) -> None:
+    if diagnostics["unchanged"]:
         logger.warning("nothing was pruned: the penalty is too weak for this schedule")
-    if flags["cut"]:
-        logger.warning("the search cut the network at %s: not valid", ", ".join(flags["cut"]))
-    if flags["masked_accuracy_gap"] > GAP_POINTS:
+    if diagnostics["cut"]:
+        logger.warning("the search cut the network at %s: not valid", ", ".join(diagnostics["cut"]))
+    if diagnostics["masked_accuracy_gap"] > GAP_POINTS:
         logger.warning(
             "removing the dead channels cost %.1f points: they were not dead, not valid",
-            flags["masked_accuracy_gap"],
+            diagnostics["masked_accuracy_gap"],
         )

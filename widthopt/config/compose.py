@@ -18,7 +18,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import hydra_plugins.widthopt_launchers as launchers
 from hydra_plugins.widthopt_launchers.sweeper import CONFIG_NAME, EXPERIMENT, expand_sweep
-from widthopt.config.messages import CONFIG_MODULE, no_config_dir, is_configuration_error, to_input_error
+from widthopt.config.messages import (
+    CONFIG_MODULE,
+    is_configuration_error,
+    no_config_dir,
+    to_input_error,
+)
 from widthopt.config.typed import Made, build_request
 from widthopt.errors import InputError
 from widthopt.records import WidthResult

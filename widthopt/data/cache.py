@@ -19,8 +19,8 @@ from widthopt.data.images import (
     Integers,
     Pixels,
     UnreadableError,
-    side_lengths,
     map_threaded,
+    side_lengths,
 )
 
 

@@ -269,7 +269,9 @@ class Supernet:
                 slot.owner[slot.key] = slot.parameter
 
     @contextmanager
-    def resize_forward(self, channels: Mapping[str, int], extents: Mapping[Axis, Extent]) -> Iterator[None]:
+    def resize_forward(
+        self, channels: Mapping[str, int], extents: Mapping[Axis, Extent]
+    ) -> Iterator[None]:
         """Let the forward code be that of a subnet: its groups, its selections of channels."""
         values: list[tuple[nn.Module, str, object]] = [
             (one.module, "groups", _length(extents[one.reads]) // one.per_group)
@@ -377,7 +379,10 @@ class _Sliced(Subnet):
     def __call__(self, images: Tensor) -> Tensor:
         supernet = self._supernet
         supernet._draw_nothing()  # noqa: SLF001 (the two are one thing)
-        with supernet.resize_forward(self._channels, self._extents), supernet.replace_parameters(self._leaves):
+        with (
+            supernet.resize_forward(self._channels, self._extents),
+            supernet.replace_parameters(self._leaves),
+        ):
             logits: Tensor = supernet.model(images)
         return logits
 

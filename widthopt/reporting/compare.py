@@ -112,7 +112,9 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
     for name, its in targets.items():
         told = _labels([one.trained for one in its])
         for label in dict.fromkeys(told):
-            records = _label_records([one for one, own in zip(its, told, strict=True) if own == label])
+            records = _label_records(
+                [one for one, own in zip(its, told, strict=True) if own == label]
+            )
             if label:
                 console.print(label, style="bold")
             console.print(table(records))

@@ -82,7 +82,7 @@ def complaints(records: Sequence[Record]) -> list[str]:
     for record in records:
         method = record.found.method
         name = f"{record.algorithm}, {method}" if several else method
-        for what in _wrong(record.found.flags):
+        for what in _wrong(record.found.diagnostics):
             seeds.setdefault((name, what), []).append(str(record.found.seed))
     return [
         f"{name}, seed{'s' * (len(its) > 1)} {', '.join(its)}: {what}"
@@ -90,19 +90,19 @@ def complaints(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _wrong(flags: Mapping[str, Any]) -> Iterator[str]:
+def _wrong(diagnostics: Mapping[str, Any]) -> Iterator[str]:
     """What went wrong in a search."""
-    if flags.get("valid") is False:
-        cut = ", ".join(flags["cut"]) or "nothing"
+    if diagnostics.get("valid") is False:
+        cut = ", ".join(diagnostics["cut"]) or "nothing"
         yield (
             f"the search is not valid: removing its dead channels cost "
-            f"{flags['masked_accuracy_gap']:.1f} points; cut: {cut}"
+            f"{diagnostics['masked_accuracy_gap']:.1f} points; cut: {cut}"
         )
-    if flags.get("unchanged"):
+    if diagnostics.get("unchanged"):
         yield "the search pruned nothing; its widths are the un-optimised ones"
-    if flags.get("collapsed"):
-        yield f"fell to the floor: {', '.join(flags['collapsed'])}"
-    if flags.get("budget_reached") is False:
+    if diagnostics.get("collapsed"):
+        yield f"fell to the floor: {', '.join(diagnostics['collapsed'])}"
+    if diagnostics.get("budget_reached") is False:
         yield "the search did not reach its budget"
 
 

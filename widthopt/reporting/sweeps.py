@@ -175,7 +175,9 @@ def show(root: Path, sweeps: Sequence[Manifest]) -> None:
     side_by_side(list(found.values()), into=root / "report")
 
 
-def _dependencies(sweep: Manifest, point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _dependencies(
+    sweep: Manifest, point: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a point's final training, and its search, depend on but for widths and seed."""
     runs = [sweep.runs[name] for name in (point["train"], *sweep.runs[point["train"]]["needs"])]
     trained, *searches = ({**one["fields"], "seed": None} for one in runs)

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def run_request(point: SizedRequest, show: Callable[[str], None] = logger.info) 
 def _record(point: SizedRequest, method: str, seed: int) -> Record:
     """One method at one seed, and its channels and links in the run's folder."""
     record = run_training(point, method, seed)
-    content = {"network": record.network, **asdict(record.found)}
+    content = {"network": record.network, **record.found.to_plain()}
     path = point.folder / "channels" / f"{method}-seed{seed}.json"
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     for kind, name in record.stages.items():
@@ -108,7 +108,7 @@ def _search_widths(point: SizedRequest, method: str, seed: int) -> WidthResult:
             "%s: %.2f %% of the budget is left over, because one step of any width costs more",
             method, 100 * match.shortfall,
         )  # fmt: skip
-    flags = {**result.flags, "budget_shortfall": match.shortfall}
+    diagnostics = {**result.diagnostics, "budget_shortfall": match.shortfall}
     return WidthResult(
         method=method,
         seed=seed,
@@ -122,7 +122,7 @@ def _search_widths(point: SizedRequest, method: str, seed: int) -> WidthResult:
         direct_overhead_macs=_direct_overhead_macs(point, method, result),
         nominal_saving=nominal_saving(point.target, point.setting(method)),
         search_seconds=result.seconds,
-        flags=flags,
+        diagnostics=diagnostics,
         searched=result.multipliers,
     )
 
@@ -148,7 +148,7 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
     algorithm, setting = point.algorithm(method), point.setting(method)
     if method == "uniform":
         ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
-        return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
+        return SearchResult(ones, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
     stage = point.search_entry(method, seed)
     with _claim_entry(stage, point.device) as done:
         if done is None:
@@ -163,9 +163,9 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
                     with tracker.careful():
                         _show_search(tracker, point, method, result)
                 if distributed.rank() == 0:  # before W&B is waited for
-                    stage.finish(asdict(result))
+                    stage.finish(result.to_plain())
             return result
-    return SearchResult(**done)
+    return SearchResult.from_plain(done)
 
 
 def run_training(point: SizedRequest, method: str, seed: int) -> Record:
@@ -214,8 +214,8 @@ def _train_and_record(
         with tracker.careful():
             _show_training(tracker, record)
     if distributed.rank() == 0:
-        stage.finish(asdict(record))
-    return asdict(record)
+        stage.finish(record.to_plain())
+    return record.to_plain()
 
 
 def record_of(result: Mapping[str, Any], *, method: str, algorithm: str) -> Record:
@@ -278,7 +278,7 @@ def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: Sea
             "overhead_macs": result.overhead_macs,
             "budget_macs": point.search_budget(method),
             "seconds": result.seconds,
-            **{f"flags/{name}": one for name, one in result.flags.items()},
+            **{f"flags/{name}": one for name, one in result.diagnostics.items()},
             **dict(_flatten_details("details", result.details)),
         }
     )
@@ -315,7 +315,7 @@ def _show_training(tracker: Tracker, record: Record) -> None:
             "overhead_macs": found.overhead_macs,
             "overhead_saved_pct": saved,
             "seconds": record.train_seconds,
-            **{f"flags/{name}": one for name, one in found.flags.items()},
+            **{f"flags/{name}": one for name, one in found.diagnostics.items()},
             **{name: one for _, summary in shown for name, one in summary.items()},
         }
     )

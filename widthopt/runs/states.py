@@ -24,7 +24,9 @@ def root_option(root: Path) -> str:
     return f"--root {shlex.quote(str(root))}"
 
 
-def mark_blocked(states: Mapping[str, State], needs: Mapping[str, Collection[str]]) -> dict[str, State]:
+def mark_blocked(
+    states: Mapping[str, State], needs: Mapping[str, Collection[str]]
+) -> dict[str, State]:
     """The same states, with what cannot start because of a failure before it as "blocked".
 
     Only what is missing or stale can be blocked, by a need that failed or is blocked itself;

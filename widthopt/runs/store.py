@@ -29,13 +29,13 @@ from typing import Any
 from widthopt import identity
 from widthopt.errors import InputError
 from widthopt.files import (
+    check_writable,
     is_at,
     make_folder,
     read_json,
     reading,
     try_lock,
     unlock,
-    check_writable,
     write_atomically,
     writing,
 )

@@ -203,7 +203,10 @@ def _follow(path: Path, root: Path, stage: StoreEntry) -> Iterator[str]:
     while True:
         if time.monotonic() > asked + ASK_SECONDS:
             jobs, asked = live_jobs(root), time.monotonic()
-        ended = _state_without_queue(stage, stage.state(jobs or {}), jobs) not in {"queued", "running"}
+        ended = _state_without_queue(stage, stage.state(jobs or {}), jobs) not in {
+            "queued",
+            "running",
+        }
         if path.exists():
             with path.open("rb") as file:
                 file.seek(read)

@@ -109,7 +109,10 @@ def _run_spec(spec: Path, content: Mapping[str, Any], rank: int) -> None:
                 f"{spec.parent.name}/spec.json is of another run ({meant}), but what it says names "
                 "its folder; give the same sweep again"
             )
-        with distributed.process_group(point.device, meeting=meeting), log_to_file(spec.parent / log):
+        with (
+            distributed.process_group(point.device, meeting=meeting),
+            log_to_file(spec.parent / log),
+        ):
             if content["kind"] == "search":
                 run_search(point, method, seed)
                 return

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widthopt.training import checkpoints, distributed
 from widthopt.errors import InputError
 from widthopt.identity import canonical, differences
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
+from widthopt.training import checkpoints, distributed
 from widthopt.training.devices import autocast, memory_format, resolve_device, to_device
 from widthopt.training.evaluation import right_at_1_and_5
 
@@ -895,7 +895,11 @@ class _MetricWriter:
     def _row(self, log: Log, more: Mapping[str, float]) -> None:
         loop, tally = self._loop, self._loop.tally
         (images, seconds), self._since = self._since, (tally.images, tally.seconds)
-        values = {"epoch": tally.step / self._per_epoch, **loop.seen, **loop.objective.step_metrics()}
+        values = {
+            "epoch": tally.step / self._per_epoch,
+            **loop.seen,
+            **loop.objective.step_metrics(),
+        }
         if tally.seconds > seconds:
             rate = (tally.images - images) / (tally.seconds - seconds)
             values["perf/images_per_second"] = rate

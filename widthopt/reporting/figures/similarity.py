@@ -30,12 +30,16 @@ def table(records: Sequence[Record]) -> Table:
         for method, ones in methods.items():
             if method == "uniform":
                 continue
-            reached = [one for one in ones if one.found.flags.get("budget_reached") is not False]
+            reached = [
+                one for one in ones if one.found.diagnostics.get("budget_reached") is not False
+            ]
             result.add_row(
                 algorithm,
                 method,
                 _cosine_text(combinations(ones, 2)),
-                _cosine_text((one, direct[one.found.seed]) for one in ones if one.found.seed in direct)
+                _cosine_text(
+                    (one, direct[one.found.seed]) for one in ones if one.found.seed in direct
+                )
                 if method != "direct"
                 else "-",
                 _format(cosine(one.found.multipliers, _ones(one)) for one in ones),

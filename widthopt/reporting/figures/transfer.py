@@ -352,14 +352,14 @@ def _difference(top1: Summary, other: Summary | None) -> str:
 
 def _flags(records: Sequence[Record]) -> str:
     """How many searches say of themselves that they went well, and what went wrong in others."""
-    flags, seeds = [one.found.flags for one in records], len(records)
+    diagnostics, seeds = [one.found.diagnostics for one in records], len(records)
     words = []
     for name, said in (("valid", "valid"), ("budget_reached", "budget reached")):
-        if any(name in one for one in flags):
-            good = sum(one.get(name) is not False for one in flags)
+        if any(name in one for one in diagnostics):
+            good = sum(one.get(name) is not False for one in diagnostics)
             words.append(f"{said} {good} of {seeds}")
     for name, said in (("unchanged", "pruned nothing"), ("collapsed", "fell to the floor")):
-        bad = sum(bool(one.get(name)) for one in flags)
+        bad = sum(bool(one.get(name)) for one in diagnostics)
         if bad:
             words.append(f"{said} {bad} of {seeds}")
     return "; ".join(words) or NOTHING
