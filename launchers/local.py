@@ -55,7 +55,10 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([self._run_spec.rpartition(".")[0], *workload.imports])
         watched, held = multiprocessing.Pipe(duplex=False)
-        with watched, held, _environment({"OMP_NUM_THREADS": str(self._threads)}):
+        # Python would look for its own modules in the current folder first, where a user may
+        # have a random.py; the processes get this one's sys.path.
+        variables = {"OMP_NUM_THREADS": str(self._threads), "PYTHONSAFEPATH": "1"}
+        with watched, held, _environment(variables):
             self._run(workload, progress, context, watched)
 
     def _run(

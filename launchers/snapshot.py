@@ -19,6 +19,10 @@ _NO_CODE = {"__pycache__", "node_modules"}
 _OTHERS = ("pyvenv.cfg", "conda-meta", "stages/store.json")
 """What is in a folder of an environment of Python, or of runs and the copies beside them."""
 
+OWN = "own"
+"""The folder of a copy that holds a user's own code. It comes last on the path of a job, so that
+a user's ``random.py`` does not stand in for Python's."""
+
 _MANY = 100
 """A folder of more names than this, none of them a module, holds data; it is not searched."""
 
@@ -32,7 +36,7 @@ def snapshot(packages: Sequence[str], folders: Sequence[str], *, into: Path) -> 
         into: Where copies are kept.
 
     Returns:
-        The copy: a folder that Python can import all of it from.
+        The copy: a folder that Python can import the packages from, and from `OWN` in it the rest.
 
     Raises:
         InputError: There is far too much of it.
@@ -73,7 +77,7 @@ def _files(packages: Sequence[str], folders: Sequence[str]) -> dict[str, Path]:
                 f"hydra.launcher.code is {folder}, but there is no such folder; correct it"
             )
         for path in _code(folder):
-            files.setdefault(str(path.relative_to(folder)), path)
+            files.setdefault(f"{OWN}/{path.relative_to(folder)}", path)
         size = sum(path.stat().st_size for path in files.values())
         if len(files) > MAX_FILES or size > MAX_MEGABYTES * 1e6:
             raise InputError(

@@ -84,6 +84,7 @@ def _work(order: Order, spec: Path, rank: int) -> None:
         _note(spec.parent / "attempts.jsonl", restarts)
     if restarts > order.max_requeues:
         sys.exit(f"widthopt: this job was put back {restarts} times, which is too often")
+    sys.path.append(str(_COPY / OWN))
     module, _, name = order.run_spec.rpartition(".")
     getattr(import_module(module), name)(spec)
 
@@ -120,7 +121,7 @@ def _note(path: Path, restarts: int) -> None:
         "restart": restarts,
         "host": socket.gethostname(),
         "time": time.time(),
-        "code": Path(__file__).parents[1].name,
+        "code": _COPY.name,
     }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

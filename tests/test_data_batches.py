@@ -214,7 +214,7 @@ def test_every_step_of_every_epoch_has_draws_of_its_own(augmentation):
 
 def test_the_same_image_is_augmented_differently_within_a_batch():
     dataset = noise(side=16)
-    augmentation = target(dataset, augmentation="paper").train._augmented  # noqa: SLF001
+    augmentation = target(dataset, augmentation="paper").train._augment  # noqa: SLF001
     twice = augmentation(np.array([5, 5, 5, 5]), part=slice(None), seed=0)
     assert len({image.tobytes() for image in twice}) > 1
 
@@ -551,7 +551,7 @@ def test_the_memory_limit_holds_for_training_and_evaluation_together():
     room_for_one = target(noise(memory_limit_gb=30_000e-9))
     room_for_both = target(noise(memory_limit_gb=47_000e-9))
     stored = [
-        (split.train._augmented._images.stored_bytes, split.evaluation._squares.stored_bytes)  # noqa: SLF001
+        (split.train._augment._images.stored_bytes, split.evaluation._squares.stored_bytes)  # noqa: SLF001
         for split in (room_for_one, room_for_both)
     ]
     assert stored == [(23_040, 0), (23_040, 23_040)]

@@ -71,7 +71,7 @@ def process_group(function, ranks, folder):
         one.join(timeout=120)
         assert one.exitcode == 0
     return [
-        torch.load_state_dict(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)
+        torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)
     ]
 
 

@@ -520,7 +520,7 @@ def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
     assert len(again.points) == 48
     store = plan.points[0].point.store
     assert {
-        name: stage.folder for name, stage in again.stages(store).items() if name in plan.runs
+        name: stage.folder for name, stage in again.entries(store).items() if name in plan.runs
     } == {name: run.stage.folder for name, run in plan.runs.items()}
     assert set(again.states(store).values()) == {"missing"}
     assert [figure["_target_"] for figure in again.figures.values()] == [

@@ -39,7 +39,7 @@ def sent(monkeypatch):
     monkeypatch.setattr(slurm._Sender, "_sbatch", sbatch)  # noqa: SLF001
     monkeypatch.setattr(queue, "check", lambda _flags: None)
     monkeypatch.setattr(queue, "array_size", lambda: 3)
-    monkeypatch.setattr(queue, "live", dict)
+    monkeypatch.setattr(queue, "live_jobs", dict)
     monkeypatch.setattr(queue, "hosts", set)
     return found
 
@@ -103,7 +103,7 @@ def test_as_much_is_sent_as_there_is_room_for(tmp_path, sent, limited, room, arr
 def test_what_is_in_the_queue_is_waited_for_and_not_sent_again(tmp_path, sent, monkeypatch):
     workload = FileWork(tmp_path, {"s": ((), "well"), "t": (("s",), "well")})
     workload.record_job("s", "7_4")
-    monkeypatch.setattr(queue, "live", lambda: {"7_4": "RUNNING"})
+    monkeypatch.setattr(queue, "live_jobs", lambda: {"7_4": "RUNNING"})
     assert launcher().submit(workload) == 1
     assert sent == [(["t"], "afterok:7_4")]
 

@@ -4,6 +4,10 @@ The names below are the public interface. Each is imported when it is first used
 ``import widthopt`` does not load torch.
 """
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +36,27 @@ if not TYPE_CHECKING:  # a type checker reads the imports above, and reports unk
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module 'widthopt' has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name]), name)
+        with current_folder_last():
+            return getattr(import_module(_HOMES[name]), name)
+
+
+@contextmanager
+def current_folder_last() -> Iterator[None]:
+    """Search the current folder last for modules.
+
+    Python searches the folder of a script, or the current one, first. There a user's ``random.py``
+    or ``numpy.py`` would be imported in place of the real one.
+    """
+    if not sys.path or sys.path[0] not in ("", os.getcwd()):  # noqa: PTH109 (as Python sets it)
+        yield
+        return
+    current = sys.path.pop(0)
+    sys.path.append(current)
+    try:
+        yield
+    finally:
+        sys.path.remove(current)
+        sys.path.insert(0, current)
 
 
 def __dir__() -> list[str]:

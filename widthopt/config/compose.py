@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import hydra_plugins.widthopt_launchers as launchers
 from hydra_plugins.widthopt_launchers.sweeper import CONFIG_NAME, EXPERIMENT, expand_sweep
+from widthopt import current_folder_last
 from widthopt.config.messages import (
     CONFIG_MODULE,
     is_configuration_error,
@@ -45,7 +46,8 @@ def search(*overrides: str) -> WidthResult:
     Raises:
         InputError: Something asked for cannot be done.
     """
-    return search_widths(compose(overrides))
+    with current_folder_last():  # parts of it are imported only when they are needed
+        return search_widths(compose(overrides))
 
 
 def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Request:
