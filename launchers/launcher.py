@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import Container, DictConfig, OmegaConf
 
-from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers import queue, slurm
 from hydra_plugins.widthopt_launchers.local import Pool
 from hydra_plugins.widthopt_launchers.progress import Progress
 from hydra_plugins.widthopt_launchers.workload import Failed, Workload
@@ -201,16 +201,14 @@ class WidthoptSlurmLauncher(_Launcher):
 
     def prepare(self) -> None:
         """See `_Launcher`."""
-        from hydra_plugins.widthopt_launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
-
-        self.check_keys({"wait", *(one.name for one in fields(Slurm))} - {"run_spec"})
+        self.check_keys({"wait", *(one.name for one in fields(slurm.Slurm))} - {"run_spec"})
         wanted = dict(self.options)
         self.stay = wanted.pop("wait")
         if not isinstance(self.stay, bool):
             raise InputError(
                 f"hydra.launcher.wait is {self.stay}, but it is true or false; correct it"
             )
-        self.slurm = Slurm(run_spec=self.run_spec, **wanted)
+        self.slurm = slurm.Slurm(run_spec=self.run_spec, **wanted)
         self.live = queue.live_jobs()
 
     def carry_out(self, workload: Workload) -> None:
@@ -219,8 +217,6 @@ class WidthoptSlurmLauncher(_Launcher):
         Raises:
             Failed: The command was to wait, and some of it was not done.
         """
-        from hydra_plugins.widthopt_launchers.slurm import watch  # noqa: PLC0415 (imports submitit)
-
         left = len(workload.tasks())
         where = f"{workload.name} {root_option(workload.root)}"
         try:
@@ -229,7 +225,7 @@ class WidthoptSlurmLauncher(_Launcher):
             said = f"{submitted} runs submitted{queued}" if left else "all runs are done"
             logger.info("%s; see: widthopt %s %s", said, "status" if left else "report", where)
             if self.stay:
-                watch(workload)
+                slurm.watch(workload)
         # Here too, as a user who has read that the runs are submitted may be faster than the wait.
         except KeyboardInterrupt:
             raise KeyboardInterrupt(

@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import submitit
-
 from hydra_plugins.widthopt_launchers import queue
 from hydra_plugins.widthopt_launchers.progress import Progress
 from hydra_plugins.widthopt_launchers.snapshot import snapshot
@@ -366,6 +364,9 @@ class _Sender:
         Raises:
             InputError: SLURM refuses it.
         """
+        # Hydra imports every module below hydra_plugins when it starts, this one too.
+        import submitit  # noqa: PLC0415
+
         slurm, root = self._slurm, self._work.root
         name = f"widthopt-{uuid.uuid4().hex[:10]}"
         intent = root / "submissions" / f"{name}.json"

@@ -20,11 +20,15 @@ from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
+from hydra_plugins.widthopt_launchers.snapshot import OWN
 from widthopt.errors import InputError
 from widthopt.runs.states import current_job
 
 
 logger = logging.getLogger("widthopt")
+
+_COPY = Path(__file__).parents[2]
+"""The copy of the code that the job runs from; see `hydra_plugins.widthopt_launchers.snapshot`."""
 
 STOPPED = 75
 """Exit code of what was told to stop and could not be put back (EX_TEMPFAIL)."""

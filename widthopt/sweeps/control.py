@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers import queue, slurm
 from hydra_plugins.widthopt_launchers.launcher import relaunch
 from hydra_plugins.widthopt_launchers.workload import Failed
 from widthopt.errors import InputError
@@ -72,9 +72,7 @@ def _live(root: Path) -> Mapping[str, str]:
             f"--root is {root}, but its runs are a queue's and there is no squeue on this machine; "
             "ask on a login node"
         )
-    from hydra_plugins.widthopt_launchers.slurm import adopt  # noqa: PLC0415 (imports submitit)
-
-    adopt(root)
+    slurm.adopt(root)
     return queue.live_jobs()
 
 
@@ -124,17 +122,11 @@ def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
                 row["state"] = state
         return tables
     ended = {row["job"] for row in rows if row["state"] in ENDED and not row["why"] and row["job"]}
-    causes = _job_endings(root, ended) if ended and queue.is_available() else {}
+    causes = slurm.explain_endings(root, ended) if ended and queue.is_available() else {}
     for row in rows:
         row["why"] = row["why"] or (causes.get(row["job"]) if row["state"] in ENDED else None)
         row["queue"] = jobs.get(row["job"]) if row["state"] in {"queued", "running"} else None
     return tables
-
-
-def _job_endings(root: Path, jobs: Collection[str]) -> Mapping[str, str]:
-    from hydra_plugins.widthopt_launchers.slurm import explain_endings  # noqa: PLC0415 (imports submitit)
-
-    return explain_endings(root, jobs)
 
 
 def show(root: Path, name: str) -> dict[str, Any]:
