@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 import torch
 from harness import Figure, main
 
-import widthopt.networks.torchvision_operators  # noqa: F401 (before torchvision)
 from widthopt.algorithms.greedy import Engine, Slimmed, slim
 from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from harness import Figure, main, now
 
-import widthopt.networks.torchvision_operators  # noqa: F401 (before torchvision)
 from widthopt.algorithms import SearchContext
 from widthopt.algorithms.dmcp import _Architecture
 from widthopt.algorithms.morphnet import _Pruning

@@ -17,7 +17,6 @@ import torch
 from harness import Figure, main
 from train_step import CLASSES, RECIPE, RUNTIME
 
-import widthopt.networks.torchvision_operators  # noqa: F401 (before torchvision)
 from widthopt.config.compose import compose
 from widthopt.runs.point import SizedRequest
 from widthopt.tracking import Tracker

@@ -11,7 +11,6 @@ import torch
 from harness import Figure, alternating, main
 from torch import Tensor, nn
 
-import widthopt.networks.torchvision_operators  # noqa: F401 (before torchvision)
 from widthopt.setting import Recipe, Runtime
 from widthopt.training.loop import Loop, resolve_device
 

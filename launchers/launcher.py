@@ -1,4 +1,4 @@
-"""Hydra launchers that do a sweep's work: in this process, in several, or on a cluster."""
+"""Hydra launchers that run a sweep: in this process, in several, or on a SLURM cluster."""
 
 import json
 import logging
@@ -29,13 +29,13 @@ logger = logging.getLogger("widthopt")
 
 
 def import_name(path: str) -> Any:
-    """What a dotted name names, the last part inside a module."""
+    """Import an object by its dotted name."""
     module, _, attribute = path.rpartition(".")
     return getattr(import_module(module), attribute)
 
 
 def save_launch_spec(workload: Workload, launcher: "_Launcher") -> None:
-    """Write down beside a sweep how it was started, for `relaunch`."""
+    """Write the launcher's values beside the sweep, for `relaunch`."""
     values = {"launcher": type(launcher).__name__, "workload": launcher.workload}
     values |= {"run_spec": launcher.run_spec, **launcher.options}
     values["home"] = os.getcwd()  # noqa: PTH109 (as the user sees it)
@@ -46,28 +46,28 @@ def save_launch_spec(workload: Workload, launcher: "_Launcher") -> None:
 
 
 def relaunch(workload: Workload) -> None:
-    """Do what is left of a workload as it was started before, and in the folder where that was.
+    """Run the remaining tasks with the launcher, and in the folder, of the first launch.
 
     Args:
-        workload: It is kept at an absolute path.
+        workload: A workload with an absolute root.
 
     Raises:
-        InputError: How that was is not known, or it cannot be done.
-        Failed: Some of it was not done.
+        InputError: The launcher's values are missing or damaged, or it cannot start.
+        Failed: A task failed.
     """
     path = workload.root / "launchers" / f"{workload.name}.json"
-    kinds = (WidthoptInProcessLauncher, WidthoptLocalLauncher, WidthoptSlurmLauncher)
+    launchers = (WidthoptInProcessLauncher, WidthoptLocalLauncher, WidthoptSlurmLauncher)
     try:
         values = json.loads(path.read_text("utf-8"))
-        kind = {one.__name__: one for one in kinds}[values.pop("launcher")]
+        launcher_class = {kind.__name__: kind for kind in launchers}[values.pop("launcher")]
         home = Path(values.pop("home"))
-        launcher = kind(assume_yes=True, **values)
+        launcher = launcher_class(assume_yes=True, **values)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} does not say how the sweep was started ({error}), but that is needed; give "
+            f"{path} cannot be read ({error}), but it says how the sweep was started; give "
             "the sweep's own command again"
         ) from error
-    with chdir(home if home.is_dir() else "."):  # the code is there that a cluster gets
+    with chdir(home if home.is_dir() else "."):  # a cluster gets the code in this folder
         sys.path.append(os.getcwd())  # noqa: PTH109 (as it stands in the path)
         launcher.prepare()
         workload.begin(assume_yes=True, live=launcher.live)
@@ -75,19 +75,20 @@ def relaunch(workload: Workload) -> None:
 
 
 class _Launcher(Launcher):
-    """Plans all points, does what is left to do, and shows what came out."""
+    """Plan all points, run the tasks that are not done, and show the results."""
 
     def __init__(self, *, workload: str, run_spec: str, assume_yes: bool, **options: Any) -> None:
-        """Take over the values of ``conf/hydra/launcher``.
+        """Store the values of ``conf/hydra/launcher``.
 
         Args:
-            workload: Dotted name of what makes `Workload` of Hydra's loader and the points.
-            run_spec: Dotted name of what does one task, given the path that was frozen.
-            assume_yes: Do not ask, however much it is.
-            options: Those of one launcher.
+            workload: Dotted name of the class that makes a `Workload` of Hydra's configuration
+                loader and the overrides of each point.
+            run_spec: Dotted name of the function that runs one task, given the path of its spec.
+            assume_yes: Do not ask for confirmation, however large the sweep is.
+            options: The values that only this launcher has.
         """
         self.workload, self.run_spec, self.assume_yes = workload, run_spec, assume_yes
-        # Plain data: Hydra hands over its own kinds of tables and lists.
+        # Hydra passes mappings and lists as OmegaConf containers.
         self.options: dict[str, Any] = {
             key: OmegaConf.to_container(value) if isinstance(value, Container) else value
             for key, value in options.items()
@@ -98,23 +99,25 @@ class _Launcher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """See Hydra; the task function is not used, for the units of work are not the points."""
+        """See Hydra. The task function is not used, since tasks are not the points of the sweep."""
         del task_function, config
         self.context = hydra_context
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Do what is left of these points.
+        """Run the tasks of these points that are not done.
 
         Raises:
-            Failed: Some of it was not done.
+            InputError: A value is invalid, or a point cannot be computed.
+            Failed: A task failed.
         """
         del initial_job_idx
         assert self.context is not None
         if not isinstance(self.assume_yes, bool):
             raise InputError(
-                f"hydra.launcher.assume_yes is {self.assume_yes}, but it must be true or false; correct it"
+                f"hydra.launcher.assume_yes is {self.assume_yes}, but it must be true or false; "
+                "correct it"
             )
         self.prepare()
         workload: Workload = import_name(self.workload)(self.context.config_loader, job_overrides)
@@ -124,10 +127,10 @@ class _Launcher(Launcher):
         return []
 
     def carry_out(self, workload: Workload) -> None:
-        """Do what is left of a workload that was begun.
+        """Run the remaining tasks of a workload that has begun, and show the results.
 
         Raises:
-            Failed: Some of it was not done.
+            Failed: A task failed.
         """
         tasks = workload.tasks()
         with Progress(tasks) as progress:
@@ -140,14 +143,14 @@ class _Launcher(Launcher):
             )
 
     def prepare(self) -> None:
-        """Check what can be checked before anything is planned or written."""
+        """Check the options before anything is planned or written."""
         self.check_keys(set())
 
     def check_keys(self, known: Collection[str]) -> None:
-        """Check that just these keys were given, beside those that all launchers have.
+        """Check that the options are exactly these keys.
 
         Raises:
-            InputError: One is unknown, or missing.
+            InputError: A key is unknown or missing.
         """
         for key in sorted(self.options.keys() ^ known):
             raise InputError(
@@ -156,20 +159,20 @@ class _Launcher(Launcher):
             )
 
     def execute(self, workload: Workload, progress: Progress) -> None:
-        """Do all tasks; the progress is told of each."""
+        """Run all tasks, and report each to ``progress``."""
         raise NotImplementedError
 
 
 class WidthoptInProcessLauncher(_Launcher):
-    """One after another in this process: for debugging, and for small sweeps."""
+    """Run tasks one after another in this process, for debugging and small sweeps."""
 
     def execute(self, workload: Workload, progress: Progress) -> None:
         """See `_Launcher`."""
-        run_spec, lost = import_name(self.run_spec), set[str]()
+        run_spec, unavailable = import_name(self.run_spec), set[str]()
         for task in workload.tasks():
-            if not lost.isdisjoint(task.needs):
-                lost.add(task.name)
-                progress.wait_for_ever(task)
+            if not unavailable.isdisjoint(task.needs):
+                unavailable.add(task.name)
+                progress.block(task)
                 continue
             progress.start(task)
             try:
@@ -178,13 +181,13 @@ class WidthoptInProcessLauncher(_Launcher):
             except Exception as error:
                 if isinstance(error, workload.interruptions):
                     raise
-                lost.add(task.name)
+                unavailable.add(task.name)
                 logger.debug("%s failed", task.what, exc_info=True)
                 progress.fail(task, " ".join(str(error).split()) or type(error).__name__)
 
 
 class WidthoptLocalLauncher(_Launcher):
-    """Several at once, each in a process of its own; what fails stops nothing else."""
+    """Run several tasks at a time, each in its own process. A failure does not stop the others."""
 
     def prepare(self) -> None:
         """See `_Launcher`."""
@@ -197,39 +200,39 @@ class WidthoptLocalLauncher(_Launcher):
 
 
 class WidthoptSlurmLauncher(_Launcher):
-    """Each run a job of a SLURM cluster; the command ends when all are submitted."""
+    """Submit each task as a SLURM job. The command ends when all jobs are submitted."""
 
     def prepare(self) -> None:
         """See `_Launcher`."""
-        self.check_keys({"wait", *(one.name for one in fields(slurm.Slurm))} - {"run_spec"})
-        wanted = dict(self.options)
-        self.stay = wanted.pop("wait")
-        if not isinstance(self.stay, bool):
+        self.check_keys({"wait", *(field.name for field in fields(slurm.Slurm))} - {"run_spec"})
+        options = dict(self.options)
+        self.wait = options.pop("wait")
+        if not isinstance(self.wait, bool):
             raise InputError(
-                f"hydra.launcher.wait is {self.stay}, but it is true or false; correct it"
+                f"hydra.launcher.wait is {self.wait}, but it must be true or false; correct it"
             )
-        self.slurm = slurm.Slurm(run_spec=self.run_spec, **wanted)
+        self.slurm = slurm.Slurm(run_spec=self.run_spec, **options)
         self.live = queue.live_jobs()
 
     def carry_out(self, workload: Workload) -> None:
-        """Submit what is missing of some work that was begun, and say how to watch it.
+        """Submit the remaining tasks of a workload that has begun.
 
         Raises:
-            Failed: The command was to wait, and some of it was not done.
+            Failed: The launcher waits for the jobs, and a task failed.
         """
         left = len(workload.tasks())
         where = f"{workload.name} {root_option(workload.root)}"
         try:
             submitted = self.slurm.submit(workload) if left else 0
             queued = f", {left - submitted} are in the queue already" if left > submitted else ""
-            said = f"{submitted} runs submitted{queued}" if left else "all runs are done"
-            logger.info("%s; see: widthopt %s %s", said, "status" if left else "report", where)
-            if self.stay:
+            summary = f"{submitted} runs submitted{queued}" if left else "all runs are done"
+            logger.info("%s; see: widthopt %s %s", summary, "status" if left else "report", where)
+            if self.wait:
                 slurm.watch(workload)
-        # Here too, as a user who has read that the runs are submitted may be faster than the wait.
+        # Around the submission too: Ctrl-C may come right after the line above is printed.
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                "stopped; what was submitted goes on, and this ends it: widthopt cancel " + where
+                "stopped; submitted jobs continue; to end them: widthopt cancel " + where
             ) from None
-        if self.stay:
+        if self.wait:
             workload.end()

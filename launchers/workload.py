@@ -1,4 +1,4 @@
-"""What launchers start: named tasks, some of which need others."""
+"""The protocol between launchers and a planned sweep: named tasks, some of which need others."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ class Task:
     """One unit of work.
 
     Attributes:
-        name: Its name, also that of its folder.
-        what: What it is, in words.
-        needs: Names of what must be done before.
-        weight: How much work it is, in any unit that is the same for all.
-        resources: What it asks a cluster for, where that differs from the launcher's.
+        name: The task's name, also that of its folder.
+        what: A description for people.
+        needs: Names of the tasks that must be done first.
+        weight: The amount of work, in any unit that is the same for all tasks.
+        resources: Cluster resources that differ from those of the launcher.
     """
 
     name: str
@@ -26,65 +26,65 @@ class Task:
 
 
 class Workload(Protocol):
-    """A sweep that has been planned; `hydra.launcher.workload` names what makes one of its points."""
+    """A planned sweep. ``hydra.launcher.workload`` names the class that plans its points."""
 
     @property
     def interruptions(self) -> tuple[type[Exception], ...]:
-        """What a task raises when it was interrupted, which is no failure."""
+        """Exceptions that a task raises when it is interrupted, which is not a failure."""
         ...
 
     @property
     def name(self) -> str:
-        """What the sweep is called."""
+        """The sweep's name."""
         ...
 
     @property
     def root(self) -> Path:
-        """The folder that it is kept in, with all that a launcher keeps of it."""
+        """The folder that holds the sweep's runs and the launcher's own files."""
         ...
 
     @property
     def imports(self) -> Sequence[str]:
-        """Modules that its tasks take long to import; whoever forks them may import them once."""
+        """Modules that are slow to import; a fork server imports them once for all tasks."""
         ...
 
     def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
-        """Say what will be done and check that it can be; nothing has started if it cannot.
+        """Print the plan and check that it can be done. Nothing starts if it cannot.
 
         Args:
-            assume_yes: Do not ask, however much it is.
-            live: The jobs that a queue knows as waiting or running.
+            assume_yes: Do not ask for confirmation, however large the sweep is.
+            live: Jobs that are pending or running in the queue.
         """
         ...
 
     def tasks(self) -> Sequence[Task]:
-        """What is to be done, and how: everything comes after what it needs."""
+        """Return the tasks that are not done; each comes after the tasks that it needs."""
         ...
 
     def write_spec(self, name: str) -> Path:
-        """Write down all that a process anywhere needs to do one task; where."""
+        """Write everything that a process needs to run one task, and return the file's path."""
         ...
 
     def job(self, name: str) -> str:
-        """The job of a queue that was last to do a task; empty if there was none."""
+        """Return the last job that was submitted for a task; empty if there is none."""
         ...
 
     def record_job(self, name: str, job: str, **details: str) -> None:
-        """Write down that a job of a queue is to do an task."""
+        """Record that a job was submitted for a task."""
         ...
 
     def is_done(self, name: str) -> bool:
-        """Whether the result of a task is there."""
+        """Return whether the result of a task exists."""
         ...
 
     def failure(self, name: str) -> str:
-        """Why a task failed, in one line."""
+        """Return why a task failed, in one line."""
         ...
 
     def end(self) -> None:
-        """Show what came out."""
+        """Show the results."""
         ...
 
 
-class Failed(Exception):  # noqa: N818 (the name is what happened)
-    """Not everything was done; the message says how much was not, in one line."""
+class Failed(Exception):  # noqa: N818 (the exit code is that of a failure, not of an error)
+    """Part of the work was not done. The message says how much, in one line."""

@@ -347,7 +347,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, wh
     assert started.returncode == 130, said
     (line,) = (line for line in said.splitlines() if line.startswith("widthopt: "))
     assert line == said.splitlines()[-1]
-    assert "the same command goes on from" in line
+    assert "the same command continues from" in line
     assert not list(run_folder(folder).glob("record.json")) or when == "search"
 
     again = widthopt(*words, folder=folder)

@@ -561,8 +561,8 @@ def test_a_depth_that_the_builder_cannot_make_is_refused(custom):
     )
     line = refused(*custom(Small), "target.width=1", "projection.depth=2", point=True)
     assert line == (
-        "projection.depth is 2, but networks_of_this_test.Small takes no argument `depth`; give "
-        "it one, or use depth 1"
+        "projection.depth is 2, but networks_of_this_test.Small takes no argument `depth`; add "
+        "the argument, or use depth 1"
     )
 
 
@@ -631,8 +631,8 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
         (
             "network",
             (
-                "network.factory is network, but a dotted name such as my_module.my_network is "
-                "needed; the module is looked for in the current folder too"
+                "network.factory is network, but it must be a dotted name such as "
+                "my_module.my_network; give the module too, which may be in the current folder"
             ),
         ),
         (

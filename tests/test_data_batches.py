@@ -10,11 +10,6 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-
-import widthopt.networks.torchvision_operators  # noqa: F401 (goes before torchvision)
-
-
-# isort: split
 from PIL import Image
 from torchvision import transforms
 

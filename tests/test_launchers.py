@@ -83,7 +83,7 @@ def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
     told = pooled(tmp_path, CHAIN)
     assert sorted(told.of("finish")) == ["a", "d", "of_a"]
     assert sorted(told.of("fail")) == ["b", "c"]
-    assert sorted(told.of("wait_for_ever")) == ["of_b", "of_c", "of_of_b"]
+    assert sorted(told.of("block")) == ["of_b", "of_c", "of_of_b"]
     why = {word[1]: word[2] for word in told.words if word[0] == "fail"}
     assert why == {"b": "it was to fail", "c": "its process was ended by SIGKILL"}
 
@@ -92,7 +92,7 @@ def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
 def test_what_needs_something_that_cannot_be_done_is_not_begun(tmp_path, order):
     told = pooled(tmp_path, {name: CHAIN[name] for name in order})
     assert told.of("start") == ["b"]
-    assert sorted(told.of("wait_for_ever")) == ["of_b", "of_of_b"]
+    assert sorted(told.of("block")) == ["of_b", "of_of_b"]
 
 
 def test_what_is_needed_comes_before_what_needs_it(tmp_path):
@@ -131,7 +131,7 @@ def test_a_failure_leaves_its_traceback_in_the_log(tmp_path):
 def test_a_process_that_ends_well_without_a_result_has_failed(tmp_path):
     told = pooled(tmp_path, {"x": ([], "lies"), "of_x": (["x"], "well")})
     assert told.of("fail") == ["x"]
-    assert told.of("wait_for_ever") == ["of_x"]
+    assert told.of("block") == ["of_x"]
 
 
 @pytest.mark.parametrize("parallel", [0, -1, "two"])

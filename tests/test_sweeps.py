@@ -342,7 +342,7 @@ def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from" in said
+    assert "the same command continues from" in said
     assert not list((folder / "runs" / "stages").glob("*/failed.json"))
     assert not list((folder / "runs" / "stages").glob("*/claim.json"))
     done = widthopt(*words, folder=folder)

@@ -1,6 +1,6 @@
-"""The command: a Hydra application, and the words that may stand first instead.
+"""The command ``widthopt``: a Hydra application with subcommands.
 
-torch and everything that needs it is imported only once there is something to compute.
+Torch, and every module that needs it, is imported only when a command computes something.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +23,7 @@ from widthopt.errors import InputError
 logger = logging.getLogger("widthopt")
 
 YES = "--yes"
-"""A sweep's flag: do not ask, however much it is."""
+"""The flag that starts a sweep without a question, however large it is."""
 
 PAPER = (
     "fig3_width", "fig3_depth", "fig4_extrapolation", "fig5_resolution", "fig5_fraction",
@@ -32,15 +32,15 @@ PAPER = (
 """Experiments that draw the paper's figures."""
 
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
-"""Exit codes: what was asked for cannot be done; it went wrong; Ctrl-C."""
+"""Exit codes: wrong input, a failure while running, Ctrl-C."""
 
 
 def main() -> None:
-    """Run the command that the process was started with."""
+    """Run the command line of this process."""
     _append_current_folder()
-    # Threads that wait may spin for some microseconds only: where there is other work on the
-    # machine, longer spinning slows training three to ten times, and none at all makes small
-    # networks half as fast on an idle one. Read when torch is first imported.
+    # Waiting OpenMP threads spin for a few microseconds. On a busy machine longer spinning slows
+    # training down by a factor of three to ten; without spinning small networks take twice as
+    # long on an idle machine. OpenMP reads the variables when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _log_to_stderr()
@@ -68,7 +68,7 @@ def main() -> None:
         _end(error, WRONG_INPUT)
     except Failed as error:
         _end(error, FAILED)
-    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         from widthopt.config.messages import is_configuration_error, to_input_error  # noqa: PLC0415 (imports torch)
@@ -77,18 +77,18 @@ def main() -> None:
             raise
         _end(to_input_error(error, words), WRONG_INPUT)
     except KeyboardInterrupt as error:
-        _end(str(error) or "stopped; the same command goes on from the last checkpoint", STOPPED)
+        _end(str(error) or "stopped; the same command resumes from the last checkpoint", STOPPED)
 
 
 def _append_current_folder() -> None:
-    """Make a user's own network importable from the current folder, behind everything else."""
+    """Append the current folder to ``sys.path``: a user's own network may be a module there."""
     current = os.getcwd()  # noqa: PTH109 (as it stands in the path)
     sys.path[:] = [folder for folder in sys.path if folder not in ("", current)]
     sys.path.append(current)
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever standard error is now: a progress bar puts itself in its place."""
+    """A handler that looks up ``sys.stderr`` for each record, since a progress bar replaces it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -96,7 +96,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def _log_to_stderr() -> None:
-    """Show what is logged; a run's own log file has the details as well."""
+    """Print log records of level INFO; the log file of a run has those of level DEBUG too."""
     handler = _Stderr()
     handler.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -110,12 +110,12 @@ def _end(message: object, code: int) -> NoReturn:
 
 
 def _hydra() -> None:
-    """Compose and run, or sweep with ``-m``, as Hydra applications do."""
-    import hydra_plugins.widthopt_launchers as launchers  # noqa: PLC0415 (Hydra's launchers register when they are wanted)
+    """Start Hydra, which composes a run, or a sweep with ``-m``."""
+    import hydra_plugins.widthopt_launchers as launchers  # noqa: PLC0415 (only this command needs them)
     from hydra_plugins.widthopt_launchers.sweeper import check_once  # noqa: PLC0415
 
     launchers.register()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to `main`, which words them
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # `main` reports errors in one line
     check_once(sys.argv[1:])
     if YES in sys.argv:
         sys.argv[sys.argv.index(YES)] = "hydra.launcher.assume_yes=true"
@@ -127,26 +127,26 @@ def _hydra() -> None:
     except Exception as error:
         from widthopt.training.loop import Interrupted  # noqa: PLC0415 (imports torch)
 
-        if isinstance(error, Interrupted):  # of a run in a sweep in this process
+        if isinstance(error, Interrupted):  # raised by a run of a sweep in this process
             _end(error, STOPPED)
         raise
 
 
 def _options_last(words: Sequence[str]) -> list[str]:
-    """The overrides, then options with what they take: Hydra reads none between two overrides."""
+    """Move options behind the overrides, since Hydra accepts none between two overrides."""
     overrides: list[str] = []
     options: list[str] = []
-    takes = False
+    takes_value = False
     for word in words:
         option = word.startswith("-")
-        own = option or (takes and "=" not in word and not word.startswith("~"))
-        (options if own else overrides).append(word)
-        takes = option and "=" not in word
+        belongs_to_option = option or (takes_value and "=" not in word and not word.startswith("~"))
+        (options if belongs_to_option else overrides).append(word)
+        takes_value = option and "=" not in word
     return [*overrides, *options]
 
 
 def _run(config: DictConfig) -> None:
-    """One run of Hydra's: from a composed configuration to the table and the figures."""
+    """Run a composed configuration, and show its table and figures."""
     from widthopt.config.typed import build_request  # noqa: PLC0415 (imports torch)
     from widthopt.reporting.console import run_and_report  # noqa: PLC0415
     from widthopt.runs.execute import run_request  # noqa: PLC0415
@@ -158,21 +158,21 @@ def _run(config: DictConfig) -> None:
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
     if launcher != "inprocess":
         _end(
-            f"hydra/launcher is {launcher}, but that starts sweeps, and this is a single run in "
-            "this process; add -m",
+            f"hydra/launcher is {launcher}, but only a sweep has a launcher, and this is a single run; "
+            "add -m",
             WRONG_INPUT,
         )
     try:
-        asked = build_request(config)
+        request = build_request(config)
         with process_group(
-            resolve_device(asked.runtime), meeting=Path(asked.root) / "meeting.json"
+            resolve_device(request.runtime), meeting=Path(request.root) / "meeting.json"
         ):
             if rank() == 0:
-                run_and_report(asked)
+                run_and_report(request)
             else:
                 for handler in logger.handlers:
                     handler.setLevel(logging.WARNING)
-                run_request(SizedRequest(asked), show=logger.debug)
+                run_request(SizedRequest(request), show=logger.debug)
     except InputError as error:
         _end(error, WRONG_INPUT)
     except Diverged as error:
@@ -182,7 +182,7 @@ def _run(config: DictConfig) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything else does."""
+    """A parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -192,15 +192,15 @@ def _report(words: Sequence[str]) -> None:
     """``widthopt report [FIGURE, SWEEP or RUN ...] [--root FOLDER]``."""
     parser = _Parser(
         "widthopt report",
-        description="The figures and tables of sweeps, from the records there are; or runs side by "
-        "side.",
+        description="Draw the figures and tables of sweeps from the available records, or compare "
+        "runs side by side.",
     )
     parser.add_argument(
         "names",
         nargs="*",
-        help="how the names of figures or sweeps begin, or folders of runs; all by default",
+        help="names or prefixes of figures or sweeps, or folders of runs; default: all",
     )
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of all runs")
     arguments = parser.parse_args(words)
     from widthopt.reporting.compare import compare, runs  # noqa: PLC0415 (imports torch)
     from widthopt.reporting.sweeps import draw, select_sweeps, show  # noqa: PLC0415
@@ -208,35 +208,35 @@ def _report(words: Sequence[str]) -> None:
     root = arguments.root
     folders = [folder for name in arguments.names if (folder := _folder(name, root))]
     if not folders:
-        found, only = select_sweeps(_existing(root), arguments.names)
-        drawn = [one for one in found if one.figures]
+        sweeps, only = select_sweeps(_existing(root), arguments.names)
+        drawn = [sweep for sweep in sweeps if sweep.figures]
         if drawn:
             draw(root, drawn, only=only)
             return
         folders = [] if arguments.names else runs(root)
-        if not folders and found:
-            show(root, found)
+        if not folders and sweeps:
+            show(root, sweeps)
             return
     if not folders:
-        raise InputError(f"--root is {root}, but no run there has a record; run one first")
+        raise InputError(f"--root is {root}, but no run in it has a record; run one first")
     compare(folders, into=root / "report")
 
 
 def _existing(root: Path) -> Path:
-    """A root that is read.
+    """Return the root, which must exist.
 
     Raises:
         InputError: There is no such folder.
     """
     if not root.is_dir():
         raise InputError(
-            f"--root is {root}, but there is no such folder; name the one that runs are kept in"
+            f"--root is {root}, but there is no such folder; name the folder of your runs"
         )
     return root
 
 
 def _folder(name: str, root: Path) -> Path | None:
-    """The folder of a run that a word names, by its path or as it is called below a root."""
+    """Return the folder of a run, given its path or its name below the root."""
     if os.sep in name or Path(name).is_dir():
         return Path(name)
     return root / name if (root / name).is_dir() else None
@@ -244,10 +244,10 @@ def _folder(name: str, root: Path) -> Path | None:
 
 def _status(words: Sequence[str]) -> None:
     """``widthopt status [SWEEP ...] [--root FOLDER] [--all] [--json]``."""
-    parser = _Parser("widthopt status", description="How far sweeps are.")
-    parser.add_argument("sweeps", nargs="*", help="how their names begin; all by default")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
-    parser.add_argument("--all", action="store_true", help="name every run")
+    parser = _Parser("widthopt status", description="Show the state of sweeps and their runs.")
+    parser.add_argument("sweeps", nargs="*", help="names or prefixes of sweeps; default: all")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of all runs")
+    parser.add_argument("--all", action="store_true", help="list every run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(words)
     from widthopt.reporting.console import show_status  # noqa: PLC0415
@@ -262,18 +262,20 @@ def _status(words: Sequence[str]) -> None:
 
 
 def _run_parser(name: str, text: str, *, what: str = "KEY") -> _Parser:
-    """A parser of a command about one run, or about a sweep too."""
+    """Return the parser of a command about one run or sweep."""
     parser = _Parser(f"widthopt {name}", description=text)
-    parser.add_argument("name", metavar=what, help="its name, or how it begins")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("name", metavar=what, help="name or prefix")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of all runs")
     return parser
 
 
 def _logs(words: Sequence[str]) -> None:
     """``widthopt logs KEY [-f] [--rank N] [--root FOLDER]``."""
-    parser = _run_parser("logs", "What a run has printed.")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
-    parser.add_argument("--rank", type=int, default=0, help="which of its processes")
+    parser = _run_parser("logs", "Print the output of a run.")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="follow the output until the run ends"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="the rank of the process")
     arguments = parser.parse_args(words)
     from widthopt.sweeps.control import logs, write  # noqa: PLC0415 (imports torch)
 
@@ -283,7 +285,9 @@ def _logs(words: Sequence[str]) -> None:
 
 def _show(words: Sequence[str]) -> None:
     """``widthopt show KEY [--root FOLDER]``."""
-    arguments = _run_parser("show", "All that is known of a run, as JSON.").parse_args(words)
+    arguments = _run_parser("show", "Show everything recorded for a run, as JSON.").parse_args(
+        words
+    )
     from widthopt.sweeps.control import show  # noqa: PLC0415 (imports torch)
 
     sys.stdout.write(json.dumps(show(arguments.root, arguments.name), indent=2) + "\n")
@@ -291,25 +295,27 @@ def _show(words: Sequence[str]) -> None:
 
 def _cancel(words: Sequence[str]) -> None:
     """``widthopt cancel SWEEP|KEY [--force] [--root FOLDER]``."""
-    parser = _run_parser("cancel", "End the jobs of a sweep or of a run.", what="SWEEP|KEY")
-    parser.add_argument("--force", action="store_true", help="also what other sweeps need")
+    parser = _run_parser("cancel", "Cancel the jobs of a sweep or of a run.", what="SWEEP|KEY")
+    parser.add_argument("--force", action="store_true", help="also jobs that other sweeps need")
     arguments = parser.parse_args(words)
     from widthopt.sweeps.control import cancel  # noqa: PLC0415 (imports torch)
 
-    ended = cancel(arguments.root, arguments.name, force=arguments.force)
-    sys.stdout.write("".join(f"{name}\n" for name in ended))
-    logger.info("%d jobs were ended", len(ended))
+    cancelled = cancel(arguments.root, arguments.name, force=arguments.force)
+    sys.stdout.write("".join(f"{name}\n" for name in cancelled))
+    logger.info("%d jobs cancelled", len(cancelled))
 
 
 def _doctor(words: Sequence[str]) -> None:
     """``widthopt doctor [hydra/launcher=...] [OVERRIDE ...] [--root FOLDER] [--job]``."""
     parser = _Parser(
-        "widthopt doctor", description="Check this site: its folder, its SLURM, its nodes."
+        "widthopt doctor", description="Check the folder of runs, SLURM and a compute node."
     )
-    parser.add_argument("overrides", nargs="*", help="hydra/launcher=... and its values")
-    parser.add_argument("--config-dir", help="a folder of further choices")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
-    parser.add_argument("--job", action="store_true", help="send a job that looks at a node")
+    parser.add_argument("overrides", nargs="*", help="hydra/launcher=... and its keys")
+    parser.add_argument("--config-dir", help="a folder with choices of your own")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of all runs")
+    parser.add_argument(
+        "--job", action="store_true", help="submit a job that checks a compute node"
+    )
     arguments = parser.parse_intermixed_args(words)
     from hydra_plugins.widthopt_launchers.doctor import checks  # noqa: PLC0415
     from widthopt.config.compose import compose_launcher  # noqa: PLC0415 (imports torch)
@@ -320,24 +326,27 @@ def _doctor(words: Sequence[str]) -> None:
     values, device = compose_launcher(overrides, config_dir=arguments.config_dir)
     if "setup" not in values:
         raise InputError(
-            "hydra/launcher is none of SLURM's, but those are what is checked; use "
+            "hydra/launcher does not submit to SLURM, but doctor checks launchers that do; use "
             "hydra/launcher=slurm or one of your own"
         )
     options = {
-        key: one for key, one in values.items() if key not in {"_target_", "workload", "assume_yes"}
+        key: value
+        for key, value in values.items()
+        if key not in {"_target_", "workload", "assume_yes"}
     }
-    bad = 0
-    for one in checks(arguments.root, options, device=device, job=arguments.job):
-        sys.stdout.write(f"{'ok ' if one.well else 'BAD'} {one.what:<15} {one.said}\n")
+    failures = 0
+    for check in checks(arguments.root, options, device=device, job=arguments.job):
+        mark = "ok  " if check.passed else "FAIL"
+        sys.stdout.write(f"{mark} {check.name:<15} {check.message}\n")
         sys.stdout.flush()
-        bad += not one.well
-    if bad:
-        raise Failed(f"{bad} of the checks went badly; correct what they name")
+        failures += not check.passed
+    if failures:
+        raise Failed(f"{failures} checks failed; fix the lines marked FAIL")
 
 
 def _retry(words: Sequence[str]) -> None:
     """``widthopt retry SWEEP|KEY [--root FOLDER]``."""
-    text = "Do again what failed or is missing, as it was frozen, with the code of today."
+    text = "Run again what failed or is missing, from its spec, with the current code."
     arguments = _run_parser("retry", text, what="SWEEP|KEY").parse_args(words)
     from widthopt.sweeps.control import retry  # noqa: PLC0415 (imports torch)
 
@@ -346,7 +355,7 @@ def _retry(words: Sequence[str]) -> None:
 
 def _run_again(words: Sequence[str]) -> None:
     """``widthopt run KEY [--root FOLDER]``."""
-    arguments = _run_parser("run", "Do one run of a sweep here and now.").parse_args(words)
+    arguments = _run_parser("run", "Run one run of a sweep in this process.").parse_args(words)
     from widthopt.sweeps.control import run_now  # noqa: PLC0415 (imports torch)
     from widthopt.training.loop import Diverged, Interrupted  # noqa: PLC0415
 
@@ -363,25 +372,28 @@ def _dashboard(words: Sequence[str]) -> None:
     """``widthopt dashboard show|push [EXPERIMENT ...] [--project P] [--entity E]``."""
     parser = _Parser(
         "widthopt dashboard",
-        description="Weights & Biases' dashboard of the paper's figures: as JSON, or sent.",
+        description="Show the W&B dashboard of the paper's figures as JSON, or send it.",
     )
     parser.add_argument("what", choices=["show", "push"], help="print its JSON, or send it")
-    parser.add_argument("experiments", nargs="*", help="whose figures; the paper's by default")
-    parser.add_argument("--config-dir", help="a folder of further choices")
-    parser.add_argument("--project", help="W&B's project; tracking.project by default")
-    parser.add_argument("--entity", help="a user or team; tracking.entity by default")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument(
+        "experiments", nargs="*", help="experiments with the figures; default: the paper's"
+    )
+    parser.add_argument("--config-dir", help="a folder with choices of your own")
+    parser.add_argument("--project", help="W&B project; default: tracking.project")
+    parser.add_argument("--entity", help="W&B user or team; default: tracking.entity")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of all runs")
     arguments = parser.parse_args(words)
     from widthopt.config.compose import compose  # noqa: PLC0415 (imports torch)
     from widthopt.reporting import dashboard  # noqa: PLC0415
+    from widthopt.request import FigureSpec  # noqa: PLC0415
     from widthopt.tracking.client import reason  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER
-    figures: dict[str, Any] = {}
+    figures: dict[str, FigureSpec] = {}
     for name in experiments:
-        asked = compose([f"experiment={name}"], config_dir=arguments.config_dir)
-        for one in asked.figures:
-            figures.setdefault(one.name, one)
+        request = compose([f"experiment={name}"], config_dir=arguments.config_dir)
+        for figure in request.figures:
+            figures.setdefault(figure.name, figure)
     shown = dashboard.sections(figures.values())
     tracking = compose([]).tracking
     project: str = arguments.project or tracking.project
@@ -392,7 +404,9 @@ def _dashboard(words: Sequence[str]) -> None:
         )
         return
     if entity is None:
-        raise InputError("--entity is missing, but a dashboard belongs to one; add --entity=...")
+        raise InputError(
+            "--entity is missing, but a dashboard belongs to a user or team; add --entity=..."
+        )
     kept = arguments.root / "dashboard.json"
     try:
         urls = dashboard.push(shown, project=project, entity=entity, kept=kept)
@@ -400,7 +414,7 @@ def _dashboard(words: Sequence[str]) -> None:
         raise
     except Exception as error:
         raise Failed(
-            f"the dashboard was not sent ({reason(error)}); the same command sends it again"
+            f"the dashboard was not sent ({reason(error)}); run the same command again"
         ) from error
     for url in urls:
         logger.info("%s", url)
@@ -410,16 +424,18 @@ def _sync(words: Sequence[str]) -> None:
     """``widthopt sync [SWEEP ...] [--root FOLDER] [--pause S] [--dry-run]``."""
     parser = _Parser(
         "widthopt sync",
-        description="Send to Weights & Biases what was tracked offline; again it sends only what "
-        "is new. Needs `wandb login` once.",
+        description="Send offline runs to Weights & Biases. A second call sends only what is new. "
+        "Needs `wandb login` once.",
     )
     parser.add_argument("sweeps", nargs="*", help="how their names begin; all runs by default")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of all runs")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between two runs")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be sent")
     arguments = parser.parse_args(words)
     if not arguments.pause >= 0:
-        raise InputError(f"--pause is {arguments.pause:g}, but it is from 0 up; correct it")
+        raise InputError(
+            f"--pause is {arguments.pause:g}, but it is a number of at least 0; correct it"
+        )
     from widthopt.tracking.sync import sync, tracked  # noqa: PLC0415 (imports torch)
 
     root, names = _existing(arguments.root), None
@@ -428,7 +444,7 @@ def _sync(words: Sequence[str]) -> None:
         from widthopt.runs.manifest import load_manifests  # noqa: PLC0415
 
         chosen = load_manifests(root, arguments.sweeps)
-        names = {name for one in chosen for name in (*one.runs, figures_run(one))}
+        names = {name for sweep in chosen for name in (*sweep.runs, figures_run(sweep))}
     if arguments.dry_run:
         asked = [one for one in tracked(root) if names is None or one.folder.name in names]
         left = [one.folder.name for one in asked if not one.whole]
@@ -452,20 +468,24 @@ def _sync(words: Sequence[str]) -> None:
 def _plan(words: Sequence[str]) -> None:
     """``widthopt plan [OVERRIDE ...] [--config-dir FOLDER] [--nodes N] [--rate R] [--json]``."""
     parser = _Parser(
-        "widthopt plan", description="What a run or a sweep would do, and what it costs."
+        "widthopt plan", description="Show the runs of a command and their cost; starts nothing."
     )
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
     parser.add_argument(
-        "-m", "--multirun", action="store_true", help="of no effect: what is swept is seen"
+        "-m", "--multirun", action="store_true", help="no effect: swept values are recognised"
     )
-    parser.add_argument("--config-dir", help="a folder of further choices")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of eight accelerators")
-    parser.add_argument("--rate", type=float, help="MACs per second of one; a V100's by default")
+    parser.add_argument("--config-dir", help="a folder with choices of your own")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="number of nodes with eight accelerators"
+    )
+    parser.add_argument(
+        "--rate", type=float, help="MACs per second of one accelerator; default: a V100"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(words)
     for name, value in (("--nodes", arguments.nodes), ("--rate", arguments.rate)):
         if value is not None and not value > 0:
-            raise InputError(f"{name} is {value:g}, but it is above 0; correct it")
+            raise InputError(f"{name} is {value:g}, but it is a number above 0; correct it")
     from hydra_plugins.widthopt_launchers.sweeper import check_once  # noqa: PLC0415
     from widthopt.config.compose import compose_sweep  # noqa: PLC0415 (imports torch)
     from widthopt.reporting.console import show_plan  # noqa: PLC0415
@@ -486,11 +506,11 @@ def _plan(words: Sequence[str]) -> None:
 def _macs(words: Sequence[str]) -> None:
     """``widthopt macs [OVERRIDE ...] [--channels FILE] [--config-dir FOLDER] [--json]``."""
     parser = _Parser(
-        "widthopt macs", description="MACs, parameters and width variables of the target."
+        "widthopt macs", description="Show MACs, parameters and width variables of the target."
     )
     parser.add_argument("overrides", nargs="*", help="as for widthopt itself")
-    parser.add_argument("--config-dir", help="a folder of further choices")
-    parser.add_argument("--channels", type=Path, help="a JSON file of channel counts")
+    parser.add_argument("--config-dir", help="a folder with choices of your own")
+    parser.add_argument("--channels", type=Path, help="JSON file with channel counts")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(words)
     from widthopt.config.compose import compose  # noqa: PLC0415 (imports torch)

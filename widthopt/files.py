@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, reads that say what is wrong, and locks."""
+"""Atomic writes, reads with one-line errors, and file locks."""
 
 import errno
 import fcntl
@@ -16,16 +16,15 @@ from widthopt.errors import InputError
 
 logger = logging.getLogger("widthopt")
 
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write below ``folder`` into the one line a user needs.
+    """Turn an `OSError` of the block, which writes below ``folder``, into a one-line message.
 
     Raises:
-        InputError: An `OSError` came out of the block: a full disk, a read-only folder.
+        InputError: The block raised an `OSError`, for example on a full disk.
     """
     try:
         yield
@@ -38,10 +37,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def write_through(path: Path, content: bytes) -> None:
-    """Write a new file and wait until the disk has it.
+    """Write a new file and wait until it is on the disk.
 
     Raises:
-        OSError: The system would not; part of the file may be there.
+        OSError: The write failed; part of the file may exist.
     """
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -54,44 +53,44 @@ def write_through(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in ``folder``, where its file system can say so.
+    """Wait until the names in ``folder`` are on the disk, if its file system supports that.
 
     Raises:
-        OSError: The system could not write them.
+        OSError: The write failed.
     """
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no such call
+        if error.errno != errno.EINVAL:  # some network file systems do not support it
             raise
     finally:
         os.close(file)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Make ``content`` the file at ``path``; whatever happens, the old or the new is there whole.
+    """Write a file so that ``path`` always is the complete old or the complete new file.
 
     Raises:
         InputError: The disk is full or the folder cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     with writing(path.parent):
         try:
-            write_through(beside, content.encode() if isinstance(content, str) else content)
-            beside.replace(path)
+            write_through(part, content.encode() if isinstance(content, str) else content)
+            part.replace(path)
         except BaseException:
             with suppress(OSError):
-                beside.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
 
 def check_writable(root: Path) -> None:
-    """Check, before any work, that results can be written below ``root``; make the folder.
+    """Check, before any work, that results can be written below ``root``; create the folder.
 
     Raises:
-        InputError: They cannot.
+        InputError: The folder cannot be written.
     """
     probe = root / f".writable.{secrets.token_hex(4)}"
     with writing(root):
@@ -104,7 +103,11 @@ def check_writable(root: Path) -> None:
 
 @contextmanager
 def reading(path: Path, root: Path) -> Iterator[None]:
-    """Turn the system's refusal to read ``path`` into the one line a user needs."""
+    """Turn an `OSError` of the block, which reads ``path``, into a one-line message.
+
+    Raises:
+        InputError: The block raised an `OSError`.
+    """
     try:
         yield
     except OSError as error:
@@ -115,30 +118,39 @@ def reading(path: Path, root: Path) -> Iterator[None]:
 
 
 def read_json(path: Path, root: Path) -> Any | None:
-    """What a JSON file says; None if it is not there, or with a warning if it is not whole."""
-    found = None
+    """Return the content of a JSON file; None if it is missing, or incomplete (with a warning).
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    value = None
     with reading(path, root):
         try:
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-    # Deeper than the program can follow is nothing that it wrote.
+    # A file that is nested too deeply was not written by the program.
     with suppress(ValueError, RecursionError):
-        found = json.loads(content.decode())
-    if found is None:
-        logger.warning("%s is not whole; it is treated as missing", path)
-    return found
+        value = json.loads(content.decode())
+    if value is None:
+        logger.warning("%s is incomplete; it is treated as missing", path)
+    return value
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and see that the disk has its name."""
+    """Create a folder and wait until its name is on the disk."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
 
 
 def try_lock(lock: int, kind: int) -> bool:
-    """Whether the lock could be had at once; if so, it is."""
+    """Lock an open file without waiting, and return whether that succeeded.
+
+    Args:
+        lock: File descriptor.
+        kind: ``fcntl.LOCK_EX`` or ``fcntl.LOCK_SH``.
+    """
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -147,15 +159,15 @@ def try_lock(lock: int, kind: int) -> bool:
 
 
 def unlock(lock: int) -> None:
-    """Let go of the lock, if it is held, and close its file."""
-    # Not by closing alone: a child process may hold a copy of the descriptor.
+    """Release the lock of an open file, if it is held, and close the file."""
+    # Closing is not enough, because a child process may hold a copy of the descriptor.
     with suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_UN)
     os.close(lock)
 
 
 def is_at(file: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether ``path`` still names an open file."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:

@@ -144,7 +144,7 @@ def test_ctrl_c_ends_the_wait_and_no_job(folder):
     assert process.returncode == 130
     (sweep,) = (folder.path / "runs" / "sweeps").iterdir()
     assert said.splitlines()[-1] == (
-        "widthopt: stopped; what was submitted goes on, and this ends it: widthopt cancel "
+        "widthopt: stopped; submitted jobs continue; to end them: widthopt cancel "
         f"{sweep.stem} --root runs"
     )
     assert len(folder.queue()) == 2

@@ -29,7 +29,7 @@ from widthopt.algorithms.sandwich import (
     step_macs,
 )
 from widthopt.data import Counts, Split
-from widthopt.errors import InputError
+from widthopt.errors import InputError, check_fields
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import enlarge_channels
 from widthopt.seeds import derived_seed
@@ -77,7 +77,9 @@ class AutoSlim:
     calibration_images: int
 
     def __post_init__(self) -> None:
-        for key, holds, rule in (
+        check_fields(
+            "algorithm",
+            self,
             ("enlarge", 1 <= self.enlarge < math.inf, "a supernet is no narrower than its network"),
             ("bins", self.bins >= 2, "there is nothing to take away with fewer than 2"),  # noqa: PLR2004
             ("divisor", self.divisor >= 1, "a bin has at least one channel"),
@@ -102,12 +104,8 @@ class AutoSlim:
                 self.calibration_images == 0 or self.calibration_images >= LEAST_IMAGES,
                 f"statistics need at least {LEAST_IMAGES} images, and 0 means none",
             ),
-        ):
-            if not holds:
-                raise InputError(
-                    f"algorithm.{key} is {getattr(self, key):g}, but {rule}; conf/algorithm/"
-                    "autoslim.yaml has the usual value"
-                )
+            remedy="conf/algorithm/autoslim.yaml has the usual value",
+        )
 
     def search(
         self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext

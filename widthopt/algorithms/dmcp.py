@@ -29,7 +29,7 @@ from widthopt.algorithms.sandwich import (
     step_macs,
 )
 from widthopt.data import Counts, Split
-from widthopt.errors import InputError
+from widthopt.errors import check_fields
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import ScaleSite, Supernet, enlarge_channels
 from widthopt.seeds import derived_seed, generator
@@ -95,7 +95,9 @@ class DMCP:
     scale_site: ScaleSite
 
     def __post_init__(self) -> None:
-        for key, holds, rule in (
+        check_fields(
+            "algorithm",
+            self,
             ("enlarge", 1 <= self.enlarge < math.inf, "a supernet is no narrower than its network"),
             ("least", 0 < self.least < self.enlarge, "it is above 0 and below algorithm.enlarge"),
             (
@@ -112,12 +114,8 @@ class DMCP:
                 "it is from 0 up to algorithm.learning_rate",
             ),
             ("momentum", 0 <= self.momentum < 1, "it is a number from 0 up and below 1"),
-        ):
-            if not holds:
-                raise InputError(
-                    f"algorithm.{key} is {getattr(self, key):g}, but {rule}; conf/algorithm/dmcp"
-                    ".yaml has the original's value"
-                )
+            remedy="conf/algorithm/dmcp.yaml has the original's value",
+        )
 
     def search(
         self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
@@ -248,7 +246,7 @@ class DMCP:
         """Where the chains start, and whether the regulariser alone would reach the budget."""
         chains, budget = objective.chains, objective.budget_macs
         if self._starts_at_budget(objective.learnt):
-            widest: int = objective.supernet.graph.macs()
+            widest = objective.supernet.graph.macs()
             chains.start_at(min(START_AT * budget, (budget + widest) / 2))
         part, end = chains.expected_macs() / budget, objective.simulate_regulariser()
         if not REACHED[0] <= end <= REACHED[1] and self.strength > 0:

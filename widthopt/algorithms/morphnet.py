@@ -22,7 +22,7 @@ from torch import Tensor
 from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.penalty import Penalty
 from widthopt.data import Counts, Split
-from widthopt.errors import InputError
+from widthopt.errors import check_value
 from widthopt.files import write_atomically
 from widthopt.networks.resize import Blueprint
 from widthopt.seeds import derived_seed
@@ -65,18 +65,20 @@ class MorphNet:
     floor: int
 
     def __post_init__(self) -> None:
-        for key, least in (("strength", 0.0), ("threshold", 0.0)):
+        for key, default in (("strength", "1"), ("threshold", "0.01")):
             value = getattr(self, key)
-            if not value >= least or math.isinf(value):
-                raise InputError(
-                    f"algorithm.{key} is {value:g}, but it is a number from 0 up; the default is "
-                    f"{'1' if key == 'strength' else '0.01'}"
-                )
-        if self.floor < 1:
-            raise InputError(
-                f"algorithm.floor is {self.floor}, but every layer keeps at least one channel; "
-                "use a whole number from 1 up"
+            check_value(
+                f"algorithm.{key}",
+                value,
+                holds=0 <= value < math.inf,
+                rule=f"it is a number from 0 up; the default is {default}",
             )
+        check_value(
+            "algorithm.floor",
+            self.floor,
+            holds=self.floor >= 1,
+            rule="every layer keeps at least one channel; use a whole number from 1 up",
+        )
 
     def search(
         self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
@@ -123,8 +125,7 @@ class MorphNet:
         gammas = {
             name: value.detach().cpu().contiguous()
             for name, value in model.state_dict().items()
-            if name.rpartition(".")[0] in {one.name for one in graph.norms if one.gamma}
-            and name.endswith(".weight")
+            if name.endswith(".weight") and name.removesuffix(".weight") in graph.scale_axes
         }
         write_atomically(context.folder / "gammas.safetensors", save(gammas))
         alive, alive_relative = penalty.counts(), penalty.counts(relative=True)
@@ -177,7 +178,7 @@ class MorphNet:
         del budget_macs  # what is pruned is grown to any budget
         graph = Blueprint(setting).graph
         check_searchable(graph, algorithm=self.name)
-        macs: int = graph.macs()
+        macs = graph.macs()
         trained = counts.per_epoch * recipe.search_epochs
         steps = recalibration_steps(counts.batch_size, counts.steps_per_epoch)
         calibrated = steps * counts.batch_size
@@ -245,7 +246,7 @@ class _Pruning(Objective):
 
     def step_metrics(self) -> dict[str, float]:
         """The penalty, and what is alive."""
-        macs: int = self._penalty.graph.macs(self._alive())
+        macs = self._penalty.graph.macs(self._alive())
         return {
             "penalty": float(self._penalty.value_and_gradient()[0]),
             "macs_share": macs / self._penalty.macs,

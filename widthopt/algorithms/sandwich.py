@@ -199,8 +199,8 @@ def check_budget(
     Raises:
         InputError: It lies below the narrowest subnet or not below the widest.
     """
-    narrowest: int = graph.macs({name: grid[0] for name, grid in grids.items()})
-    widest: int = graph.macs()
+    narrowest = graph.macs({name: grid[0] for name, grid in grids.items()})
+    widest = graph.macs()
     if narrowest < least_macs and budget_macs < widest:
         return
     raise InputError(

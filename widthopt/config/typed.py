@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from widthopt import identity
 from widthopt.config.messages import GROUPS, missing_key, to_input_error, unknown_key
 from widthopt.errors import InputError
-from widthopt.request import Request, Target
+from widthopt.request import FigureSpec, Request, Target
 from widthopt.setting import Resources, Runtime
 from widthopt.tracking import Tracking
 
@@ -109,7 +109,7 @@ def to_plain(asked: Request) -> dict[str, Any]:
     }
 
 
-def build_figures(values: Any) -> tuple[Any, ...]:
+def build_figures(values: Any) -> tuple[FigureSpec, ...]:
     """What a report draws, each of the kind that its ``_target_`` names.
 
     Raises:
@@ -138,7 +138,7 @@ def build_figures(values: Any) -> tuple[Any, ...]:
 
 
 _FIGURE = ("name", "title", "claim", "draw", "table")
-"""What figures and tables have; see `widthopt.reporting.figures.grid.FigureSpec`."""
+"""What figures and tables have; see `widthopt.request.FigureSpec`."""
 
 
 def build_tracking(values: Any) -> Tracking:

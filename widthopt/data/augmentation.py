@@ -46,9 +46,6 @@ class PaperAugmentation:
             flip: Whether a mirrored image keeps its class.
         """
         # Imported here: timm takes longer to import than all the rest, and most runs need none.
-        import widthopt.networks.torchvision_operators  # noqa: F401, PLC0415 (before torchvision, which timm imports)
-
-        # isort: split
         from timm.data.auto_augment import rand_augment_transform  # noqa: PLC0415
         from torchvision.transforms import RandomResizedCrop  # noqa: PLC0415
 

@@ -32,6 +32,7 @@ from widthopt.data.subsets import Counts, check_fraction, held_out, stratify
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
+from widthopt.training.devices import memory_format
 
 
 Loaded: TypeAlias = tuple[Pixels, Integers]
@@ -77,9 +78,6 @@ class Placement:
     @classmethod
     def of(cls, dataset: Dataset, *, runtime: Runtime, device: torch.device) -> "Placement":
         """The placement that a data set's mean and deviation and the runtime ask for."""
-        last = runtime.memory_format == "channels_last" or (
-            runtime.memory_format == "auto" and device.type == "cuda"
-        )
         mean, std = (
             torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
             for values in (dataset.mean, dataset.std)
@@ -87,7 +85,7 @@ class Placement:
         return cls(
             device=device,
             workers=runtime.workers,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
+            memory_format=memory_format(runtime, device),
             scale=(1 / (255 * std)).to(device, torch.float32),
             shift=(-mean / std).to(device, torch.float32),
         )

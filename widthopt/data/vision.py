@@ -253,9 +253,6 @@ def _file_images(
 
 def _torchvision_datasets() -> Any:
     """``torchvision.datasets``, imported when it is first needed: it brings torch along."""
-    import widthopt.networks.torchvision_operators  # noqa: F401, PLC0415 (goes before torchvision)
-
-    # isort: split
     from torchvision import datasets  # noqa: PLC0415
 
     return datasets

@@ -1,4 +1,4 @@
-"""The same network at other channel counts, and a setting made into a network."""
+"""Resize a network to new channel counts, and build the network of a setting."""
 
 import copy
 import itertools
@@ -18,34 +18,36 @@ from widthopt.widths import scale_channels
 
 
 class Blueprint:
-    """A setting's network before it has weights: what to size, and how to build it.
+    """A setting's network without weights: its graph, and how to build it at given channels.
 
     Attributes:
         setting: The setting.
-        graph: The un-optimised network at the setting's width and resolution.
+        graph: The baseline network (uniform widths) at the setting's width and resolution.
     """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        # A network with a table among its values, as one of the user's own, is not remembered.
+        # A network that is not hashable, such as a custom one with a mapping, is not cached.
         traced: Any = _traced if _hashable(setting.network) else _traced.__wrapped__
         axes = (setting.network, setting.depth, setting.classes, setting.resolution)
         self._traced: WidthGraph = traced(*axes)
-        self.graph = self._traced.resize_graph(scale_channels(self._traced, setting.width))
+        self.graph: WidthGraph = self._traced.resize_graph(
+            scale_channels(self._traced, setting.width)
+        )
 
     def build(self, channels: Mapping[str, int], *, seed: int) -> nn.Module:
-        """The network at these channel counts with fresh weights that depend on the seed."""
+        """Build the network at these channel counts with fresh weights that depend on the seed."""
         setting = self.setting
-        # Not kept: a sweep has hundreds of settings, and each network its weights.
+        # Not cached: a sweep has hundreds of settings, and each network holds its weights.
         model = _build(setting.network, setting.depth, setting.classes)
         return resize(model, self._traced, channels, seed=seed, rules=setting.network.rules)
 
     def resize_graph(self, channels: Mapping[str, int]) -> WidthGraph:
-        """The graph of the network at these channel counts, which `build` makes."""
+        """Return the graph of the network that `build` makes at these channel counts."""
         return self._traced.resize_graph(channels)
 
     def parameters(self, channels: Mapping[str, int]) -> int:
-        """How many parameters the network has at these channel counts."""
+        """Return the number of parameters of the network at these channel counts."""
         network = self.setting.network
         shapes: Any = _shapes if _hashable(network) else _shapes.__wrapped__
         model = on_meta(shapes(network, self.setting.depth, self.setting.classes))
@@ -55,9 +57,9 @@ class Blueprint:
 
 @lru_cache(maxsize=64)
 def _traced(network: Network, depth: int, classes: int, resolution: int) -> WidthGraph:
-    """The graph of a network at width multiplier 1.
+    """Return the graph of a network at width multiplier 1.
 
-    Remembered, since a plan asks for those of few networks some hundred times.
+    Cached, since a plan needs the graphs of a few networks some hundred times.
     """
     model = _build(network, depth, classes)
     stages = network.stages(model)
@@ -66,7 +68,7 @@ def _traced(network: Network, depth: int, classes: int, resolution: int) -> Widt
 
 @lru_cache(maxsize=64)
 def _shapes(network: Network, depth: int, classes: int) -> nn.Module:
-    """The network at width multiplier 1 without weights; remembered as its graph is."""
+    """Return the network at width multiplier 1 without weights; cached like its graph."""
     return on_meta(_build(network, depth, classes))
 
 
@@ -79,7 +81,7 @@ def _hashable(network: Network) -> bool:
 
 
 def _build(network: Network, depth: int, classes: int) -> nn.Module:
-    """The network as it comes; the caller's random numbers stay as they were."""
+    """Build the network at width multiplier 1; the global rng state is preserved."""
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = network.build(depth=depth, classes=classes)
     return model
@@ -95,24 +97,24 @@ def resize(
     seed: int = 0,
     rules: Mapping[Any, Any] | None = None,
 ) -> nn.Module:
-    """The same network at other channel counts; the given one is left as it is.
+    """Return a copy of a network at new channel counts; the given network is not changed.
 
-    Where the forward code has channel counts written into it (a split, a channel shuffle),
-    the result is a ``torch.fx.GraphModule`` with the same parameter names.
+    If the forward code contains channel counts (a split, a channel shuffle), the result is a
+    ``torch.fx.GraphModule`` with the same parameter names.
 
     Args:
         model: The network that was traced.
-        graph: Its graph, as `widthopt.trace` returned it.
-        channels: Count of each free width variable, from 1 up.
-        weights: ``fresh``: as torchvision starts them (see `widthopt.networks.initialise`).
-            ``slice_weights``: those of the given model, for counts no larger than its own.
-        keep: For ``slice_weights``, the classes that stay, ascending, by variable; without it the
-            leading ones do. A class is one channel, or a group of a grouped convolution.
-        seed: What fresh weights depend on.
-        rules: The tracing rules that were given to `widthopt.trace`.
+        graph: Its graph, as returned by `widthopt.trace`.
+        channels: Count of each free width variable, at least 1.
+        weights: ``fresh``: initialised as torchvision does (see `widthopt.networks.initialise`).
+            ``sliced``: taken from the given model, for counts no larger than its own.
+        keep: For ``sliced``, the classes to keep, ascending, by variable; by default the leading
+            ones. A class is one channel, or a group of a grouped convolution.
+        seed: Seed of fresh weights.
+        rules: The tracing rules that were passed to `widthopt.trace`.
 
     Raises:
-        InputError: The counts do not fit the graph, or ask for more than there is to slice.
+        InputError: The counts do not fit the graph, or exceed those of the model to slice.
     """
     graph.check(channels)
     if weights == "fresh":
@@ -129,17 +131,17 @@ def resize(
                     f"channels.{name} is {channels[name]}, but the given network has "
                     f"{variable.channels} to slice from; ask for fewer, or for fresh weights"
                 )
-        leading = {n: range(channels[n] // one.unit) for n, one in graph.free.items()}
+        leading = {n: range(channels[n] // var.unit) for n, var in graph.free.items()}
         keep = {**leading, **(keep or {})}
         resized = copy.deepcopy(model)
         _Resizer(graph, channels, keep).resize(resized)
     if not graph.rewrites:
         return resized
-    return _rewritten(resized, graph.resize_graph(channels, keep=keep), rules)
+    return _rewrite_forward(resized, graph.resize_graph(channels, keep=keep), rules)
 
 
 class _Resizer:
-    """Indexes every tensor with a channel axis by the entries that it has afterwards."""
+    """Indexes every tensor with a channel axis by the entries to keep."""
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class _Resizer:
         return torch.tensor(self._graph.entries(axis, self._origins))
 
     def resize(self, model: nn.Module) -> None:
-        """Give every layer of the model its new size, in place."""
+        """Resize every layer of the model in place."""
         for name, dims in tensor_axes(model, self._graph).items():
             owner, _, attribute = name.rpartition(".")
             index = {dim: self._index(axis) for dim, axis in dims.items()}
@@ -170,7 +172,7 @@ class _Resizer:
             _set_size(model.get_submodule(owner), len(self._index(parameter.axis)))
 
     def copy_unowned(self, model: nn.Module, resized: nn.Module) -> None:
-        """Fill what no layer resets, such as a layer scale, from the given model."""
+        """Copy tensors that no layer resets, such as a layer scale, from the given model."""
         dims: dict[str, dict[int, Tensor]] = {}
         for parameter in self._graph.parameters:
             dims.setdefault(parameter.name, {})[parameter.dim] = self._index(parameter.axis)
@@ -189,7 +191,7 @@ class _Resizer:
 
 
 def tensor_axes(model: nn.Module, graph: WidthGraph) -> dict[str, dict[int, Axis]]:
-    """The dimensions of every parameter and buffer that are channel axes, by name.
+    """Return the dimensions of every parameter and buffer that are channel axes, by name.
 
     Args:
         model: The network that ``graph`` describes.
@@ -213,11 +215,11 @@ def tensor_axes(model: nn.Module, graph: WidthGraph) -> dict[str, dict[int, Axis
 
 
 def _size_layer(module: nn.Module, kind: str, reads: int, writes: int) -> None:
-    """Set the counts that a convolution or linear layer keeps."""
+    """Set the channel counts that a convolution or linear layer stores."""
     if isinstance(module, nn.Linear):
         module.in_features, module.out_features = reads, writes
         return
-    assert isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 (their shared base class)
+    assert isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 (the shared base class)
     group = module.in_channels // module.groups
     module.in_channels, module.out_channels = reads, writes
     if kind != "dense":
@@ -225,7 +227,7 @@ def _size_layer(module: nn.Module, kind: str, reads: int, writes: int) -> None:
 
 
 def _set_size(module: nn.Module, size: int) -> None:
-    """The attributes in which a layer keeps its number of channels."""
+    """Set the attributes in which a layer stores its number of channels."""
     for name in ("num_features", "num_channels", "num_parameters"):
         if hasattr(module, name):
             setattr(module, name, size)
@@ -234,7 +236,7 @@ def _set_size(module: nn.Module, size: int) -> None:
 
 
 def _select(module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
-    """Replace a parameter or buffer by its entries at these places."""
+    """Replace a parameter or buffer by its entries at these indices."""
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
         return
@@ -247,10 +249,10 @@ def _select(module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
         setattr(module, name, taken)
 
 
-def _rewritten(
+def _rewrite_forward(
     model: nn.Module, graph: WidthGraph, rules: Mapping[Any, Any] | None
 ) -> fx.GraphModule:
-    """The network with its splits, shuffles and literal sizes written for the new counts."""
+    """Rewrite the splits, shuffles and literal sizes of a network for the new counts."""
     module = symbolic_trace(model, rules)
     nodes = {node.name: node for node in module.graph.nodes}
     for number, rewrite in enumerate(graph.rewrites):
@@ -266,23 +268,23 @@ def _rewritten(
                     index = module.graph.get_attr(name)
                 new = module.graph.call_function(torch.index_select, (source, rewrite.dim, index))
         node.replace_all_uses_with(new)
-        nodes[rewrite.node] = new  # what reads this node next reads its replacement
+        nodes[rewrite.node] = new  # later rewrites use the replacement
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
 def selection_name(number: int) -> str:
-    """The buffer that says what a rewritten ``select`` takes; see `WidthGraph.rewrites`."""
+    """Return the name of the index buffer of a ``select``; see `WidthGraph.rewrites`."""
     return f"channel_selection_{number}"
 
 
 def selected_entries(rewrite: Rewrite) -> list[int]:
-    """The entries of the source, block by block as they were picked."""
+    """Return the selected entries of the source, block by block in the order of the picks."""
     blocks: list[range] = []
     position = 0
-    for run in rewrite.reads:
-        for _ in range(run.classes):
-            blocks.append(range(position, position + run.repeat))
-            position += run.repeat
+    for span in rewrite.reads:
+        for _ in range(span.classes):
+            blocks.append(range(position, position + span.repeat))
+            position += span.repeat
     return [entry for pick in rewrite.picks for entry in blocks[pick]]

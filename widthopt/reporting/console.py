@@ -19,11 +19,10 @@ from widthopt.projection import nominal_saving
 from widthopt.records import Record, by_algorithm, read_channels
 from widthopt.reporting.figures import channels as channels_figure
 from widthopt.reporting.figures import savings as savings_figure
-from widthopt.reporting.figures.grid import FigureSpec
 from widthopt.reporting.figures.page import Section, page
 from widthopt.reporting.figures.style import RC
 from widthopt.reporting.figures.summary import short, table
-from widthopt.request import Request
+from widthopt.request import FigureSpec, Request
 from widthopt.runs.execute import run_request
 from widthopt.runs.plan import GPU_MACS_PER_SECOND, Plan, axes
 from widthopt.runs.states import State

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from widthopt.errors import InputError
 from widthopt.files import write_atomically
 from widthopt.reporting.figures.average import AverageWidths
-from widthopt.reporting.figures.grid import FigureSpec
 from widthopt.reporting.figures.transfer import Transfer
+from widthopt.request import FigureSpec
 
 
 NAME = "Width transfer"

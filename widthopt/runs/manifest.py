@@ -87,9 +87,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
-        plain = json.loads(json.dumps(asdict(self), allow_nan=False))
-        content = {"format": FORMAT, "sha256": identity.digest(plain), "sweep": plain}
-        return json.dumps(content) + "\n"
+        return json.dumps(identity.seal("sweep", asdict(self), format=FORMAT)) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str) -> "Manifest":
@@ -100,8 +98,8 @@ class Manifest:
         """
         try:
             content = json.loads(text)
-            version, plain = content["format"], content.get("sweep")
-            whole = version != FORMAT or identity.digest(plain) == content["sha256"]
+            version = content["format"]
+            unchanged = version != FORMAT or identity.is_sealed(content, "sweep", format=FORMAT)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{name} is no sweep's file ({error}), but one is needed; give the same sweep again"
@@ -111,12 +109,12 @@ class Manifest:
                 f"{name} has format {version}, but this version reads {FORMAT}; give the same "
                 "sweep again"
             )
-        if not whole:
+        if not unchanged:
             raise InputError(
                 f"{name} was changed after it was written, but only what was planned is done; "
                 "restore it, or give the same sweep again"
             )
-        return cls(**plain)
+        return cls(**content["sweep"])
 
     def entries(self, store: Store) -> dict[str, StoreEntry]:
         """The stages of its runs, by name; those of baselines too."""

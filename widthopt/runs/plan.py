@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from widthopt import identity
-from widthopt.request import Request
+from widthopt.request import FigureSpec, Request
 from widthopt.runs.point import SizedRequest
 from widthopt.runs.states import State, mark_blocked
 from widthopt.runs.store import StoreEntry
@@ -97,7 +97,7 @@ class Point(NamedTuple):
     seed: int
     search: str | None
     train: str
-    figures: tuple[Any, ...]
+    figures: tuple[FigureSpec, ...]
 
 
 @dataclass(frozen=True)

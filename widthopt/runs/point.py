@@ -29,14 +29,19 @@ class SizedRequest:
         InputError: Anything asked for cannot be done; nothing has started or been written.
     """
 
-    def __init__(self, request: Request, *, images: bool = True) -> None:
+    def __init__(
+        self, request: Request, *, images: bool = True, figures: Sequence[str] | None = None
+    ) -> None:
         """Check and size a request.
 
         Args:
             request: What is asked for.
             images: Whether its images must be there, as they must to run it.
+            figures: Names of the figures that show it; those of the request if None.
         """
         self.request = request
+        names = [figure.name for figure in request.figures] if figures is None else figures
+        self.figures = tuple(names)
         if images:
             data.check(request.dataset, fraction=1.0)
         self.target = request.target_setting
@@ -47,7 +52,7 @@ class SizedRequest:
         self.target_blueprint = request.blueprint(self.target)
         self.proxy_blueprint = request.blueprint(self.proxy)
         graph = self.target_blueprint.graph
-        self.budget_macs: int = graph.macs() if request.budget_macs is None else request.budget_macs
+        self.budget_macs = graph.macs() if request.budget_macs is None else request.budget_macs
         ones = dict.fromkeys(graph.free, 1.0)
         match_macs(graph, ones, budget_macs=self.budget_macs)
         if transfer:
@@ -98,7 +103,7 @@ class SizedRequest:
             seed=seed,
             source=axis_values(self.setting(method)),
             target=axis_values(self.target) if train else None,
-            figures=tuple(figure.name for figure in request.figures),
+            figures=self.figures,
             tags=request.tracking.tags,
             fields={
                 "stage": stage.fields,
@@ -206,13 +211,11 @@ class SizedRequest:
     @property
     def _budget_share(self) -> float:
         """The budget as a part of what the un-optimised target costs."""
-        macs: int = self.target_blueprint.graph.macs()
-        return self.budget_macs / macs
+        return self.budget_macs / self.target_blueprint.graph.macs()
 
     def search_budget(self, method: str) -> int:
         """MACs that the searched network may cost once optimised: the same share of its own."""
-        macs: int = self.blueprint(method).graph.macs()
-        return round(self._budget_share * macs)
+        return round(self._budget_share * self.blueprint(method).graph.macs())
 
 
 def axis_values(setting: Setting) -> dict[str, float]:

@@ -45,9 +45,6 @@ from widthopt.runs.states import State
 logger = logging.getLogger("widthopt")
 
 
-logger = logging.getLogger("widthopt")
-
-
 _ROOT_FORMAT = 2
 
 
@@ -90,12 +87,10 @@ class StoreEntry:
         found = read_json(path, self.folder.parent)
         if found is None:
             return None
-        result = found.get("result") if isinstance(found, dict) else None
-        if isinstance(result, dict):
-            # A number that is not finite, or such depth, was not written here.
-            with suppress(InputError, RecursionError):
-                if found == self._seal(result):
-                    return result
+        with suppress(KeyError, TypeError):  # some JSON
+            if identity.is_sealed(found, "result", format=_RESULT_FORMAT, key=self.key):
+                result: dict[str, Any] = found["result"]
+                return result
         raise InputError(
             f"root is {self.folder.parent}, but {path} was changed after it was written; "
             "restore it, or delete it to do the work again"
@@ -110,9 +105,9 @@ class StoreEntry:
         Raises:
             InputError: The disk is full or the folder cannot be written.
         """
-        signed = self._seal(json.loads(json.dumps(result, allow_nan=False)))
+        sealed = identity.seal("result", result, format=_RESULT_FORMAT, key=self.key)
         self._describe()
-        write_atomically(self.folder / "result.json", json.dumps(signed, indent=2) + "\n")
+        write_atomically(self.folder / "result.json", json.dumps(sealed, indent=2) + "\n")
         self._remove("failed.json")
 
     def fail(self, error: BaseException, *, rank: int = 0) -> None:
@@ -315,11 +310,6 @@ class StoreEntry:
             there = path.exists() and path.read_bytes() == text.encode()
         if not there:
             write_atomically(path, text)
-
-    def _seal(self, result: dict[str, Any]) -> dict[str, Any]:
-        """What ``result.json`` says: the result, whose it is, and whether it is whole."""
-        digest = identity.digest(result)
-        return {"format": _RESULT_FORMAT, "key": self.key, "sha256": digest, "result": result}
 
     def _read(self, name: str) -> dict[str, Any] | None:
         """What one of this stage's files says, or None."""

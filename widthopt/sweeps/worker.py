@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import chdir
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ from widthopt.training.loop import Interrupted
 
 FORMAT = 2
 """Version of what is frozen of a run."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A figure that shows a run, where only its name matters: what draws it need not be there."""
-
-    name: str
 
 
 _SPECIFIED = {"kind", "method", "seed", "needs", "figures", "home", "config"}
@@ -99,9 +91,7 @@ def _run_spec(spec: Path, content: Mapping[str, Any], rank: int) -> None:
     log = f"log-{rank}.txt" if rank else "log.txt"
     with chdir(launch_folder(spec) or "."):
         asked = build_request(OmegaConf.create({**content["config"], "root": str(root)}))
-        point = SizedRequest(
-            replace(asked, figures=tuple(_Named(name) for name in content["figures"]))
-        )
+        point = SizedRequest(asked, figures=content["figures"])
         staged = point.search_entry if content["kind"] == "search" else point.train_entry
         meant = staged(method, seed).folder.name
         if meant != spec.parent.name:

@@ -1,8 +1,8 @@
 """Checkpoints: tensors (safetensors) and JSON, so that nothing that is loaded can run code.
 
 A checkpoint is a folder ``step-00000123`` with ``tensors.safetensors`` and ``state.json``. It
-appears under that name only when all of it is on the disk, and says itself whether it is
-whole. The two newest are kept, so that there is always one to go back to.
+gets that name only when all of it is on the disk, and contains checksums that show whether it is
+intact. The two newest are kept, so that there is always one to fall back to.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that is whole.
+    """An intact checkpoint.
 
     Attributes:
-        step: Optimiser steps taken.
+        step: Number of optimiser steps taken.
         state: Plain data.
         tensors: By name, on the CPU.
     """
@@ -45,18 +45,18 @@ class Checkpoint:
 
 
 def save(folder: Path, *, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the checkpoint of ``step`` into ``folder`` and let go of all but the two newest.
+    """Write the checkpoint of ``step`` into ``folder`` and remove all but the two newest.
 
-    A later step that is already there is a damaged one that `newest` passed over; it goes too.
+    A checkpoint of a later step is a damaged one that `newest` skipped; it is removed too.
 
     Args:
-        folder: Made if missing.
-        step: Optimiser steps taken.
+        folder: Created if missing.
+        step: Number of optimiser steps taken.
         state: Plain data; see `widthopt.identity.canonical`.
         tensors: By name, on any device; they may share memory.
 
     Raises:
-        InputError: The disk is full or the folder cannot be written; what was there is kept.
+        InputError: The disk is full or the folder cannot be written. Existing checkpoints are kept.
     """
     content = safetensors.torch.save({name: _copy(tensor) for name, tensor in tensors.items()})
     described: dict[str, Any] = {
@@ -68,8 +68,8 @@ def save(folder: Path, *, step: int, state: dict[str, Any], tensors: Mapping[str
     partial = folder / f".{final.name}.part"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(left)
+        for partial_write in folder.glob(".step-*"):  # of a process killed while writing
+            shutil.rmtree(partial_write)
         try:
             partial.mkdir()
             write_through(partial / "tensors.safetensors", content)
@@ -83,32 +83,32 @@ def save(folder: Path, *, step: int, state: dict[str, Any], tensors: Mapping[str
             shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(folder / f".{final.name}.old", ignore_errors=True)
-        older = [other for other in _steps(folder) if other < step]
-        for other in _steps(folder):
-            if other > step or other in older[_KEPT - 1 :]:
-                shutil.rmtree(folder / f"step-{other:08d}")
+        older = [stored for stored in _steps(folder) if stored < step]
+        for stored in _steps(folder):
+            if stored > step or stored in older[_KEPT - 1 :]:
+                shutil.rmtree(folder / f"step-{stored:08d}")
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that is whole, or None.
+    """Return the newest intact checkpoint in ``folder``, or None.
 
-    One that was cut short or altered is passed over, with a warning that names it.
+    A truncated or altered checkpoint is skipped, with a warning that names it.
     """
     for step in _steps(folder):
         path = folder / f"step-{step:08d}"
         try:
             return _load(path, step)
         except (OSError, ValueError) as error:
-            logger.warning("%s is damaged (%s); the checkpoint before it is used", path, error)
+            logger.warning("%s is damaged (%s); using the checkpoint before it", path, error)
     return None
 
 
 def _load(path: Path, step: int) -> Checkpoint:
-    """The checkpoint at ``path``.
+    """Load the checkpoint at ``path``.
 
     Raises:
         OSError: A file is missing or cannot be read.
-        ValueError: A file is not what was written.
+        ValueError: A file differs from what was written.
     """
     described = json.loads((path / "state.json").read_bytes())
     if not isinstance(described, dict):
@@ -126,7 +126,7 @@ def _load(path: Path, step: int) -> Checkpoint:
 
 
 def _steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in ``folder``, damaged or not, newest first."""
+    """Return the steps of all checkpoints in ``folder``, damaged or not, newest first."""
     if not folder.is_dir():
         return []
     names = [_NAME.fullmatch(path.name) for path in folder.iterdir()]
@@ -134,10 +134,10 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, rows in order: safetensors takes no shared and no permuted memory."""
+    """Copy a tensor to contiguous CPU memory: safetensors takes no shared or permuted memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _digest(content: bytes) -> str:
-    """SHA-256 in hex digits."""
+    """Return the SHA-256 digest in hex digits."""
     return hashlib.sha256(content).hexdigest()

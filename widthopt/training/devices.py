@@ -1,4 +1,4 @@
-"""What `Runtime` means on this machine: the device, its precision and its memory format."""
+"""The device, precision and memory format that a `Runtime` selects on this machine."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,10 +10,10 @@ from widthopt.setting import Runtime
 
 
 def resolve_device(runtime: Runtime) -> torch.device:
-    """The device to compute on; ``auto`` is the accelerator of this machine, else the CPU.
+    """Return the device to compute on; ``auto`` is this machine's accelerator, else the CPU.
 
     Raises:
-        InputError: There is no such device here.
+        InputError: This machine has no such device.
     """
     accelerator = None
     if torch.accelerator.is_available():
@@ -24,7 +24,7 @@ def resolve_device(runtime: Runtime) -> torch.device:
     try:
         device = torch.device(runtime.device)
         if device.type in usable:
-            torch.empty(0, device=device)  # finds a number that is too high
+            torch.empty(0, device=device)  # fails if the index is too high
             return device
     except RuntimeError:
         pass
@@ -35,7 +35,7 @@ def resolve_device(runtime: Runtime) -> torch.device:
 
 
 def memory_format(runtime: Runtime, device: torch.device) -> torch.memory_format:
-    """How images and convolution weights lie in memory; ``auto`` is channels last on CUDA only."""
+    """Return the format of images and weights; ``auto`` is channels last on CUDA only."""
     last = runtime.memory_format == "channels_last" or (
         runtime.memory_format == "auto" and device.type == "cuda"
     )
@@ -43,12 +43,12 @@ def memory_format(runtime: Runtime, device: torch.device) -> torch.memory_format
 
 
 def wrong_in_channels_last(module: nn.Module) -> bool:
-    """Whether a CPU computes a module's gradient wrongly where channels come last.
+    """Whether a CPU computes a wrong gradient for a module in channels-last format.
 
-    oneDNN does for convolutions of one pixel with a stride that read fewer channels than one of
-    its blocks holds (8 or 16): it writes beyond its work space. Gradients come out wrong by any
-    factor, the heap is damaged, or threads hang. How many channels and groups there are at the
-    moment does not matter here, for subnets and pruned networks are narrow anywhere.
+    oneDNN does for strided 1x1 convolutions that read fewer channels than one of its blocks holds
+    (8 or 16): it writes beyond its workspace. Gradients are wrong by any factor, the heap is
+    corrupted, or threads hang. The current number of channels and groups is ignored, because
+    subnets and pruned networks may be narrow anywhere.
 
     Source: https://github.com/uxlfoundation/oneDNN/issues/6035 (oneDNN 3.12, torch 2.13).
     """
@@ -60,33 +60,33 @@ def wrong_in_channels_last(module: nn.Module) -> bool:
 
 
 def _force_contiguous(module: nn.Module) -> None:
-    """Let a convolution work with channels first, its weight and what it is given."""
+    """Make a convolution compute in contiguous format: its weight and its input."""
     assert isinstance(module.weight, nn.Parameter)
-    # As `contiguous` would not: of one pixel, both orders count as that.
+    # `contiguous` would not copy: a 1x1 weight is contiguous in both formats.
     module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
-    if _channels_first not in module._forward_pre_hooks.values():  # noqa: SLF001 (nothing else tells)
-        module.register_forward_pre_hook(_channels_first)
+    if _make_contiguous not in module._forward_pre_hooks.values():  # noqa: SLF001 (no public API)
+        module.register_forward_pre_hook(_make_contiguous)
 
 
-def _channels_first(
+def _make_contiguous(
     _module: nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(one.contiguous() for one in inputs)
+    return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def to_device(model: nn.Module, runtime: Runtime) -> tuple[torch.device, torch.memory_format]:
-    """Move ``model``, in place, to where and how `Runtime` says.
+    """Move ``model``, in place, to the device and memory format that `Runtime` selects.
 
     Returns:
-        The device, and the memory format that images should have as well.
+        The device, and the memory format that images should have too.
 
     Raises:
-        InputError: There is no such device here.
+        InputError: This machine has no such device.
     """
     device = resolve_device(runtime)
     layout = memory_format(runtime, device)
     model.to(device)
-    model.to(memory_format=layout)  # type: ignore[call-overload]  # torch left it out
+    model.to(memory_format=layout)  # type: ignore[call-overload]  # torch has no overload for it
     if device.type == "cpu" and layout == torch.channels_last:
         for module in model.modules():
             if wrong_in_channels_last(module):
@@ -95,18 +95,18 @@ def to_device(model: nn.Module, runtime: Runtime) -> tuple[torch.device, torch.m
 
 
 def autocast(runtime: Runtime, device: torch.device) -> AbstractContextManager[object]:
-    """A fresh context for forward passes: bfloat16 where `Runtime` and the device will have it.
+    """Return a context for forward passes: bfloat16 where `Runtime` and the device allow it.
 
     Parameters stay float32. A device that only emulates bfloat16 counts as one without it.
     """
-    wanted = runtime.precision == "bfloat16" or (
+    enabled = runtime.precision == "bfloat16" or (
         runtime.precision == "auto" and _has_bfloat16(device)
     )
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if enabled else nullcontext()
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether an accelerator computes in bfloat16 itself."""
+    """Whether an accelerator supports bfloat16 natively."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "xpu"

@@ -1,9 +1,9 @@
-"""Processes that train together: each computes its part of every batch, and they agree.
+"""Data-parallel training: every process computes its part of each batch.
 
-A process that belongs to no process group of torch's is alone, and nothing here costs it
-anything. Whoever starts several of them says so in their environment, as torchrun does, and
-`process_group` makes the group; they all hold the same parameters and make the same draws, so only
-sums over images pass between them.
+Without a process group of torch's, the world size is 1 and every collective returns immediately.
+A launcher such as torchrun sets the environment variables of several processes, and
+`process_group` makes the group. All processes hold the same parameters and draw the same random
+numbers, so they exchange only sums over images.
 """
 
 import json
@@ -25,23 +25,23 @@ from torch._C._distributed_c10d import Store, TCPStore
 T = TypeVar("T")
 
 MEETING_SECONDS = 300
-"""How long the processes of a group wait for one another at its start."""
+"""How long the processes of a group wait for each other at the start."""
 
 
 @contextmanager
 def process_group(device: torch.device, *, meeting: Path) -> Iterator[None]:
-    """Be one of the processes that this one's environment speaks of; alone if it speaks of none.
+    """Join the process group that the environment describes; do nothing without one.
 
-    ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are torchrun's. Where ``MASTER_ADDR`` stands with
-    them they meet there; otherwise the first process takes a port that is free and writes down
-    where it is, so that no port is guessed.
+    ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are those of torchrun. If ``MASTER_ADDR`` is set
+    too, the processes meet at that address. Otherwise rank 0 binds a free port and writes its
+    address to a file, so that no port has to be chosen in advance.
 
     Args:
-        device: Where they compute: accelerators are shared out by ``LOCAL_RANK``.
-        meeting: The file that says where they meet, of this start of this group alone.
+        device: The device to compute on; ``LOCAL_RANK`` selects one of several accelerators.
+        meeting: The file with the address; every start of a group needs a new one.
 
     Raises:
-        TimeoutError: The first process did not come.
+        TimeoutError: Rank 0 did not write its address in time.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -50,57 +50,57 @@ def process_group(device: torch.device, *, meeting: Path) -> Iterator[None]:
     if count == 1:
         yield
         return
-    mine = int(os.environ["RANK"])
+    rank = int(os.environ["RANK"])
     wait = timedelta(seconds=MEETING_SECONDS)
     kind = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(kind)
     else:
-        store = _meet(meeting, mine, count, wait)
-        dist.init_process_group(kind, store=store, rank=mine, world_size=count)
-        if mine == 0:  # all have come
+        store = _meet(meeting, rank, count, wait)
+        dist.init_process_group(kind, store=store, rank=rank, world_size=count)
+        if rank == 0:  # all processes have joined
             meeting.unlink()
     yield
-    # Not after an error: an orderly end may wait for processes that do not come any more.
+    # Not after an error: this may wait for processes that have ended.
     dist.destroy_process_group()
 
 
-def _meet(meeting: Path, mine: int, count: int, wait: timedelta) -> Store:
-    """The store that the processes of a group find one another by."""
-    if mine == 0:
+def _meet(meeting: Path, rank: int, count: int, wait: timedelta) -> Store:
+    """Return the store through which the processes of a group find each other."""
+    if rank == 0:
         store = TCPStore(
-            "0.0.0.0",  # noqa: S104 (torch listens everywhere in any case)
+            "0.0.0.0",  # noqa: S104 (torch listens on all interfaces anyway)
             0, count, is_master=True, wait_for_workers=False, timeout=wait,
         )  # fmt: skip
-        beside = meeting.with_name(f".{meeting.name}.part")
-        beside.write_text(json.dumps({"host": socket.gethostname(), "port": store.port}))
-        beside.replace(meeting)
+        partial = meeting.with_name(f".{meeting.name}.part")
+        partial.write_text(json.dumps({"host": socket.gethostname(), "port": store.port}))
+        partial.replace(meeting)
         return store
     until = time.monotonic() + wait.total_seconds()
     while not meeting.exists():
         if time.monotonic() > until:
             raise TimeoutError(f"{meeting} did not appear in {wait.total_seconds():g} s")
         time.sleep(0.05)
-        list(meeting.parent.iterdir())  # makes network file systems look again
-    place = json.loads(meeting.read_text())
-    return TCPStore(place["host"], place["port"], count, is_master=False, timeout=wait)
+        list(meeting.parent.iterdir())  # refreshes the cache of network file systems
+    address = json.loads(meeting.read_text())
+    return TCPStore(address["host"], address["port"], count, is_master=False, timeout=wait)
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if _has_group() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if _has_group() else 1
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Make each tensor, in place, its sum over all processes, in one exchange.
+    """Replace each tensor, in place, by its sum over all processes, in one exchange.
 
     Args:
-        tensors: On one device and of one type; of the same shapes in every process.
+        tensors: On the same device and of the same type; with equal shapes in every process.
     """
     if world_size() == 1 or not tensors:
         return
@@ -111,21 +111,21 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
         tensor.detach().copy_(part.view(tensor.shape))
 
 
-def all_reduce_any(yes: bool, *, device: torch.device) -> bool:  # noqa: FBT001 (it is the question)
-    """Whether some process says yes."""
+def all_reduce_any(flag: bool, *, device: torch.device) -> bool:  # noqa: FBT001 (the value to reduce)
+    """Return whether the flag is true in any process."""
     if world_size() == 1:
-        return yes
-    said = torch.tensor(int(yes), device=device)
-    all_reduce_sum([said])
-    return bool(said)
+        return flag
+    count = torch.tensor(int(flag), device=device)
+    all_reduce_sum([count])
+    return bool(count)
 
 
 def broadcast(value: T, *, device: torch.device) -> T:
-    """What the first process has, which is plain data, in every process.
+    """Return the value of rank 0 in every process.
 
     Args:
-        value: Only the first process's matters.
-        device: Where messages pass: the accelerator, with a group that needs one.
+        value: Plain data; ignored except in rank 0.
+        device: The device of the group's messages: the accelerator if its backend needs one.
     """
     if world_size() == 1:
         return value
@@ -135,7 +135,7 @@ def broadcast(value: T, *, device: torch.device) -> T:
 
 
 def all_gather(value: T) -> list[T]:
-    """What every process has, which is plain data, in the order of their ranks."""
+    """Return the values of all processes, which are plain data, in the order of their ranks."""
     if world_size() == 1:
         return [value]
     holders: list[Any] = [None] * world_size()
@@ -144,10 +144,10 @@ def all_gather(value: T) -> list[T]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers, which are BatchNorm's running statistics.
+    """Copy the buffers of rank 0, such as BatchNorm's running statistics, to every process.
 
-    Each process normalises its own images, so their statistics differ; as in the paper, there
-    is no synchronised BatchNorm.
+    Each process normalises its own images, so the statistics differ. As in the paper, BatchNorm
+    is not synchronised.
     """
     if world_size() > 1:
         for buffer in model.buffers():
@@ -155,7 +155,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def barrier() -> None:
-    """Wait until every process has got here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.barrier()
 

@@ -1,4 +1,4 @@
-"""How often a network is right, and BatchNorm statistics that fit it."""
+"""The accuracy of a network, and recalibration of its BatchNorm statistics."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -16,51 +16,51 @@ from widthopt.training.devices import autocast, to_device
 
 
 class TrainBatches(Protocol):
-    """Training images in batches; see `widthopt.training.Batches`."""
+    """Training images in batches; see `widthopt.training.loop.Batches`."""
 
     @property
     def batch_size(self) -> int:
-        """Images in one batch."""
+        """Number of images in a batch."""
         ...
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one epoch."""
+        """Number of batches in an epoch."""
         ...
 
     def epoch(
         self, epoch: int, *, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from 0; of each the part of process ``rank`` of ``ranks``."""
+        """Yield, of each batch of an epoch (from 0), the part of process ``rank`` of ``ranks``."""
         ...
 
 
 class EvaluationBatches(Protocol):
-    """Each image once, in batches: float32 ``batch channels height width`` and int64 labels."""
+    """Every image once, in batches: float32 ``batch channels height width`` and int64 labels."""
 
     @property
     def images(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         ...
 
     def part(self, rank: int, ranks: int) -> "EvaluationBatches":
-        """The images that one of several processes evaluates."""
+        """Return the images that process ``rank`` of ``ranks`` evaluates."""
         ...
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over them."""
+        """Yield each batch once."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How often a network is right.
+    """Accuracy of a network.
 
     Attributes:
         top1: Images whose class has the highest score, in per cent.
-        top5: Images whose class is among the five highest, in per cent; among all of them
-            where there are fewer than five classes.
-        images: How many images this was measured on.
+        top5: Images whose class has one of the five highest scores, in per cent; with fewer than
+            five classes, one of all scores.
+        images: Number of images evaluated.
     """
 
     top1: float
@@ -69,15 +69,15 @@ class Accuracy:
 
 
 def evaluate(model: nn.Module, batches: EvaluationBatches, *, runtime: Runtime) -> Accuracy:
-    """The accuracy of ``model``, in evaluation mode, on every image of ``batches``.
+    """Return the accuracy of ``model``, in evaluation mode, on every image of ``batches``.
 
-    Each module's own mode is restored afterwards. An image with a score that is not a number
-    counts as wrong. Of several processes each evaluates a part, and all get the whole's accuracy.
+    The mode of each module is restored afterwards. An image with a NaN score counts as wrong. With
+    several processes each evaluates a part, and all get the accuracy on all images.
 
     Args:
         model: Moved to the device.
-        batches: Passed over once.
-        runtime: Where to compute, and how.
+        batches: Iterated once.
+        runtime: Where and how to compute.
 
     Raises:
         InputError: There are no images, or no such device.
@@ -85,51 +85,50 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, *, runtime: Runtime) 
     device, layout = to_device(model, runtime)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right, within five, all
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct, in the top 5, all
     if distributed.world_size() > 1:
         batches = batches.part(distributed.rank(), distributed.world_size())
     try:
-        # Not inference mode: what a data set or a model caches here may be trained on later.
+        # Not inference mode: tensors that a data set or model caches may be used in training later.
         with torch.no_grad():
             for pixels, labels in batches:
                 with autocast(runtime, device):
                     logits = model(pixels.to(device).contiguous(memory_format=layout))
-                counts[:2] += right_at_1_and_5(logits, labels.to(device))
+                counts[:2] += count_correct(logits, labels.to(device))
                 counts[2] += len(labels)
     finally:
         for module, mode in modes:
             module.training = mode
     distributed.all_reduce_sum([counts])
-    *right, images = counts.tolist()
+    *correct, images = counts.tolist()
     if images == 0:
         raise InputError("the evaluation has 0 images, but needs at least 1; give it more data")
-    top1, top5 = (100 * count / images for count in right)
+    top1, top5 = (100 * count / images for count in correct)
     return Accuracy(top1=top1, top5=top5, images=images)
 
 
 RECALIBRATION_IMAGES = 4096
-"""How many training images new BatchNorm statistics are the mean over, where there are so many."""
+"""Training images that `recalibrate` uses, unless there are fewer."""
 
 
 def recalibration_steps(batch_size: int, steps_per_epoch: int) -> int:
-    """Batches that `recalibrate` passes forward."""
+    """Return the number of batches that `recalibrate` uses."""
     return min(steps_per_epoch, -(-RECALIBRATION_IMAGES // batch_size))
 
 
 def recalibrate(model: nn.Module, batches: TrainBatches, *, runtime: Runtime) -> int:
     """Replace the running statistics of every BatchNorm by means over training images.
 
-    A running mean forgets slowly, so after a short training, or once channels were removed,
-    it describes a network that is no longer there. Every batch counts alike, and so does every
-    process's part of one.
+    A running mean changes slowly, so after a short training, or after channels were removed, it
+    describes an earlier network. Every batch has the same weight, and so has each process's part.
 
     Args:
-        model: Moved to the device; its parameters and modes stay as they are.
-        batches: The first batches of their first epoch are passed forward.
-        runtime: Where to compute, and how.
+        model: Moved to the device; its parameters and modes are not changed.
+        batches: The first batches of the first epoch are used.
+        runtime: Where and how to compute.
 
     Returns:
-        How many images were passed forward.
+        Number of images used.
 
     Source: Yu and Huang, 2019, "Universally Slimmable Networks", section 3.3, post-statistics
     of batch normalization.
@@ -139,7 +138,7 @@ def recalibrate(model: nn.Module, batches: TrainBatches, *, runtime: Runtime) ->
     norms = [norm for norm in norms if norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # nothing is drawn: dropout is off
+    model.eval()  # dropout is off
     images = 0
     try:
         for norm in norms:
@@ -148,12 +147,12 @@ def recalibrate(model: nn.Module, batches: TrainBatches, *, runtime: Runtime) ->
             norm.training = True
         steps = recalibration_steps(batches.batch_size, batches.steps_per_epoch)
         with torch.no_grad():
-            mine = batches.epoch(0, rank=distributed.rank(), ranks=distributed.world_size())
-            for pixels, _ in itertools.islice(mine, steps):
+            epoch = batches.epoch(0, rank=distributed.rank(), ranks=distributed.world_size())
+            for pixels, _ in itertools.islice(epoch, steps):
                 with autocast(runtime, device):
                     model(pixels.to(device).contiguous(memory_format=layout))
                 images += len(pixels)
-        images = _over_processes(norms, images, device)
+        images = _average_over_processes(norms, images, device)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -162,27 +161,30 @@ def recalibrate(model: nn.Module, batches: TrainBatches, *, runtime: Runtime) ->
     return images
 
 
-def _over_processes(norms: Sequence[_BatchNorm], images: int, device: torch.device) -> int:
-    """Let running statistics be the means over all processes; the images of all of them."""
+def _average_over_processes(norms: Sequence[_BatchNorm], images: int, device: torch.device) -> int:
+    """Average the running statistics over all processes; return the images of all of them."""
     ranks = distributed.world_size()
     if ranks == 1:
         return images
-    statistics = [one for norm in norms for one in (norm.running_mean, norm.running_var)]
-    kept = [one for one in statistics if one is not None]
-    distributed.all_reduce_sum(kept)
-    for one in kept:
-        one.div_(ranks)
+    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    statistics = [buffer for buffer in buffers if buffer is not None]
+    distributed.all_reduce_sum(statistics)
+    for statistic in statistics:
+        statistic.div_(ranks)
     total = torch.tensor(images, device=device)
     distributed.all_reduce_sum([total])
     return int(total)
 
 
-def right_at_1_and_5(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of a batch are right at the first place and within five, left on the device.
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count the top-1 and top-5 correct predictions of a batch, on the device.
 
     Args:
         logits: ``batch classes``.
-        labels: The class of each, int64.
+        labels: Class of each image, int64.
+
+    Returns:
+        The two counts, int64.
     """
     places = logits.topk(min(5, logits.shape[1])).indices
     hits = (places == labels[:, None]) & ~logits.isnan().any(1, keepdim=True)

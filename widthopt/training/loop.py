@@ -1,8 +1,9 @@
-"""The only training loop: the paper's recipe, checkpoints, and what one step minimises.
+"""The training loop: the paper's recipe, checkpoints, and the objective of a step.
 
-A *step* is one update of the parameters. Steps are numbered from 0 over the whole training,
-and every draw a step makes depends on its number alone, so a training that was interrupted
-and resumed at any step ends, on one machine's CPU, with the same bits as one that was not.
+A *step* is one update of the parameters. Steps are numbered from 0 over the complete training.
+Every random draw depends only on the seed and the number of the step. A training that is
+interrupted and resumed at any step therefore ends, on the same machine's CPU, with exactly the
+same weights as an uninterrupted one.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
 from widthopt.training import checkpoints, distributed
 from widthopt.training.devices import autocast, memory_format, resolve_device, to_device
-from widthopt.training.evaluation import right_at_1_and_5
+from widthopt.training.evaluation import count_correct
 
 
 __all__ = [
@@ -51,35 +52,35 @@ __all__ = [
 
 logger = logging.getLogger("widthopt")
 
-# Steps between two looks at an accelerator: a look waits for it. The CPU is looked at always.
+# Steps between two reads of metrics from an accelerator, which wait for it. A CPU is read always.
 _STEPS_UNREAD = 50
 _REFRESH_SECONDS = 0.25
 
 
-class Interrupted(Exception):  # noqa: N818 (the name is what happened)
-    """Ctrl-C: the state is saved, and the same command goes on from there."""
+class Interrupted(Exception):  # noqa: N818 (names the event)
+    """Ctrl-C was pressed: the state is saved, and the same command continues from there."""
 
 
-class Diverged(Exception):  # noqa: N818 (the name is what happened)
-    """The loss or a parameter is no longer a finite number; the last good checkpoint is kept."""
+class Diverged(Exception):  # noqa: N818 (names the event)
+    """The loss or a parameter is no longer finite; the last good checkpoint is kept."""
 
 
 class Batches(Protocol):
-    """Training images in batches, the same for the same epoch whenever asked."""
+    """Training images in batches; the batches of an epoch are the same in every call."""
 
     @property
     def images(self) -> int:
-        """Training images there are."""
+        """Number of training images."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """Images in one step."""
+        """Number of images in a step."""
         ...
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in one epoch."""
+        """Number of steps in an epoch."""
         ...
 
     @property
@@ -90,39 +91,39 @@ class Batches(Protocol):
     def epoch(
         self, epoch: int, *, first_step: int = 0, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch (from 0), from its step ``first_step`` on.
+        """Yield the batches of an epoch (from 0), starting at its step ``first_step``.
 
-        Each is float32 images, ``batch channels height width``, and their int64 labels; of
-        each batch the part that process ``rank`` of ``ranks`` trains on.
+        A batch is float32 images, ``batch channels height width``, and their int64 labels. Of each
+        batch, only the part of process ``rank`` of ``ranks`` is returned.
         """
         ...
 
 
 class Log(Protocol):
-    """Where a training writes what it sees as it goes; see `widthopt.tracking.Tracker`."""
+    """Receives the metrics of a training; see `widthopt.tracking.Tracker`."""
 
     @property
     def every(self) -> int:
-        """Steps between two rows; every epoch ends with one."""
+        """Steps between two rows; every epoch also ends with a row."""
         ...
 
     def resume(self, step: int) -> None:
-        """The training goes on after so many steps, from 0: rows behind them are void."""
+        """Continue after this many steps (0 for a new training); later rows are discarded."""
         ...
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """What was seen when so many steps had been taken."""
+        """Write the metrics after this many steps."""
         ...
 
     def keep(self) -> None:
-        """See that all rows last: a checkpoint is about to say that their steps are done."""
+        """Make all rows durable: a checkpoint with their steps is about to be written."""
         ...
 
 
 class Objective:
-    """What one step minimises: the cross-entropy with label smoothing, unless subclassed.
+    """The objective of a step: cross-entropy with label smoothing, unless subclassed.
 
-    A width search subclasses it, so that the training loop exists once.
+    Width searches subclass it, so that there is only one training loop.
     """
 
     def __init__(self, *, label_smoothing: float) -> None:
@@ -130,40 +131,40 @@ class Objective:
         self.label_smoothing = label_smoothing
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy with label smoothing over the images, in float32."""
+        """Return the mean cross-entropy with label smoothing over the images, in float32."""
         return functional.cross_entropy(
             logits.float(), labels, label_smoothing=self.label_smoothing
         )
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Plain data: what a checkpoint must agree in with the training that goes on from it."""
+        """Plain data that must be equal in a checkpoint and in the resumed training."""
         return {"objective": type(self).__name__}
 
     def begin_step(self, step: int, *, images: int) -> None:
-        """Called before the gradients of a step.
+        """Hook that runs before the gradients of a step are computed.
 
         Args:
-            step: Its number in the whole training.
-            images: Images of the whole step, of all processes that train together.
+            step: Number of the step in the complete training.
+            images: Number of images in the step, over all processes.
         """
 
     def backward(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, share: float
     ) -> tuple[Tensor, Tensor]:
-        """Add the gradient of ``share`` times the loss of one micro-batch to the parameters'.
+        """Add the gradient of ``share`` times the loss of a micro-batch to the parameters.
 
-        Called under the loop's autocast.
+        Runs under the loop's autocast.
 
         Args:
             model: The network, in training mode.
             images: Float32, ``batch channels height width``.
-            labels: The class of each, int64.
-            share: Part of the step's images, those of all processes, that are in this
-                micro-batch; in (0, 1].
+            labels: Class of each image, int64.
+            share: Part of the step's images, over all processes, that are in this micro-batch; in
+                (0, 1].
 
         Returns:
-            The mean loss (no axes) and the logits, ``batch classes``, both detached.
+            The mean loss (0-d) and the logits, ``batch classes``, both detached.
         """
         logits = model(images)
         loss = self.loss(logits, labels)
@@ -171,53 +172,52 @@ class Objective:
         return loss.detach(), logits.detach()
 
     def backpropagate(self, loss: Tensor, *, share: float) -> None:
-        """Backward of ``share * loss``, outside autocast as it should be."""
+        """Run the backward pass of ``share * loss``, outside autocast as torch recommends."""
         with torch.autocast(loss.device.type, enabled=False):
             (loss * share).backward()
 
     def before_step(self) -> None:
-        """Called once in a step, when the gradients of all images of all processes are there."""
+        """Hook that runs before the update, with the gradients of all images of all processes."""
 
     def after_step(self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Called when a step has updated the parameters, under the loop's autocast.
+        """Hook that runs after the update of the parameters, under the loop's autocast.
 
         Args:
-            step: Its number in the whole training.
-            micro_batches: The images and labels of the step, as `backward` had them: those of
-                this process.
+            step: Number of the step in the complete training.
+            micro_batches: The images and labels of the step in this process, as passed to
+                `backward`.
         """
 
     def after_epoch(self, epoch: int) -> None:
-        """Called when an epoch (from 0) has ended, before its checkpoint is written."""
+        """Hook that runs at the end of an epoch (from 0), before its checkpoint is written."""
 
     def step_metrics(self) -> dict[str, float]:
-        """What is worth a row beside the loss, as it is now; one process asks, and reads."""
+        """Return the current metrics to log with the loss; only rank 0 calls this."""
         return {}
 
     def epoch_metrics(self) -> dict[str, float]:
-        """The same at the end of an epoch, after `after_epoch`."""
+        """Return the metrics to log at the end of an epoch, after `after_epoch`."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep of this objective."""
+        """Return the tensors that a checkpoint must keep of this objective."""
         return {}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave; these are on the CPU."""
+        """Restore the tensors of `state_dict`, which are on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A training that has ended.
+    """Results of a complete training.
 
     Attributes:
-        epochs: Epochs, from the first to the last.
-        images: Images seen in all of them, one counted each time.
-        steps: Updates of the parameters.
-        seconds: Time spent on training, without writing checkpoints; of all the processes
-            that took part, if it was interrupted and resumed.
+        epochs: Number of epochs.
+        images: Images processed in all epochs; an image counts once per epoch.
+        steps: Number of updates of the parameters.
+        seconds: Training time, without writing checkpoints, summed over all interruptions.
         loss: Mean training loss of the last epoch.
-        top1: Training accuracy of the last epoch, in per cent, while the network changed.
+        top1: Training accuracy over the last epoch, in per cent, measured before each update.
     """
 
     epochs: int
@@ -229,17 +229,17 @@ class Trained:
 
 
 def learning_rate(recipe: Recipe, *, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The learning rate when ``step`` steps have been taken, that is, of the step so numbered.
+    """Return the learning rate of a step.
 
-    Linear from 0 to the peak over the warm-up, then half a cosine to 0. So step 0 is taken at
-    a rate of 0 (it fills the momentum), and the rate would reach 0 again one step after the
-    last. A training no longer than the warm-up spends half of its epochs on it.
+    The rate is linear from 0 to the peak during the warm-up, then half a cosine to 0. Step 0 has a
+    rate of 0 (it only fills the momentum), and the rate would be 0 again one step after the last.
+    If a training is no longer than the warm-up, half of its epochs are warm-up.
 
     Args:
-        recipe: Its batch size is the one in use.
+        recipe: The recipe, with the batch size in use.
         step: In [0, epochs * steps_per_epoch].
-        steps_per_epoch: Steps in one epoch.
-        epochs: Epochs of this training; the schedule spans them.
+        steps_per_epoch: Number of steps in an epoch.
+        epochs: Number of epochs of this training, which the schedule spans.
 
     Source: paper appendix A; Loshchilov and Hutter, 2017, "SGDR", equation 5; Goyal et al.,
     2017, "Accurate, Large Minibatch SGD", section 2.2.
@@ -257,9 +257,9 @@ def learning_rate(recipe: Recipe, *, step: int, steps_per_epoch: int, epochs: in
 
 @dataclass(slots=True)
 class _TrainState:
-    """How far a training is; what a checkpoint keeps beside the tensors.
+    """Progress of a training, which a checkpoint stores beside the tensors.
 
-    The epoch's own numbers are sums over its images, in the order of the steps.
+    The numbers of the epoch are sums over its images, in the order of the steps.
     """
 
     step: int = 0
@@ -268,40 +268,40 @@ class _TrainState:
     epoch_images: int = 0
     epoch_loss: float = 0.0
     epoch_right: int = 0
-    epoch_right5: int = 0  # among the first five
+    epoch_right5: int = 0  # in the top 5
 
     def begin_epoch(self) -> None:
-        """Forget the epoch before."""
+        """Reset the sums of the epoch."""
         self.epoch_images, self.epoch_loss = 0, 0.0
         self.epoch_right, self.epoch_right5 = 0, 0
 
     @property
     def loss(self) -> float:
-        """Mean loss of the epoch so far."""
+        """Mean loss of the current epoch."""
         return self.epoch_loss / max(1, self.epoch_images)
 
     @property
     def top1(self) -> float:
-        """Accuracy of the epoch so far, in per cent."""
+        """Top-1 accuracy in the current epoch, in per cent."""
         return 100 * self.epoch_right / max(1, self.epoch_images)
 
     @property
     def top5(self) -> float:
-        """The same, among the first five."""
+        """Top-5 accuracy in the current epoch, in per cent."""
         return 100 * self.epoch_right5 / max(1, self.epoch_images)
 
 
 class Loop:
-    """The training step, and what has to be kept between two of them.
+    """The training step, and the state between two steps.
 
     Attributes:
         model: The network, on the device, in training mode.
-        tally: How far it is; complete after `read`.
-        objective: What a step minimises.
-        device: Where it computes.
-        read_every: Steps between two looks at the device.
-        row_every: Steps between two rows of a log; 0 without one.
-        seen: What the last look saw of its last step.
+        tally: Progress of the training; complete after `read`.
+        objective: The objective of a step.
+        device: The device it computes on.
+        read_every: Steps between two reads of metrics from the device.
+        row_every: Steps between two rows of a log; 0 without a log.
+        seen: Metrics of the last step that was read.
     """
 
     def __init__(
@@ -319,12 +319,12 @@ class Loop:
 
         Args:
             model: Moved to the device and put in training mode.
-            recipe: Its batch size is the one in use.
-            steps_per_epoch: Steps in one epoch.
-            epochs: Epochs of the whole training.
+            recipe: The recipe, with the batch size in use.
+            steps_per_epoch: Number of steps in an epoch.
+            epochs: Number of epochs of the complete training.
             seed: The run's seed.
-            runtime: Where to compute, and how.
-            objective: What a step minimises; the recipe's cross-entropy if None.
+            runtime: Where and how to compute.
+            objective: The objective of a step; the recipe's cross-entropy if None.
         """
         self.device, self._layout = to_device(model, runtime)
         self.model = model.train()
@@ -341,22 +341,21 @@ class Loop:
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             nesterov=recipe.momentum > 0,
-            # The fused update is the fastest, on the CPU too, but it walks through memory
-            # without a look at strides.
-            fused=self.device.type in ("cpu", "cuda") and all(map(_dense, self._parameters)),
+            # The fused update is the fastest, on the CPU too, but it ignores strides.
+            fused=self.device.type in ("cpu", "cuda") and all(map(_is_dense, self._parameters)),
         )
-        self._unread: list[tuple[int, int, Tensor, Tensor]] = []  # step, images, loss, right
+        self._unread: list[tuple[int, int, Tensor, Tensor]] = []  # step, images, loss, correct
         self.read_every = 1 if self.device.type == "cpu" else _STEPS_UNREAD
         self.row_every = 0
         self.seen: dict[str, float] = {}
         self._gradient_norm: Tensor | None = None
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Return the learning rate of a step."""
         return learning_rate(self._recipe, step=step, **self._schedule)
 
     def row_due(self, steps: int) -> bool:
-        """Whether a row is to be written when so many steps have been taken."""
+        """Whether a row is written after this many steps."""
         return self.row_every > 0 and (
             steps % self.row_every == 0 or steps % self._schedule["steps_per_epoch"] == 0
         )
@@ -364,19 +363,19 @@ class Loop:
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """Update the parameters once.
 
-        Of several processes each is given its part of a whole batch; their gradients are summed
-        once, after the last micro-batch. Draws from torch's own generators are a function of the
-        seed and the step; the caller keeps their state if it wants it back.
+        With several processes, each gets its part of the batch; the gradients are summed once,
+        after the last micro-batch. torch's global rngs are seeded by the seed and the step; the
+        caller saves their state if it needs it.
 
         Args:
             images: Float32, ``batch channels height width``.
-            labels: The class of each, int64.
-            step: Its number in the whole training, from 0.
+            labels: Class of each image, int64.
+            step: Number of the step in the complete training, from 0.
 
         Raises:
-            Diverged: The loss of this step, or of one not looked at before, is not finite.
+            Diverged: The loss of this step, or of an earlier one not read before, is not finite.
         """
-        self._seed_draws(step)
+        self._seed_rngs(step)
         self._optimizer.zero_grad(set_to_none=True)
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self._layout)
         labels = labels.to(self.device, non_blocking=True)
@@ -387,7 +386,7 @@ class Loop:
         together = distributed.world_size() > 1
         count = self._recipe.batch_size if together else len(labels)
         self.objective.begin_step(step, images=count)
-        loss, right = self._gradients(micro_batches, images=count)
+        loss, correct = self._compute_gradients(micro_batches, images=count)
         distributed.all_reduce_sum([p.grad for p in self._parameters if p.grad is not None])
         self.objective.before_step()
         for parameter in self._parameters:
@@ -401,16 +400,16 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)  # makes room for what comes after the step
+        self._optimizer.zero_grad(set_to_none=True)  # frees memory for the hooks after the step
         with autocast(self._runtime, self.device):
             self.objective.after_step(step, micro_batches)
         self.tally.step = step + 1
-        self._unread.append((step, count, loss, right))
-        if self.tally.step % self.read_every == 0:  # by its number, so that a resumption is alike
+        self._unread.append((step, count, loss, correct))
+        if self.tally.step % self.read_every == 0:  # by number: the same after a resumption
             self.read()
 
     def read(self) -> None:
-        """Bring the tally up to date with the device.
+        """Read the metrics of the last steps from the device into the tally.
 
         Raises:
             Diverged: The loss of a step is not finite.
@@ -418,92 +417,95 @@ class Loop:
         if not self._unread:
             return
         unread, self._unread = self._unread, []
-        sums = torch.stack([torch.cat([loss[None], right.float()]) for *_, loss, right in unread])
+        sums = torch.stack([torch.cat([loss[None], hits.float()]) for *_, loss, hits in unread])
         distributed.all_reduce_sum([sums])
-        for (step, images, *_), (loss, right, right5) in zip(unread, sums.tolist(), strict=True):
+        for (step, images, *_), (loss, top1, top5) in zip(unread, sums.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise self._divergence(f"the loss is {loss}", step)
             self.tally.images += images
             self.tally.epoch_images += images
             self.tally.epoch_loss += loss * images
-            self.tally.epoch_right += int(right)
-            self.tally.epoch_right5 += int(right5)
+            self.tally.epoch_right += int(top1)
+            self.tally.epoch_right5 += int(top5)
             self.seen = {"loss": loss, "learning_rate": self.learning_rate(step)}
         if self._gradient_norm is not None:
             self.seen["gradient_norm"] = float(self._gradient_norm)
             self._gradient_norm = None
 
     def check(self) -> None:
-        """See that what a checkpoint would keep is finite.
+        """Check that all tensors of a checkpoint are finite.
 
         Raises:
-            Diverged: A loss, a parameter or its momentum is not; an update can spoil a
+            Diverged: A loss, a parameter or its momentum is not finite. An update can spoil a
                 parameter before any loss shows it.
         """
         self.read()
-        for name, tensor in self._moving().items():
+        for name, tensor in self._updated_tensors().items():
             if not tensor.isfinite().all():
                 raise self._divergence(f"{name} is not finite", self.tally.step - 1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the steps to come depend on."""
+        """Return all tensors that later steps depend on."""
         kept = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        kept |= {name: t for name, t in self._moving().items() if name.startswith("momentum.")}
+        kept |= {
+            name: t for name, t in self._updated_tensors().items() if name.startswith("momentum.")
+        }
         return kept | {f"objective.{name}": t for name, t in self.objective.state_dict().items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
-        self.model.load_state_dict(_below("model.", tensors))
-        momenta = _below("momentum.", tensors)
+        """Restore the tensors of `state_dict`."""
+        self.model.load_state_dict(_strip_prefix("model.", tensors))
+        momenta = _strip_prefix("momentum.", tensors)
         for name, parameter in self.model.named_parameters():
             if name in momenta:
                 buffer = torch.empty_like(parameter, requires_grad=False).copy_(momenta[name])
                 self._optimizer.state[parameter]["momentum_buffer"] = buffer
-        self.objective.load_state_dict(_below("objective.", tensors))
+        self.objective.load_state_dict(_strip_prefix("objective.", tensors))
 
-    def _seed_draws(self, step: int) -> None:
-        """Make what a step draws (dropout, for example) a function of the seed and the step.
+    def _seed_rngs(self, step: int) -> None:
+        """Seed torch's global rngs (for dropout, for example) by the seed, the step and the rank.
 
-        And of the process, which has other images.
+        Ranks draw different numbers because they have different images.
         """
         rank = distributed.rank()
-        drawn = derived_seed(self._seed, "model", step, *([rank] if rank else []))
-        torch.default_generator.manual_seed(drawn)
+        seed = derived_seed(self._seed, "model", step, *([rank] if rank else []))
+        torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
-            torch.get_device_module(self.device).manual_seed(drawn)
+            torch.get_device_module(self.device).manual_seed(seed)
 
-    def _gradients(
+    def _compute_gradients(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, images: int
     ) -> tuple[Tensor, Tensor]:
-        """Fill the gradients; the mean loss, and how many images were right, on the device.
+        """Compute the gradients of a step.
 
-        Those are two numbers: right at the first place, and among the first five.
+        Returns:
+            The mean loss, and the counts of top-1 and top-5 correct images, on the device.
         """
         total = torch.zeros((), device=self.device)
-        right = torch.zeros(2, dtype=torch.int64, device=self.device)
+        correct = torch.zeros(2, dtype=torch.int64, device=self.device)
         for pixels, classes in micro_batches:
             share = len(classes) / images
             with autocast(self._runtime, self.device):
                 loss, logits = self.objective.backward(self.model, pixels, classes, share=share)
             total += share * loss
-            right += right_at_1_and_5(logits, classes)
-        return total, right
+            correct += count_correct(logits, classes)
+        return total, correct
 
-    def _moving(self) -> dict[str, Tensor]:
-        """The parameters, and their momentum where they have one, by name."""
-        moving: dict[str, Tensor] = {}
+    def _updated_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters, and their momentum where it exists, by name."""
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            moving[name] = parameter.detach()
+            tensors[name] = parameter.detach()
             momentum = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
-                moving[f"momentum.{name}"] = momentum
-        return moving
+                tensors[f"momentum.{name}"] = momentum
+        return tensors
 
-    def _divergence(self, what: str, step: int) -> Diverged:
-        """The error of a step, with what to look at."""
+    def _divergence(self, problem: str, step: int) -> Diverged:
+        """Return the error for a step, with its epoch and learning rate."""
         epoch = step // self._schedule["steps_per_epoch"]
         return Diverged(
-            f"{what} at step {step:,} (epoch {epoch}) with a learning rate of "
+            f"{problem} at step {step:,} (epoch {epoch}) with a learning rate of "
             f"{self.learning_rate(step):.6g}"
         )
 
@@ -521,37 +523,37 @@ def train(
     label: str = "",
     log: Log | None = None,
 ) -> Trained:
-    """Train ``model`` in place, or go on where the checkpoints in ``folder`` end.
+    """Train ``model`` in place, or resume from the newest checkpoint in ``folder``.
 
-    With a folder, a checkpoint is written after each epoch and on Ctrl-C, and a training that
-    is complete is not run again: ``model`` gets its weights. The peak learning rate follows
-    from the batch size of ``batches``. The caller's random generators are left as they were.
+    With a folder, a checkpoint is written after each epoch and on Ctrl-C. A complete training is
+    not run again: ``model`` gets its weights. The peak learning rate follows from the batch size
+    of ``batches``. The state of torch's global rngs is preserved.
 
     Args:
-        model: Left on the device, in training mode.
+        model: Moved to the device and left in training mode.
         batches: The training images.
         recipe: How to train.
-        epochs: Epochs of the whole training, from 1.
+        epochs: Number of epochs of the complete training, at least 1.
         seed: The run's seed.
-        runtime: Where to compute, and how; a resumed training may have another.
-        objective: What a step minimises; the recipe's cross-entropy if None.
-        folder: Where ``checkpoints/`` goes; nothing is written if None.
-        label: What the progress bar or the log calls this training.
-        log: Where rows are written; only the first of several processes writes any.
+        runtime: Where and how to compute; may change when a training is resumed.
+        objective: The objective of a step; the recipe's cross-entropy if None.
+        folder: Folder of ``checkpoints/``; nothing is written if None.
+        label: Name of this training in the progress bar and the log.
+        log: Receives the metrics; only rank 0 writes.
 
     Returns:
-        What was done in all, over every resumption.
+        The results, over all resumptions.
 
     Raises:
-        InputError: The arguments cannot be met, the checkpoints are of another training, or
-            the folder cannot be written.
-        Interrupted: Ctrl-C; the state is saved. Without a folder, Ctrl-C is the ordinary
-            ``KeyboardInterrupt``; so is a second one.
+        InputError: The arguments are invalid, the checkpoints are of another training, or the
+            folder cannot be written.
+        Interrupted: Ctrl-C was pressed; the state is saved. Without a folder, or when pressed
+            again, Ctrl-C raises ``KeyboardInterrupt`` as usual.
         Diverged: The loss or a parameter is not finite.
 
     Source: paper appendix A.
     """
-    _possible(recipe, batches, model)
+    _check_arguments(recipe, batches, model)
     recipe = dataclasses.replace(recipe, batch_size=batches.batch_size)
     loop = Loop(
         model,
@@ -562,14 +564,14 @@ def train(
         runtime=runtime,
         objective=objective,
     )
-    saved = _CheckpointManager(loop, folder, _identity(loop, recipe, batches, epochs, seed))
-    saved.resume()
+    manager = _CheckpointManager(loop, folder, _identity(loop, recipe, batches, epochs, seed))
+    manager.resume()
     tally = loop.tally
     rows = _MetricWriter(loop, batches, log if distributed.rank() == 0 else None)
     with ExitStack() as stack:
-        stack.enter_context(_generators_kept(loop.device))
-        stop = stack.enter_context(_InterruptHandler(loop, active=folder is not None))
-        shown = stack.enter_context(
+        stack.enter_context(_preserve_rngs(loop.device))
+        interrupt = stack.enter_context(_InterruptHandler(loop, active=folder is not None))
+        display = stack.enter_context(
             _ProgressDisplay(
                 tally,
                 batches,
@@ -580,18 +582,18 @@ def train(
         )
         try:
             while tally.step < epochs * batches.steps_per_epoch:
-                _run_epoch(loop, batches, stop, shown, rows)
+                _run_epoch(loop, batches, interrupt, display, rows)
                 loop.check()
                 rows.keep()
-                saved.write()
-                if stop.asked():
+                manager.write()
+                if interrupt.is_requested():
                     raise Interrupted(
                         f"interrupted after step {tally.step:,} of "
                         f"{epochs * batches.steps_per_epoch:,}; the state is saved in {folder}, "
-                        "and the same command goes on from there"
+                        "and the same command continues from there"
                     )
         except Diverged as error:
-            raise Diverged(f"{error}; {saved}; lower recipe.learning_rate") from None
+            raise Diverged(f"{error}; {manager}; lower recipe.learning_rate") from None
     distributed.share_buffers(model)
     return Trained(
         epochs=epochs,
@@ -603,11 +605,11 @@ def train(
     )
 
 
-def _possible(recipe: Recipe, batches: Batches, model: nn.Module) -> None:
-    """Check what can be checked before the first step.
+def _check_arguments(recipe: Recipe, batches: Batches, model: nn.Module) -> None:
+    """Check the batch size and the accumulation before the first step.
 
     Raises:
-        InputError: It cannot be done.
+        InputError: There are too few images for a step or a micro-batch.
     """
     if batches.steps_per_epoch < 1:
         raise InputError(
@@ -631,11 +633,11 @@ def _possible(recipe: Recipe, batches: Batches, model: nn.Module) -> None:
 def _run_epoch(
     loop: Loop,
     batches: Batches,
-    stop: "_InterruptHandler",
-    shown: "_ProgressDisplay",
+    interrupt: "_InterruptHandler",
+    display: "_ProgressDisplay",
     rows: "_MetricWriter",
 ) -> None:
-    """The rest of the epoch that the loop is in, or less if asked to stop."""
+    """Run the rest of the current epoch, or less after an interrupt."""
     tally = loop.tally
     epoch, first = divmod(tally.step, batches.steps_per_epoch)
     last = (epoch + 1) * batches.steps_per_epoch
@@ -643,48 +645,48 @@ def _run_epoch(
         tally.begin_epoch()
     before, started = tally.seconds, time.perf_counter()
     rank, ranks = distributed.rank(), distributed.world_size()
-    mine = batches.epoch(epoch, first_step=first, rank=rank, ranks=ranks)
-    for images, labels in _prefetch(mine, stop):
+    parts = batches.epoch(epoch, first_step=first, rank=rank, ranks=ranks)
+    for images, labels in _until_interrupt(parts, interrupt):
         loop.step(images, labels, tally.step)
-        stop.agree()
+        interrupt.agree()
         tally.seconds = before + time.perf_counter() - started
-        shown.step()
+        display.step()
         rows.step()
-        if stop.asked():
+        if interrupt.is_requested():
             break
     loop.read()
-    if tally.step != last and not stop.asked():
+    if tally.step != last and not interrupt.is_requested():
         raise RuntimeError(f"epoch {epoch} ended at step {tally.step:,}, not at {last:,}")
     if tally.step == last:
         loop.objective.after_epoch(epoch)
         tally.seconds = before + time.perf_counter() - started
-        shown.epoch(epoch)
+        display.epoch(epoch)
         rows.epoch()
 
 
-def _prefetch(
-    epoch: Iterator[tuple[Tensor, Tensor]], stop: "_InterruptHandler"
+def _until_interrupt(
+    epoch: Iterator[tuple[Tensor, Tensor]], interrupt: "_InterruptHandler"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``epoch`` until it ends or stopping is asked for.
+    """Yield the batches of ``epoch`` until it ends or an interrupt is requested.
 
-    A terminal sends Ctrl-C to the processes that load images too; what their end then raises
-    here is no fault.
+    A terminal sends Ctrl-C to the processes that load images too. The error that their end then
+    raises here is ignored.
     """
-    while not stop.asked():
+    while not interrupt.is_requested():
         try:
             batch = next(epoch)
         except StopIteration:
             return
         except RuntimeError:
-            if stop.asked():
+            if interrupt.is_requested():
                 return
             raise
-        if not stop.asked():
+        if not interrupt.is_requested():
             yield batch
 
 
 class _CheckpointManager:
-    """The checkpoints of one training."""
+    """Reads and writes the checkpoints of a training."""
 
     def __init__(self, loop: Loop, folder: Path | None, identity: dict[str, Any]) -> None:
         self._loop = loop
@@ -693,37 +695,37 @@ class _CheckpointManager:
         self._step: int | None = None
 
     def __str__(self) -> str:
-        """What is left to go back to."""
+        """Return a description of the last checkpoint, for messages."""
         if self._step is None:
             return "no checkpoint was written before"
         return f"the last good checkpoint, of step {self._step:,}, is kept in {self._folder}"
 
     def resume(self) -> None:
-        """Take the loop to the newest checkpoint that is whole, if there is one.
+        """Load the newest intact checkpoint, if there is one, into the loop.
 
         Raises:
-            InputError: It is of another training.
+            InputError: The checkpoint is of another training.
         """
-        found = None if self._folder is None else checkpoints.newest(self._folder)
-        step = None if found is None else found.step
+        checkpoint = None if self._folder is None else checkpoints.newest(self._folder)
+        step = None if checkpoint is None else checkpoint.step
         if distributed.broadcast(step, device=self._loop.device) != step:
             raise RuntimeError(f"{self._folder} is not the same folder for all processes")
-        if found is None:
+        if checkpoint is None:
             return
-        other = differences(found.state["identity"], self._identity)
-        if other:
+        changes = differences(checkpoint.state["identity"], self._identity)
+        if changes:
             raise InputError(
-                f"folder is {self._folder}, but its checkpoints are of another training ({other}); "
-                "use another folder or remove this one"
+                f"folder is {self._folder}, but its checkpoints are of another training "
+                f"({changes}); use another folder or remove this one"
             )
-        self._loop.load_state_dict(found.tensors)
-        for name, value in found.state["tally"].items():
+        self._loop.load_state_dict(checkpoint.tensors)
+        for name, value in checkpoint.state["tally"].items():
             setattr(self._loop.tally, name, value)
-        self._step = found.step
-        logger.info("resumed at step %d from %s", found.step, self._folder)
+        self._step = checkpoint.step
+        logger.info("resumed at step %d from %s", checkpoint.step, self._folder)
 
     def write(self) -> None:
-        """Write a checkpoint of the loop, which has been checked; of several processes, one does.
+        """Write a checkpoint of the loop, which has been checked; only rank 0 writes.
 
         Raises:
             InputError: The disk is full or the folder cannot be written.
@@ -742,7 +744,7 @@ class _CheckpointManager:
 def _identity(
     loop: Loop, recipe: Recipe, batches: Batches, epochs: int, seed: int
 ) -> dict[str, Any]:
-    """What a checkpoint must agree in with the training that goes on from it."""
+    """Return the data that must be equal in a checkpoint and in the resumed training."""
     shapes = {name: list(tensor.shape) for name, tensor in loop.model.named_parameters()}
     return {
         "recipe": dataclasses.asdict(recipe),
@@ -755,15 +757,15 @@ def _identity(
 
 
 class _InterruptHandler:
-    """Ctrl-C asks once to stop after the step; the second time it is what it always is.
+    """Lets the first Ctrl-C stop the training after the step; a second one acts as usual.
 
-    Only where that is possible: in the main thread, and where Ctrl-C is not ignored. Processes
-    that train together stop after the same step, whichever of them was asked.
+    Only active in the main thread, and if Ctrl-C is not ignored. Processes that train together
+    stop after the same step, whichever of them got the signal.
     """
 
     def __init__(self, loop: Loop, *, active: bool) -> None:
         self._loop = loop
-        self._asked = False
+        self._requested = False
         self._agreed = False
         self._before = signal.getsignal(signal.SIGINT)
         self._active = (
@@ -774,30 +776,30 @@ class _InterruptHandler:
 
     def __enter__(self) -> Self:
         if self._active:
-            signal.signal(signal.SIGINT, self._ask)
+            signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._active:
             signal.signal(signal.SIGINT, self._before)
 
-    def asked(self) -> bool:
-        """Whether Ctrl-C has been pressed."""
-        return self._agreed if distributed.world_size() > 1 else self._asked
+    def is_requested(self) -> bool:
+        """Whether the training is to stop after this step."""
+        return self._agreed if distributed.world_size() > 1 else self._requested
 
     def agree(self) -> None:
-        """Hear, now and then, whether some process was asked; every process calls it alike."""
+        """Learn, every `Loop.read_every` steps, whether any process got Ctrl-C; a collective."""
         if distributed.world_size() > 1 and self._loop.tally.step % self._loop.read_every == 0:
-            self._agreed = distributed.all_reduce_any(self._asked, device=self._loop.device)
+            self._agreed = distributed.all_reduce_any(self._requested, device=self._loop.device)
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
         """Handle the first Ctrl-C."""
-        self._asked = True
+        self._requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _ProgressDisplay:
-    """A progress bar on a terminal; one line in the log for each epoch, which a bar hides."""
+    """Shows a progress bar on a terminal; without one, logs a line for each epoch."""
 
     def __init__(
         self, tally: _TrainState, batches: Batches, *, epochs: int, label: str, bar: bool
@@ -811,7 +813,7 @@ class _ProgressDisplay:
         console = Console(stderr=True)
         self._bar = None
         if bar and console.is_terminal:
-            # No refreshing thread: it would take turns with the training.
+            # No refresh thread: it would compete with the training.
             text = "{task.description} {task.fields[text]}"
             self._bar = Progress(
                 BarColumn(), TextColumn(text, markup=False), console=console, auto_refresh=False
@@ -831,25 +833,25 @@ class _ProgressDisplay:
             self._bar.stop()
 
     def step(self) -> None:
-        """Note a step; draw if it is time."""
+        """Count a step; redraw the bar if it is due."""
         if self._bar and time.monotonic() >= self._next_refresh:
             self._draw(self._bar)
             self._next_refresh = time.monotonic() + _REFRESH_SECONDS
 
     def epoch(self, epoch: int) -> None:
-        """Note the end of an epoch."""
+        """Log the end of an epoch."""
         level = logging.INFO if self._bar is None else logging.DEBUG
         name = f"{self._label}: " if self._label else ""
         logger.log(level, "%sepoch %d of %d, %s", name, epoch + 1, self._epochs, self._text())
 
     def _draw(self, bar: Progress) -> None:
-        """Draw the bar as it is."""
+        """Redraw the bar."""
         epoch = min(self._tally.step // self._per_epoch + 1, self._epochs)
         text = f"epoch {epoch} of {self._epochs}, {self._text()}"
         bar.update(self._task, completed=self._tally.step, text=text, refresh=True)
 
     def _text(self) -> str:
-        """Loss, accuracy, speed and the time left, at the speed of this process so far."""
+        """Return loss, accuracy, speed and the remaining time, at the average speed so far."""
         tally, (step, images, seconds) = self._tally, self._start
         spent, taken = tally.seconds - seconds, max(1, tally.step - step)
         left = round(spent / taken * (self._epochs * self._per_epoch - tally.step))
@@ -861,27 +863,27 @@ class _ProgressDisplay:
 
 
 class _MetricWriter:
-    """What a training logs: at steps that follow from their number, where the device is read."""
+    """Writes the rows of a training to its log, at steps where the device is read."""
 
     def __init__(self, loop: Loop, batches: Batches, log: Log | None) -> None:
         self._loop, self._log = loop, log
         self._per_epoch = batches.steps_per_epoch
         self._since = (loop.tally.images, loop.tally.seconds)
         if log is not None:
-            if loop.device.type == "cuda":  # its peak is this training's, not one's before
+            if loop.device.type == "cuda":  # the peak of this training alone
                 torch.cuda.reset_peak_memory_stats(loop.device)
-            # A look at an accelerator waits for it: rows come when there is one anyway.
+            # Reading an accelerator waits for it, so rows are written only when it is read anyway.
             loop.row_every = math.ceil(log.every / loop.read_every) * loop.read_every
             log.resume(loop.tally.step)
 
     def step(self) -> None:
-        """Write a row if one is due; the last of an epoch is `epoch`'s."""
+        """Write a row if it is due; `epoch` writes the last one of an epoch."""
         taken = self._loop.tally.step
         if self._log is not None and taken % self._per_epoch and self._loop.row_due(taken):
             self._row(self._log, {})
 
     def epoch(self) -> None:
-        """Write the row that an epoch ends with."""
+        """Write the row at the end of an epoch."""
         if self._log is not None:
             tally = self._loop.tally
             more = {"epoch_loss": tally.loss, "top1": tally.top1, "top5": tally.top5}
@@ -909,8 +911,8 @@ class _MetricWriter:
 
 
 @contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Give the caller's generators of torch back as they were."""
+def _preserve_rngs(device: torch.device) -> Iterator[None]:
+    """Restore the state of torch's global rngs at the end, and make cuDNN deterministic."""
     devices = [] if device.type == "cpu" else [device]
     kind = "cuda" if device.type == "cpu" else device.type
     with (
@@ -920,15 +922,15 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor is all its own, without gaps."""
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps."""
     return tensor.is_contiguous() or (
         tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)  # noqa: PLR2004
     )
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start with ``prefix``, which is taken off."""
+def _strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names start with ``prefix``, without the prefix."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()

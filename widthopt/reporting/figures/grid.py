@@ -1,15 +1,10 @@
-"""A table as plain text cells, written as CSV, Markdown or HTML, and what every kind offers."""
+"""A table as plain text cells, written as CSV, Markdown or HTML."""
 
 import csv
 import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from matplotlib.figure import Figure
-
-from widthopt.records import Record
 
 
 NOTHING = "-"
@@ -54,8 +49,12 @@ class TextTable:
             lines += ["", *(f"- {_escape(note)}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
-    def html(self) -> str:
-        """Title, table and notes as an HTML fragment; all text is escaped."""
+    def html(self, *, omit: str = "") -> str:
+        """Title, table and notes as an HTML fragment; all text is escaped.
+
+        Args:
+            omit: A note to leave out, because the page shows it elsewhere.
+        """
         rows = [
             "<tr>" + "".join(f"<td{_kind(cell)}>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.rows
@@ -72,37 +71,10 @@ class TextTable:
             "</table>",
             "</div>",
         ]
-        if self.notes:
-            notes = [f"<li>{html.escape(note)}</li>" for note in self.notes]
+        notes = [f"<li>{html.escape(note)}</li>" for note in self.notes if note != omit]
+        if notes:
             lines += ['<ul class="notes">', *notes, "</ul>"]
         return "\n".join(lines) + "\n"
-
-
-class FigureSpec(Protocol):
-    """A figure or table of the paper: how records become pictures and a table."""
-
-    @property
-    def name(self) -> str:
-        """Stem of its files' names."""
-        ...
-
-    @property
-    def title(self) -> str:
-        """What a reader sees above it."""
-        ...
-
-    @property
-    def claim(self) -> str:
-        """What the paper says about it, one sentence; may be empty."""
-        ...
-
-    def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """Pictures by the stem of their file's name; records of other networks are left out."""
-        ...
-
-    def table(self, records: Sequence[Record]) -> TextTable:
-        """The numbers that the pictures show."""
-        ...
 
 
 def _line(cells: Sequence[str]) -> str:

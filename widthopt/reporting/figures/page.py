@@ -4,10 +4,9 @@ import base64
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-from widthopt.reporting.figures.grid import TextTable
+from widthopt.request import FigureTable
 
 
 STYLE = """
@@ -58,7 +57,7 @@ class Section(NamedTuple):
     title: str
     claim: str
     images: list[bytes]
-    grids: list[TextTable]
+    grids: list[FigureTable]
     missing: list[str]
 
 
@@ -100,10 +99,7 @@ def _section(section: Section) -> str:
         words = html.escape(section.title + more)
         lines.append(f'<img src="data:image/png;base64,{data}" alt="{words}">')
     # The claim is a note of a table by itself, but here it has been said.
-    lines += [
-        replace(grid, notes=tuple(one for one in grid.notes if one != section.claim)).html()
-        for grid in section.grids
-    ]
+    lines += [grid.html(omit=section.claim) for grid in section.grids]
     if section.missing:
         points = "".join(f"<li>{html.escape(one)}</li>" for one in section.missing)
         lines.append(
