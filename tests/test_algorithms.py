@@ -147,7 +147,7 @@ def test_no_algorithm_knows_a_networks_name():
 
 def test_a_third_party_adds_an_algorithm_by_one_file_and_one_conf_file(tmp_path):
     """The README's recipe: the code below is the one that stands there."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
     for name in ("first_wide.py", "conf/algorithm/first_wide.yaml"):
         before, _, rest = readme.partition(f"`{name}`")
         assert before, name
