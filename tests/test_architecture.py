@@ -57,7 +57,7 @@ def package_of(name):
     if name == LAUNCHERS or name.startswith(f"{LAUNCHERS}."):
         return "launchers"
     top, *rest = name.split(".")
-    return rest[0] if top == "widthopt" and rest else None
+    return rest[0] if top == "widthopt" and rest and rest[0] in PLACE else None
 
 
 def faults(module, source):

@@ -29,12 +29,12 @@ class Network(Protocol):
         ...
 
     def stages(self, model: Any) -> Sequence[tuple[str, Sequence[str]]]:
-        """Return for each stage of a model its name and the module names of its blocks, in order."""
+        """Return the name and the module names of the blocks of each stage of a model, in order."""
         ...
 
     @property
     def rules(self) -> Mapping[Any, Any]:
-        """Tracing rules for the network's own operations by module type or function; often empty."""
+        """Tracing rules for operations of the network, by module type or function; often empty."""
         ...
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError, InputError
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class CustomNetwork:
         if "depth" in inspect.signature(factory).parameters:
             arguments["depth"] = depth
         elif depth != 1:
-            raise InputError(
-                f"depth is {depth}, but {self.factory} takes no argument `depth`; add the "
-                "argument, or use depth 1"
+            raise AxisError(
+                "depth",
+                f"{depth}, but {self.factory} takes no argument `depth`; add the argument, or use "
+                "depth 1",
             )
         try:
             model = factory(**arguments)

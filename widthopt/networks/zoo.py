@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torchvision import models
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError, InputError
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ def _deepen(
     kind = inspect.signature(builder).return_annotation
     deepen = _DEEPEN.get(kind)
     if deepen is None:
-        raise InputError(
-            f"depth is {depth}, but torchvision's builder of {name} takes no depths; use depth 1, "
-            "or a ResNet, RegNet, EfficientNet, ConvNeXt, DenseNet or mobilenet_v2"
+        raise AxisError(
+            "depth",
+            f"{depth}, but torchvision's builder of {name} takes no depths; use depth 1, or a "
+            "ResNet, RegNet, EfficientNet, ConvNeXt, DenseNet or mobilenet_v2",
         )
     with _record_constructions(kind) as recorded, suppress(_RecordedError):
         builder(**arguments)
