@@ -10,7 +10,6 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from harness import Figure, main

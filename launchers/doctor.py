@@ -115,7 +115,7 @@ def _folder(root: Path) -> Iterator[Check]:
                     fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     yield _failed(
                         "locks",
-                        "a lock does not exclude a second process; mount the file system with locks",
+                        "a lock does not exclude a second process; mount it with locks",
                     )
                 except BlockingIOError:
                     yield _ok("locks", "work on this machine")

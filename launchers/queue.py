@@ -70,8 +70,8 @@ def _execute(*words: str) -> "subprocess.CompletedProcess[str]":
         ) from error
     except subprocess.TimeoutExpired as error:
         raise InputError(
-            f"{words[0]} gives no answer for {TIMEOUT_SECONDS} s, but SLURM's controller must answer; "
-            "check it with scontrol ping, and try again later"
+            f"{words[0]} gives no answer for {TIMEOUT_SECONDS} s, but SLURM's controller must "
+            "answer; check it with scontrol ping, and try again later"
         ) from error
 
 
@@ -135,8 +135,8 @@ def check(options: Mapping[str, str]) -> None:
     if done.returncode:
         arguments = " ".join(to_arguments(options))
         raise InputError(
-            f"sbatch is given {arguments}, but SLURM refuses it ({error_text(done.stderr)}); correct "
-            "hydra.launcher; nothing was submitted"
+            f"sbatch is given {arguments}, but SLURM refuses it ({error_text(done.stderr)}); "
+            "correct hydra.launcher; nothing was submitted"
         )
     # SLURM accepts a time limit above the partition's, and then never starts the job.
     partitions = options.get("partition") or os.environ.get("SBATCH_PARTITION")

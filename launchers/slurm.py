@@ -26,7 +26,7 @@ from hydra_plugins.widthopt_launchers.snapshot import snapshot
 from hydra_plugins.widthopt_launchers.worker import Order, run_order
 from hydra_plugins.widthopt_launchers.workload import Failed, Task, Workload
 from widthopt.errors import InputError
-from widthopt.files import write_atomically, writing
+from widthopt.files import try_lock, write_atomically, writing
 from widthopt.runs.states import root_option
 
 
@@ -91,7 +91,8 @@ class Resources:
         for name in changes:
             if name not in values:
                 raise InputError(
-                    f"{key}.{name} is not a key, but the resources are {', '.join(values)}; correct it"
+                    f"{key}.{name} is not a key, but the resources are "
+                    f"{', '.join(values)}; correct it"
                 )
         merged = {**values, **changes}
         for name, value in merged.items():
@@ -169,8 +170,8 @@ class Slurm:
         """
         if not is_shared(workload.root):
             raise InputError(
-                f"root is {workload.root}, but {file_system(workload.root)} is not visible to other "
-                "nodes; name a folder on a shared file system"
+                f"root is {workload.root}, but {file_system(workload.root)} is not visible to "
+                "other nodes; name a folder on a shared file system"
             )
         tasks = list(workload.tasks())
         resources = {
@@ -191,8 +192,8 @@ class Slurm:
         kind, host = file_system(workload.root), socket.gethostname()
         if kind in _DISKS and queue.hosts() - {host, host.partition(".")[0]}:
             logger.warning(
-                "root is %s, on a disk of this machine (%s); runs fail on nodes that do not see it: "
-                "check one with widthopt doctor --job %s",
+                "root is %s, on a disk of this machine (%s); runs fail on nodes that do not "
+                "see it: check one with widthopt doctor --job %s",
                 workload.root, kind, root_option(workload.root),
             )  # fmt: skip
         with _submission_lock(workload.root):
@@ -415,8 +416,8 @@ class _Sender:
             limit_reached = "SubmitJob" in str(error)
             raise (_LimitReachedError if limit_reached else InputError)(
                 f"sbatch is given {' '.join(queue.to_arguments(flags))}, but SLURM refuses it "
-                f"({queue.error_text(str(error))}); {self._sent} runs were submitted before, and the "
-                "same command sends the rest"
+                f"({queue.error_text(str(error))}); {self._sent} runs were submitted before, and "
+                "the same command sends the rest"
             ) from error
         self._sent += len(tasks)
         for task, job in zip(tasks, jobs, strict=True):
@@ -473,7 +474,7 @@ def _submission_lock(root: Path, *, wait: bool = True) -> Iterator[None]:
         lock = os.open(root / "submit.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with writing(root):  # some file systems have no locks
-            free = _try_lock(lock)
+            free = try_lock(lock, fcntl.LOCK_EX)
         if not free:
             if not wait:
                 raise BlockingIOError
@@ -482,15 +483,6 @@ def _submission_lock(root: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _try_lock(file: int) -> bool:
-    """Whether a lock could be had at once; if so, it is."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager

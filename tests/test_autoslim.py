@@ -218,7 +218,8 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
     images = algorithm.images(counts.evaluation)
     slimmed = path_macs(
         graph, grids, path,
-        images=images, chunk=algorithm.evaluation_batch_size, calibration=algorithm.calibration_images,
+        images=images, chunk=algorithm.evaluation_batch_size,
+        calibration=algorithm.calibration_images,
     )  # fmt: skip
     assert slimmed > trained / 4
     assert found.overhead_macs == pytest.approx(trained + slimmed, rel=0.01)

@@ -421,7 +421,7 @@ def test_a_setting_from_elsewhere_that_is_not_there_is_named():
 def test_a_fraction_lies_above_0_and_at_most_1(fraction):
     assert refused(f"projection.fraction={fraction}") == (
         f"projection.fraction is {fraction}, but it is a part of the training images, above 0 and "
-        "at most 1; 0.1 is ten per cent"
+        "at most 1; 0.1 is 10 per cent"
     )
 
 
@@ -438,69 +438,70 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
         (
             "projection.depth=0",
             (
-                "projection.depth is 0, but a stage needs at least one block; use a whole number "
-                "from "
-                "1 up"
+                "projection.depth is 0, but a stage has at least one block; use an integer of at "
+                "least 1"
             ),
         ),
         (
             "target.depth=0",
-            "target.depth is 0, but it must be a whole number from 1 up; correct it",
+            "target.depth is 0, but it must be an integer of at least 1; correct it",
         ),
         (
             "target.resolution=-1",
-            "target.resolution is -1, but it must be a whole number from 1 up; correct it",
+            "target.resolution is -1, but it must be an integer of at least 1; correct it",
         ),
         (
             "methods=[uniform,best]",
             (
-                "methods is [uniform, best], but it lists some of uniform, direct, transfer, each "
-                "once; correct it"
+                "methods is [uniform, best], but it must list some of uniform, direct, transfer, "
+                "each once; correct it"
             ),
         ),
         (
             "methods=[]",
-            "methods is [], but it lists some of uniform, direct, transfer, each once; correct it",
+            (
+                "methods is [], but it must list some of uniform, direct, transfer, each once; "
+                "correct it"
+            ),
         ),
         (
             "methods=[direct,direct]",
             (
-                "methods is [direct, direct], but it lists some of uniform, direct, transfer, each "
-                "once; correct it"
+                "methods is [direct, direct], but it must list some of uniform, direct, transfer, "
+                "each once; correct it"
             ),
         ),
         (
             "seeds=[1,0,1]",
-            "seeds is [1, 0, 1], but it lists whole numbers from 0 up, each once; correct it",
+            "seeds is [1, 0, 1], but it must list integers of at least 0, each once; correct it",
         ),
         (
             "seeds=[-1]",
-            "seeds is [-1], but it lists whole numbers from 0 up, each once; correct it",
+            "seeds is [-1], but it must list integers of at least 0, each once; correct it",
         ),
         (
             "seeds=[]",
-            "seeds is [], but it lists whole numbers from 0 up, each once; correct it",
+            "seeds is [], but it must list integers of at least 0, each once; correct it",
         ),
         (
             "runtime.workers=-1",
             (
-                "runtime.workers is -1, but it is a number of processes; use 0 to load images in "
-                "the "
-                "training process, or a whole number above"
+                "runtime.workers is -1, but it is a number of processes; use at least 0, which "
+                "loads images in the training process"
             ),
         ),
         (
             "recipe.momentum=1",
             (
-                "recipe.momentum is 1, but it is a number from 0 up and below 1; "
+                "recipe.momentum is 1, but it must be at least 0 and below 1; "
                 "conf/recipe/paper.yaml has the paper's value"
             ),
         ),
         (
             "recipe.batch_size=1",
             (
-                "recipe.batch_size is 1, but a step takes at least two images, for BatchNorm's "
-                "statistics; conf/recipe/paper.yaml has the paper's value"
+                "recipe.batch_size is 1, but BatchNorm needs at least two images in a step; "
+                "conf/recipe/paper.yaml has the paper's value"
             ),
         ),
         (
@@ -543,9 +544,11 @@ def test_a_resolution_below_what_strides_allow_is_refused(custom, overrides, key
         *custom(Small), "target.width=1", "projection.width=null", *overrides, point=True
     )
     # 16 pixels leave 4 behind the stem, too few for a 5x5 convolution.
-    assert line.startswith(f"{key}, but node `conv` in module `conv` cannot run on such an image (")
-    assert line.endswith("; use a larger resolution, or check that the network takes images of "
-                         "that size")  # fmt: skip
+    assert line.startswith(
+        f"{key}, but node `conv` in module `conv` fails on images of this size ("
+    )
+    assert line.endswith("; use a larger resolution, or check that the network accepts images of "
+                         "this size")  # fmt: skip
 
 
 def test_the_least_resolution_is_accepted(custom):
@@ -568,8 +571,8 @@ def test_a_depth_that_the_builder_cannot_make_is_refused(custom):
 
 def test_a_proxy_deeper_than_its_target_is_refused():
     assert refused("projection.depth=2", point=True) == (
-        "projection.depth is too large: the proxy's stage `layer1` has 4 blocks, but the target's "
-        "has 2; a proxy is at most as deep as its target"
+        "projection.depth is too large: stage `layer1` has 4 blocks in the proxy, but 2 in the "
+        "target; use a proxy that is at most as deep as its target"
     )
 
 
@@ -578,8 +581,8 @@ def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
     # One channel each: 8 x 8 positions of 9 x 9 x 3, 4 x 4 positions of 5 x 5, 10 classes.
     least = 64 * 243 + 16 * 25 + 10
     assert line == (
-        f"budget_macs is 500, but the narrowest network already takes {least:,} at resolution 24; "
-        "raise the budget"
+        f"budget_macs is 500, but the narrowest network has {least:,} MACs at resolution 24; raise "
+        "the budget"
     )
     SizedRequest(compose([*TINY, *custom(Small), "target.width=1", f"budget_macs={least}"]))
 
@@ -599,16 +602,16 @@ def test_a_budget_that_no_search_meets_is_not_told_as_if_it_had_been_typed(algor
 def test_a_network_whose_way_depends_on_its_images_is_refused(custom):
     assert refused(*custom(Branching), "target.width=1", point=True) == (
         "network is Branching, but torch.fx cannot trace it (symbolically traced variables cannot "
-        "be used as inputs to control flow); move what depends on values into a module of its own "
-        "and give that a rule"
+        "be used as inputs to control flow); move the code that depends on values into a separate "
+        "module and add a rule for it"
     )
 
 
 def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
     line = refused(*custom(Sorting), "target.width=1", point=True)
     assert line.startswith(
-        "network operation is `sort` (node `sort` in the network's own forward), but there is no "
-        "rule for what it does to channels; give "
+        "network operation is `sort` (node `sort` in the forward of the network), but no rule "
+        "describes what it does to channels; add "
     )
     assert "network.rules" in line
 

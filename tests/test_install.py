@@ -106,7 +106,7 @@ def test_packages_on_pythonpath_change_nothing(folder, python_path, tmp_path_fac
     path = [str(foreign), *python_path]
     done = run(folder, path, *command("-m", *SWEEP))
     assert done.returncode == 0, done.stderr
-    text = "import widthopt; print(widthopt.search(*%r, 'algorithm=uniform').macs)" % (TINY[:3],)
+    text = f"import widthopt; print(widthopt.search(*{TINY[:3]}, 'algorithm=uniform').macs)"
     assert int(script(folder, path, text)) > 0
 
 

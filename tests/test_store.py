@@ -70,7 +70,7 @@ def test_a_result_that_is_not_whole_is_not_believed(entry, caplog, content):
     entry.finish({"top1": 70.25})
     (entry.folder / "result.json").write_bytes(content)
     assert entry.result() is None
-    assert "result.json is not whole; it is treated as missing" in caplog.text
+    assert "result.json is incomplete; it is treated as missing" in caplog.text
     assert entry.state() == "missing"
 
 
@@ -282,7 +282,8 @@ READ_ONLY = """
         os.setgid(65534)
         os.setuid(65534)
     root = Path(sys.argv[1])
-    for attempt in (lambda: check_writable(root), lambda: Store(root).entry("a", 1).claim().__enter__()):
+    claim = Store(root).entry("a", 1).claim()
+    for attempt in (lambda: check_writable(root), claim.__enter__):
         try:
             attempt()
         except InputError as error:

@@ -543,7 +543,7 @@ def test_a_file_cut_short_anywhere_is_not_believed(tmp_path, name, caplog):
             caplog.clear()
             alone(entry, name, content)
             assert state_of(entry, name, {"7"}) == "missing"
-            assert f"{name} is not whole; it is treated as missing" in caplog.text
+            assert f"{name} is incomplete; it is treated as missing" in caplog.text
             assert (entry.result(), entry.failure()) == (None, None)
     with entry.claim(wait=False):
         entry.finish(NEW)
@@ -560,7 +560,7 @@ def test_a_mark_of_the_root_cut_short_anywhere_is_written_again(tmp_path, caplog
         caplog.clear()
         path.write_bytes(whole[:length])
         store.check(write=False)
-        assert "store.json is not whole; it is treated as missing" in caplog.text
+        assert "store.json is incomplete; it is treated as missing" in caplog.text
         assert path.read_bytes() == whole[:length]
         store.check()
         assert path.read_bytes() == whole

@@ -60,7 +60,8 @@ def limited(monkeypatch, sent):
 
 def launcher():
     return Slurm(
-        run_spec="file_workload.run_spec", resources=RESOURCES, options={}, gpus_as="none", parallelism=4,
+        run_spec="file_workload.run_spec", resources=RESOURCES, options={}, gpus_as="none",
+        parallelism=4,
         warn_seconds=60, requeue=True, max_requeues=1, setup=(), python=None, packages=(), code=(),
     )  # fmt: skip
 
@@ -149,8 +150,8 @@ def test_a_disk_of_the_login_node_is_warned_of(tmp_path, monkeypatch, caplog, ca
     monkeypatch.setattr(queue, "hosts", lambda: {host})
     assert launcher().submit(FileWork(tmp_path, {"s": ((), "well")})) == 1
     warning = (
-        f"root is {tmp_path}, on a disk of this machine ({kind}); on nodes that do not see it runs "
-        f"fail: widthopt doctor --job --root {tmp_path} asks one"
+        f"root is {tmp_path}, on a disk of this machine ({kind}); runs fail on nodes that do not "
+        f"see it: check one with widthopt doctor --job --root {tmp_path}"
     )
     assert [one.getMessage() for one in caplog.records] == [warning] * told
 
@@ -182,9 +183,17 @@ def test_whoever_asks_for_the_state_does_not_wait_for_a_submitter(tmp_path):
     [
         ("setup", None, "hydra.launcher.setup is null, but it is a list; write 'hydra.launcher"),
         ("code", 3, "hydra.launcher.code is 3, but it is a list; write 'hydra.launcher.code=[\"3"),
-        ("resources", None, "hydra.launcher.resources is null, but it is a table; give its values"),
-        ("options", "gpu", "hydra.launcher.options is gpu, but it is a table; give its values"),
-        ("wait", "perhaps", "hydra.launcher.wait is perhaps, but it is true or false; correct it"),
+        (
+            "resources",
+            None,
+            "hydra.launcher.resources is null, but it is a mapping; set its values",
+        ),
+        ("options", "gpu", "hydra.launcher.options is gpu, but it is a mapping; set its values"),
+        (
+            "wait",
+            "perhaps",
+            "hydra.launcher.wait is perhaps, but it must be true or false; correct it",
+        ),
     ],
 )
 def test_a_value_of_another_kind_is_one_line(name, value, said):

@@ -438,7 +438,7 @@ def test_a_run_that_cannot_even_begin_says_why(folder):
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory):
-    """A sweep of one point that was given in ``root_option``, with paths that are relative to it."""
+    """A sweep of one point that was started in the folder ``there``, with relative paths."""
     there = tmp_path_factory.mktemp("by_hand") / "there"
     for number in range(8):
         for split in ("train", "val"):

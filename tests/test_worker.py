@@ -57,7 +57,7 @@ def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said == (
-        "widthopt: job 7 could not be put back (there is no scontrol where it runs); give the same "
+        "widthopt: job 7 could not be requeued (there is no scontrol where it runs); give the same "
         "sweep again\n"
     )
 

@@ -158,8 +158,8 @@ def _run(config: DictConfig) -> None:
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
     if launcher != "inprocess":
         _end(
-            f"hydra/launcher is {launcher}, but only a sweep has a launcher, and this is a single run; "
-            "add -m",
+            f"hydra/launcher is {launcher}, but only a sweep has a launcher, and this is a single "
+            "run; add -m",
             WRONG_INPUT,
         )
     try:

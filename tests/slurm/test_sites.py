@@ -188,7 +188,7 @@ def test_a_root_in_memory_is_refused(folder):
     line = folder.widthopt(*ONE, f"root={root}").stderr.splitlines()[-1]
     shutil.rmtree(root)
     assert line == (
-        f"widthopt: root is {root}, but it is on tmpfs, which no other node sees; name a folder on "
+        f"widthopt: root is {root}, but tmpfs is not visible to other nodes; name a folder on "
         "a shared file system"
     )
     assert folder.queue() == {}
@@ -286,7 +286,7 @@ def test_a_command_that_waits_outlives_the_controllers_absence(folder):
         folder.cluster.restart_controller(away_seconds=30)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert "asking again" in said
+    assert "trying again" in said
     assert {row["state"] for row in folder.rows()} == {"done"}
 
 

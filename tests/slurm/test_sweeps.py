@@ -245,7 +245,10 @@ def test_a_job_that_is_put_back_too_often_is_given_up(folder):
         folder.until_over()
     found = folder.row("search")
     assert (found["state"], folder.row("train")["state"]) == ("stale", "stale")
-    assert found["why"] == "this job was put back 1 times, which is too often"
+    assert found["why"] == (
+        "hydra.launcher.max_requeues is 0, but this job was requeued 1 times; give the same sweep "
+        "again"
+    )
 
 
 def test_without_the_right_to_requeue_the_same_command_goes_on(folder):
@@ -512,7 +515,7 @@ def test_a_warning_outside_of_training_frees_the_process_that_waits_for_another(
     assert len(folder.attempts(row["name"])) == 2
     (row,) = folder.rows()
     assert row["state"] == "done"
-    assert not any("could not be put back" in text for text in folder.logs().values())
+    assert not any("could not be requeued" in text for text in folder.logs().values())
 
 
 def test_processes_that_are_preempted_agree_where_to_stop(folder):
@@ -573,7 +576,7 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
         ("hydra.launcher.gpus_as=shares", "hydra.launcher.gpus_as is shares, but it must be"),
         ("hydra.launcher.parallelism=0", "hydra.launcher.parallelism is 0, but it is a whole"),
         ("hydra.launcher.resources.nodes=0", "hydra.launcher.resources.nodes is 0, but it is a"),
-        ("+resources.train.hours=3", "resources.train.hours is no key, but resources are"),
+        ("+resources.train.hours=3", "resources.train.hours is not a key, but the resources are"),
         ("+resources.train.minutes=long", "resources.train.minutes is long, but it is a number"),
         ("hydra.launcher.code=[elsewhere]", "hydra.launcher.code is elsewhere, but there is no"),
         (

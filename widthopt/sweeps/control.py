@@ -101,7 +101,8 @@ def find(root: Path, name: str) -> RunRef:
     if len(fitting) != 1 or not name:
         known = f"{len(fitting)} runs there begin so" if fitting else "there is no such run"
         raise InputError(
-            f"KEY is {name}, but {known} in {root}; widthopt status --all {root_option(root)} lists them"
+            f"KEY is {name}, but {known} in {root}; "
+            f"widthopt status --all {root_option(root)} lists them"
         )
     mine = tuple(sweep for sweep in sweeps if fitting[0] in sweep.own)
     stage = mine[0].entries(Store(root / "stages"))[fitting[0]]

@@ -1,10 +1,10 @@
-"""Any CNN to a `WidthGraph`, by running every operation on channel labels.
+"""Tracing of a CNN to a `WidthGraph`, by running every operation on channel labels.
 
-The network is traced with ``torch.fx`` and run once on the meta device, where only shapes
-exist. Beside each tensor travel labels, one for each entry of its channel axis. A
-convolution mints fresh labels, a sum ties those of its operands, a concatenation or a
-shuffle rearranges them. In the end, labels that were tied form a class, and classes that
-occur in exactly the same axes form a width variable.
+The network is traced with ``torch.fx`` and run once on the meta device, where tensors have
+shapes but no values. Each tensor has labels, one for each entry of its channel axis. A
+convolution creates new labels, a sum ties the labels of its operands, and a concatenation or a
+shuffle rearranges them. At the end, labels that are tied form a class, and classes that occur
+in exactly the same axes form a width variable.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError, InputError
 from widthopt.tracing.assembly import assemble
 from widthopt.tracing.labels import (
     NONE,
@@ -25,7 +25,8 @@ from widthopt.tracing.labels import (
     ParameterValue,
     Rule,
     flat,
-    place,
+    has_channels,
+    module_of,
     refusal,
     same_channels,
     tied_channels,
@@ -37,10 +38,10 @@ from widthopt.widthgraph import Stage, WidthGraph
 
 __all__ = ["Call", "Channels", "Rule", "on_meta", "same_channels", "tied_channels", "trace"]
 
-NO_RULE = "there is no rule for what it does to channels"
+NO_RULE = "no rule describes what it does to channels"
 
 Rules = Mapping[Any, Rule]
-"""Rules of a user's own, by module type or by function."""
+"""Rules of the user, by module type or by function."""
 
 
 def trace(
@@ -50,21 +51,21 @@ def trace(
     stages: Sequence[tuple[str, Sequence[str]]] = (),
     rules: Rules | None = None,
 ) -> WidthGraph:
-    """The width variables and MACs of a network; the network itself is left as it is.
+    """Return the width variables and MACs of a network, which is not changed.
 
     Args:
-        model: Takes images of shape ``batch 3 height width`` and gives logits.
+        model: A network that maps images of shape ``batch 3 height width`` to logits.
         resolution: Side of the square image that MACs are counted for, in pixels.
-        stages: Where stages and blocks lie, for extrapolation over depth: names, each with
-            the module names of its blocks in order.
-        rules: Rules for operations that have none here or whose rule is wrong for this
-            network: by module type or by function, see `Call`.
+        stages: The stages, for extrapolation over depth: for each its name and the module names
+            of its blocks, in order.
+        rules: Rules for operations that have no built-in rule, or a wrong one for this network,
+            by module type or by function; see `Call`.
 
     Raises:
-        InputError: ``torch.fx`` cannot follow the forward code, an operation has no rule, or
-            the resolution is too small for the network's strides.
+        InputError: ``torch.fx`` cannot trace the forward code, or an operation has no rule.
+        AxisError: The resolution is too small for the strides of the network.
 
-    Source: specification of MorphNet, part II, section 8.
+    Source: docs/algorithms/morphnet.md, 8.
     """
     rules = rules or {}
     traced = symbolic_trace(on_meta(model).eval(), rules)
@@ -75,12 +76,12 @@ def trace(
 
 
 def symbolic_trace(model: nn.Module, rules: Rules | None = None) -> fx.GraphModule:
-    """The network as a ``torch.fx`` graph whose nodes are torch's layers and functions.
+    """Return the network as a ``torch.fx`` graph whose nodes are layers and functions of torch.
 
     Raises:
-        InputError: The forward code depends on values in a way that ``torch.fx`` cannot follow.
+        InputError: ``torch.fx`` cannot trace the forward code, because it depends on values.
     """
-    leaves = tuple(one for one in rules or {} if isinstance(one, type))
+    leaves = tuple(target for target in rules or {} if isinstance(target, type))
     tracer = _Tracer(leaves)
     try:
         return fx.GraphModule(model, tracer.trace(model))
@@ -88,12 +89,12 @@ def symbolic_trace(model: nn.Module, rules: Rules | None = None) -> fx.GraphModu
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"network is {type(model).__name__}, but torch.fx cannot trace it ({reason}); move "
-            "what depends on values into a module of its own and give that a rule"
+            "the code that depends on values into a separate module and add a rule for it"
         ) from error
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a network whose parameters and buffers are shapes without values."""
+    """Return a copy of a network on the meta device, without values."""
     memo: dict[int, Any] = {}
     for _, value in _values(model):
         empty = torch.empty_like(value, device="meta")
@@ -102,13 +103,13 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by every name that they have."""
+    """Yield parameters and buffers with every name that they have."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 class _Tracer(fx.Tracer):
-    """Enters every module but torch's own layers and those with a rule of the user's."""
+    """Traces into every module except the layers of torch and those with a rule of the user."""
 
     def __init__(self, leaves: tuple[type, ...]) -> None:
         super().__init__()
@@ -119,13 +120,13 @@ class _Tracer(fx.Tracer):
 
 
 class _Labeller(fx.Interpreter):
-    """Runs the traced network on the meta device, and the rules beside it."""
+    """Runs the traced network on the meta device, and the rule of each node."""
 
     def __init__(
         self, module: fx.GraphModule, rules: Rules, resolution: int, *, parameters: AbstractSet[str]
     ) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.extra_traceback = False  # our messages are one line
+        self.extra_traceback = False  # messages are one line
         self.ledger = Ledger(resolution)
         self._rules = rules
         self._parameters = parameters
@@ -133,7 +134,7 @@ class _Labeller(fx.Interpreter):
         self._modules = dict(module.named_modules())
 
     def run_node(self, n: fx.Node) -> Any:
-        """One node: its shapes on the meta device, then its channels."""
+        """Run one node on the meta device, then its rule."""
         try:
             result = super().run_node(n)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -142,31 +143,32 @@ class _Labeller(fx.Interpreter):
         return result
 
     def _run_on_zeros(self, node: fx.Node, error: Exception) -> Any:
-        """The shapes of a node with a rule of the user's, whose code may look at values."""
+        """Return the shapes of a node with a rule of the user, whose code may read values."""
         module = self._module(node)
-        if self._own_rule(node, module) is not None and node.op != "call_method":
+        if self._user_rule(node, module) is not None and node.op != "call_method":
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             args, kwargs = fx.node.map_aggregate((args, kwargs), _zeros)
-            called: Any = copy.deepcopy(module).to_empty(device="cpu") if module else node.target
+            function: Any = copy.deepcopy(module).to_empty(device="cpu") if module else node.target
             try:
-                return fx.node.map_aggregate(called(*args, **kwargs), _shape)
-            except (RuntimeError, ValueError, IndexError) as again:
-                error = again
+                return fx.node.map_aggregate(function(*args, **kwargs), _to_meta)
+            except (RuntimeError, ValueError, IndexError) as second_error:
+                error = second_error
         elif node.op.startswith("call") and self._rule(node, module) is None:
             raise refusal(node, module, NO_RULE) from error
-        raise InputError(
-            f"resolution is {self.ledger.resolution}, but node `{node.name}` in {place(node)} "
-            f"cannot run on such an image ({str(error).splitlines()[0]}); use a larger resolution, "
-            "or check that the network takes images of that size"
+        raise AxisError(
+            "resolution",
+            f"{self.ledger.resolution}, but node `{node.name}` in {module_of(node)} fails on "
+            f"images of this size ({str(error).splitlines()[0]}); use a larger resolution, or "
+            "check that the network accepts images of this size",
         ) from error
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A parameter or buffer, or a constant of the forward code, as a shape."""
-        return _shape(super().get_attr(target, args, kwargs))
+        """Return a parameter, a buffer or a constant of the forward code on the meta device."""
+        return _to_meta(super().get_attr(target, args, kwargs))
 
     def _channels(self, node: fx.Node, result: Any) -> Any:
         if node.op == "placeholder":
-            labels = self.ledger.mint("image", result.shape[1])
+            labels = self.ledger.create("image", result.shape[1])
             self.ledger.fixed.append(labels)
             return Channels(labels)
         if node.op == "get_attr":
@@ -175,10 +177,10 @@ class _Labeller(fx.Interpreter):
         if node.op == "output":
             outputs = flat(fx.node.map_arg(node.args, self._labelled.get))
             self.ledger.fixed += [
-                one.labels.ravel() for one in outputs if isinstance(one, Channels)
+                output.labels.ravel() for output in outputs if isinstance(output, Channels)
             ]
             return None
-        if not any(isinstance(one, torch.Tensor) for one in flat(result)):
+        if not any(isinstance(value, torch.Tensor) for value in flat(result)):
             return result  # sizes, and arithmetic on them
         return self._apply_rule(node, result)
 
@@ -190,12 +192,11 @@ class _Labeller(fx.Interpreter):
             module=module,
             args=tuple(fx.node.map_arg(node.args, self._labelled.__getitem__)),
             kwargs=dict(fx.node.map_arg(node.kwargs, self._labelled.__getitem__)),
-            shapes=tuple(self._shape(one) for one in node.args),
+            shapes=tuple(self._shape(argument) for argument in node.args),
             shape=tuple(result.shape) if isinstance(result, torch.Tensor) else (),
         )
-        operands = list(flat((call.args, call.kwargs)))
-        if not any(isinstance(one, Channels) and one is not NONE for one in operands):
-            return NONE  # made by the forward code, or one number for all channels
+        if not any(has_channels(operand) for operand in flat((call.args, call.kwargs))):
+            return NONE  # created by the forward code, or a single number for all channels
         rule = self._rule(node, module)
         if rule is None:
             raise refusal(node, module, NO_RULE)
@@ -208,27 +209,28 @@ class _Labeller(fx.Interpreter):
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[str(node.target)] if node.op == "call_module" else None
 
-    def _own_rule(self, node: fx.Node, module: nn.Module | None) -> Rule | None:
-        if module is None:
-            return self._rules.get(node.target)
-        return next((self._rules[one] for one in type(module).__mro__ if one in self._rules), None)
+    def _user_rule(self, node: fx.Node, module: nn.Module | None) -> Rule | None:
+        return self._rules.get(node.target) if module is None else _by_type(self._rules, module)
 
     def _rule(self, node: fx.Node, module: nn.Module | None) -> Rule | None:
-        own = self._own_rule(node, module)
-        if own is not None:
-            return own
+        rule = self._user_rule(node, module)
+        if rule is not None:
+            return rule
         if module is None:
             return FUNCTION_RULES.get(torch_function_name(node) or "")
-        return next(
-            (MODULE_RULES[one] for one in type(module).__mro__ if one in MODULE_RULES), None
-        )
+        return _by_type(MODULE_RULES, module)
+
+
+def _by_type(rules: Rules, module: nn.Module) -> Rule | None:
+    """Return the rule of the most derived type of a module that has a rule."""
+    return next((rules[kind] for kind in type(module).__mro__ if kind in rules), None)
 
 
 def _zeros(value: Any) -> Any:
-    """A tensor of zeros for one without values."""
+    """Return a tensor of zeros in place of a tensor without values."""
     return torch.zeros_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
 
 
-def _shape(value: Any) -> Any:
-    """A tensor without values for one that may have them."""
+def _to_meta(value: Any) -> Any:
+    """Return a tensor without values in place of a tensor."""
     return value.to("meta") if isinstance(value, torch.Tensor) else value

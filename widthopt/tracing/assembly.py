@@ -1,4 +1,4 @@
-"""From what the rules recorded to a `WidthGraph`: classes, width variables, axes."""
+"""Assembly of a `WidthGraph` from the records of the rules: classes, width variables, axes."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,20 +21,20 @@ from widthopt.widthgraph import (
 
 
 def assemble(ledger: Ledger, stages: tuple[Stage, ...]) -> WidthGraph:
-    """The graph of everything that was recorded while a network was traced."""
+    """Return the graph of a traced network from its ledger."""
     assembly = _Assembly(ledger)
     return WidthGraph(
         resolution=ledger.resolution,
         variables=tuple(assembly.variables),
         layers=tuple(
             Layer(
-                one.name,
-                one.kind,  # type: ignore[arg-type]  # the rules use the three kinds
-                one.coefficient,
-                assembly.axis(one.reads),
-                assembly.axis(one.writes),
+                layer.name,
+                layer.kind,  # type: ignore[arg-type]  # the rules use the three kinds
+                layer.coefficient,
+                assembly.axis(layer.reads),
+                assembly.axis(layer.writes),
             )
-            for one in ledger.layers
+            for layer in ledger.layers
         ),
         norms=tuple(
             Norm(name, gamma, assembly.axis(channels)) for name, gamma, channels in ledger.norms
@@ -45,24 +45,24 @@ def assemble(ledger: Ledger, stages: tuple[Stage, ...]) -> WidthGraph:
         ),
         rewrites=tuple(
             Rewrite(
-                one.node,
-                one.kind,  # type: ignore[arg-type]  # the rules use the two kinds
-                one.source,
-                one.writes.dim,
-                assembly.axis(one.reads),
-                assembly.axis(one.writes),
-                assembly.picks(one.reads, one.places),
+                rewrite.node,
+                rewrite.kind,  # type: ignore[arg-type]  # the rules use the two kinds
+                rewrite.source,
+                rewrite.writes.dim,
+                assembly.axis(rewrite.reads),
+                assembly.axis(rewrite.writes),
+                assembly.picks(rewrite.reads, rewrite.places),
             )
-            for one in ledger.rewrites
+            for rewrite in ledger.rewrites
         ),
         stages=stages,
     )
 
 
 class _Blocks(NamedTuple):
-    """An axis block by block: one entry of each array for each block.
+    """The blocks of an axis: each array has one entry for each block.
 
-    The labels of one class that a grouped convolution made consecutive are one block.
+    Consecutive labels of one class, as a grouped convolution creates them, are one block.
     """
 
     variables: Labels
@@ -71,50 +71,50 @@ class _Blocks(NamedTuple):
 
 
 class _Assembly:
-    """Sorts classes into variables and writes axes as runs."""
+    """Groups classes into variables and converts axes to spans."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._roots = _roots(ledger.count, ledger.ties)
-        self._variable = np.full(ledger.count, -1)  # by root: its variable
-        self._class = np.full(ledger.count, -1)  # by root: the class within it
+        self._variable = np.full(ledger.count, -1)  # by root: the variable
+        self._class = np.full(ledger.count, -1)  # by root: the class within the variable
         self.variables: list[Variable] = []
         self._block = self._sort()
 
     def _sort(self) -> Labels:
-        """Bucket classes into variables; the consecutive labels of a class, by variable."""
-        ledger, buckets, minted = self._ledger, self._buckets(), dict(self._ledger.minted)
+        """Group classes into variables; return the labels in one block, by variable."""
+        ledger, buckets, created = self._ledger, self._buckets(), dict(self._ledger.created)
         fixed = {root for labels in ledger.fixed for root in self._roots[labels].tolist()}
         writers = self._writers()
         members: dict[tuple[int, bool], dict[int, None]] = {}
-        for labels in minted.values():
+        for labels in created.values():
             for root in self._roots[labels].tolist():
                 members.setdefault((int(buckets[root]), root in fixed), {})[root] = None
-        taken: dict[str, int] = defaultdict(int)
+        uses: dict[str, int] = defaultdict(int)
         blocks = []
         for (_, is_fixed), roots in members.items():
             leader, *_ = roots
             first = writers[leader][0]
-            taken[first] += 1
-            name = first if taken[first] == 1 else f"{first}:{taken[first]}"
-            written = self._roots[minted[first]] == leader
+            uses[first] += 1
+            name = first if uses[first] == 1 else f"{first}:{uses[first]}"
+            written = self._roots[created[first]] == leader
             self._variable[list(roots)] = len(self.variables)
             self._class[list(roots)] = np.arange(len(roots))
             unit = int(written.sum())
-            blocks.append(_longest_run(written))
+            blocks.append(_longest_streak(written))
             self.variables.append(
                 Variable(name, unit * len(roots), unit, not is_fixed, tuple(writers[leader]))
             )
         return np.array(blocks)
 
     def _buckets(self) -> Labels:
-        """By root: a number that classes share if exactly the same axes contain them.
+        """Return by root a number that is equal for classes in exactly the same axes.
 
-        Reading axes are included. Producers alone would not do: half of a layer's output may
-        go elsewhere. Each axis in turn splits the buckets that it cuts through.
+        Axes that are read count too, because a layer may read only half of the output of another
+        layer. Each axis in turn splits the buckets of which it contains a part.
         """
         ledger = self._ledger
-        axes = [Channels(labels) for _, labels in ledger.minted]
+        axes = [Channels(labels) for _, labels in ledger.created]
         for layer in ledger.layers:
             axes += [layer.reads, layer.writes]
         axes += [channels for _, _, channels in ledger.norms]
@@ -130,10 +130,10 @@ class _Assembly:
         return buckets
 
     def _writers(self) -> dict[int, list[str]]:
-        """For each class, the modules whose output it is, in forward order."""
+        """Return for each class the modules whose output it is, in forward order."""
         writers: dict[int, dict[str, None]] = defaultdict(dict)
         layers = iter(self._ledger.layers)
-        written = [(name, labels) for name, labels in self._ledger.minted if name == "image"]
+        written = [(name, labels) for name, labels in self._ledger.created if name == "image"]
         written += [(layer.name, layer.writes.labels) for layer in layers]
         for name, labels in written:
             for root in np.unique(self._roots[labels]).tolist():
@@ -153,31 +153,32 @@ class _Assembly:
         return _Blocks(variables[stretch], self._class[roots][stretch], sizes)
 
     def axis(self, channels: Channels) -> Axis:
-        """An axis as runs of consecutive classes."""
+        """Return an axis as spans of consecutive classes."""
         variables, classes, sizes = self._blocks(channels)
         new = (np.diff(variables) != 0) | (np.diff(sizes) != 0) | (np.diff(classes) != 1)
         starts = np.concatenate([[0], np.flatnonzero(new) + 1])
         lengths = np.diff(starts, append=len(variables))
         columns = (variables[starts], classes[starts], lengths, sizes[starts] * channels.repeat)
-        return tuple(Span(*run) for run in zip(*(one.tolist() for one in columns), strict=True))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return tuple(Span(*row) for row in rows)
 
     def picks(self, reads: Channels, places: Labels) -> tuple[int, ...]:
-        """Places of labels, as places of blocks."""
+        """Convert places of labels to places of blocks."""
         picks: list[int] = []
         sizes = self._blocks(reads).sizes
         starts = dict(
             zip((sizes.cumsum() - sizes).tolist(), enumerate(sizes.tolist()), strict=True)
         )
         position = 0
-        wanted = places.tolist()
-        while position < len(wanted):
-            number, size = starts.get(wanted[position], (-1, 1))
+        labels = places.tolist()
+        while position < len(labels):
+            number, size = starts.get(labels[position], (-1, 1))
             picks.append(number)
             position += size
         return tuple(picks)
 
 
-def _longest_run(flags: Iterable[bool]) -> int:
+def _longest_streak(flags: Iterable[bool]) -> int:
     longest = current = 0
     for flag in flags:
         current = current + 1 if flag else 0
@@ -186,7 +187,7 @@ def _longest_run(flags: Iterable[bool]) -> int:
 
 
 def _roots(count: int, ties: Sequence[tuple[Labels, Labels]]) -> Labels:
-    """The smallest label of each label's class: a disjoint-set forest."""
+    """Return the smallest label of the class of each label, from a disjoint-set forest."""
     parent = list(range(count))
 
     def root(label: int) -> int:
@@ -195,9 +196,9 @@ def _roots(count: int, ties: Sequence[tuple[Labels, Labels]]) -> Labels:
             label = parent[label]
         return label
 
-    for ones, others in ties:
-        for one, other in zip(ones.tolist(), others.tolist(), strict=True):
-            first, second = root(one), root(other)
+    for left, right in ties:
+        for pair in zip(left.tolist(), right.tolist(), strict=True):
+            first, second = map(root, pair)
             if first != second:
                 parent[max(first, second)] = min(first, second)
     return np.array([root(label) for label in range(count)], dtype=np.int64)

@@ -1,7 +1,7 @@
-"""The rules: how torch's own operations treat channels.
+"""Rules of the operations of torch.
 
-A rule gets a `Call` and returns the `Channels` of the result. Rules never conclude
-anything from sizes that happen to be equal; what they cannot be sure of they refuse.
+A rule maps a `Call` to the `Channels` of the result. Rules do not infer anything from sizes that
+happen to be equal; they raise an error if a case is ambiguous.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError
 from widthopt.tracing.labels import (
     NONE,
     Call,
@@ -24,6 +24,7 @@ from widthopt.tracing.labels import (
     ParameterValue,
     Rule,
     flat,
+    has_channels,
     same_channels,
     tie_operands,
     tied_channels,
@@ -31,13 +32,13 @@ from widthopt.tracing.labels import (
 
 
 PAIR = 2
-"""Axes that the channels lie on between the two views of a channel shuffle."""
+"""Number of channel axes between the two views of a channel shuffle."""
 
 
 def _convolution(call: Call) -> Channels:
-    """A dense, depthwise or grouped convolution (specification of MorphNet, section 1.2)."""
+    """Rule of dense, depthwise and grouped convolutions (docs/algorithms/morphnet.md, 1.2)."""
     module, reads = call.module, call.args[0]
-    assert isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 (their shared base class)
+    assert isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 (the shared base class)
     if reads is NONE or reads.dim != 1 or reads.labels.ndim != 1:
         raise call.refuse("its input has no channels on axis 1")
     _check_strides(call, 1 if module.transposed else module.stride)
@@ -50,12 +51,12 @@ def _convolution(call: Call) -> Channels:
         writes = replace(reads, repeat=reads.repeat * (module.out_channels // groups))
         return call.layer("depthwise", coefficient, reads, writes)
     if reads.repeat > 1:
-        raise call.refuse("its groups are made of channels that fill several entries")
+        raise call.refuse("its groups consist of channels that fill several entries")
     writes = call.layer("grouped", coefficient * (module.in_channels // groups), reads)
     for inside, outside in zip(
         reads.labels.reshape(groups, -1), writes.labels.reshape(groups, -1), strict=True
     ):
-        both = np.concatenate([inside, outside])  # a group lives or dies as a whole
+        both = np.concatenate([inside, outside])  # a group can only be removed completely
         call.ledger.tie(both[:-1], both[1:])
     return writes
 
@@ -68,14 +69,15 @@ def _linear(call: Call) -> Channels:
 
 
 def _check_strides(call: Call, stride: int | Sequence[int]) -> None:
-    """A stride needs more than one entry to stride over, else the image is too small."""
+    """Raise AxisError if a map has a single pixel before a stride."""
     sides = call.before[2:]
     strides = [stride] * len(sides) if isinstance(stride, int) else stride
     for side, step in zip(sides, strides, strict=False):
         if step > 1 and side == 1:
-            raise InputError(
-                f"resolution is {call.ledger.resolution}, but `{call.name}` strides over a map "
-                "of one pixel then; use a larger resolution"
+            raise AxisError(
+                "resolution",
+                f"{call.ledger.resolution}, but `{call.name}` has a stride on a map of a single "
+                "pixel; use a larger resolution",
             )
 
 
@@ -93,16 +95,16 @@ def _normalisation(call: Call) -> Any:
         raise call.refuse("its input's channels are not on one axis")
     if isinstance(module, nn.GroupNorm):
         grouped = channels.labels.reshape(module.num_groups, -1)
-        call.ledger.tie(grouped[:-1], grouped[1:])  # as many channels in every group
+        call.ledger.tie(grouped[:-1], grouped[1:])  # equal numbers of channels in all groups
     last = (
         channels.dim == len(call.shape) - 1 and len(getattr(module, "normalized_shape", " ")) == 1
     )
     if isinstance(module, nn.LayerNorm) and not last:
-        raise call.refuse("it normalises other axes than the channels")
+        raise call.refuse("it normalises axes other than the channels")
     for name, _, earlier in call.ledger.norms:
         if name == call.name:  # called again with the same scales
             tie_operands(call, earlier, channels)
-    batch = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 (their base class)
+    batch = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 (the base class)
     call.ledger.norms.append((call.name, batch and bool(module.affine), channels))
     return channels
 
@@ -110,10 +112,10 @@ def _normalisation(call: Call) -> Any:
 def _functional_layer_norm(call: Call) -> Any:
     channels = call.args[0]
     if channels is NONE or channels.dim != len(call.shape) - 1:
-        raise call.refuse("it normalises other axes than the channels")
-    for one in flat((call.args[1:], call.kwargs)):
-        if isinstance(one, ParameterValue):
-            call.parameter(one.name, 0, channels)
+        raise call.refuse("it normalises axes other than the channels")
+    for argument in flat((call.args[1:], call.kwargs)):
+        if isinstance(argument, ParameterValue):
+            call.parameter(argument.name, 0, channels)
     return channels
 
 
@@ -127,15 +129,16 @@ def _prelu(call: Call) -> Any:
 
 def _concatenation(call: Call) -> Channels:
     parts = call.argument(0, "tensors")
-    if any(not isinstance(one, Channels) or one is NONE for one in parts):
-        raise call.refuse("it joins tensors with channels to tensors without")
+    if not all(has_channels(part) for part in parts):
+        raise call.refuse("it concatenates tensors with channels and tensors without")
     first: Channels = parts[0]
-    if any((one.dim, one.labels.ndim, one.repeat) != (first.dim, 1, first.repeat) for one in parts):
-        raise call.refuse("it joins tensors whose channels are laid out differently")
+    layout = (first.dim, 1, first.repeat)
+    if any((part.dim, part.labels.ndim, part.repeat) != layout for part in parts):
+        raise call.refuse("it concatenates tensors whose channels have different layouts")
     if call.argument(1, "dim", 0) % len(call.shape) == first.dim:
-        return Channels(np.concatenate([one.labels for one in parts]), first.repeat, first.dim)
-    for one in parts[1:]:
-        tie_operands(call, first, one)
+        return Channels(np.concatenate([part.labels for part in parts]), first.repeat, first.dim)
+    for part in parts[1:]:
+        tie_operands(call, first, part)
     return first
 
 
@@ -143,10 +146,10 @@ def _reduction(call: Call) -> Channels:
     channels: Channels = call.args[0]
     dims = call.dims(call.argument(1, "dim"))
     if channels is NONE or channels.dim in dims:
-        return NONE  # one number for all channels
-    kept = call.argument(2, "keepdim", default=False)
-    gone = 0 if kept else sum(dim < channels.dim for dim in dims)
-    return replace(channels, dim=channels.dim - gone)
+        return NONE  # a single number for all channels
+    keepdim = call.argument(2, "keepdim", default=False)
+    removed = 0 if keepdim else sum(dim < channels.dim for dim in dims)
+    return replace(channels, dim=channels.dim - removed)
 
 
 def _permutation(call: Call) -> Channels:
@@ -156,9 +159,9 @@ def _permutation(call: Call) -> Channels:
 
 
 def _transposition(call: Call) -> Channels:
-    one, other = call.dims([call.argument(1, "dim0"), call.argument(2, "dim1")])
+    first, second = call.dims([call.argument(1, "dim0"), call.argument(2, "dim1")])
     order = list(range(len(call.shape)))
-    order[one], order[other] = order[other], order[one]
+    order[first], order[second] = order[second], order[first]
     return _reorder(call, order)
 
 
@@ -171,7 +174,7 @@ def _reorder(call: Call, order: Sequence[int]) -> Channels:
         return replace(channels, dim=dim)
     second = order.index(channels.dim + 1)
     if abs(second - dim) != 1:
-        raise call.refuse("it tears the two axes of a channel shuffle apart")
+        raise call.refuse("it separates the two axes of a channel shuffle")
     if second > dim:
         return replace(channels, dim=dim)
     assert channels.places is not None
@@ -179,7 +182,7 @@ def _reorder(call: Call, order: Sequence[int]) -> Channels:
 
 
 def _reshape(call: Call) -> Channels:
-    """A view, reshape or flatten: channels are flattened with what follows, or shuffle."""
+    """Rule of view, reshape and flatten, which flatten the channels or are part of a shuffle."""
     channels: Channels = call.args[0]
     after = call.shape
     if channels is NONE:
@@ -191,10 +194,10 @@ def _reshape(call: Call) -> Channels:
     while place < len(after) - 1 and after[place] == 1 and size > 1:
         place += 1
     if place == len(after) or math.prod(after[:place]) != ahead:
-        raise call.refuse("it joins the channels with an axis before them")
+        raise call.refuse("it merges the channels with an axis before them")
     if channels.labels.ndim == PAIR:
         if after[place] != channels.labels.size or channels.places is None:
-            raise call.refuse("it splits the channels in a way that is no channel shuffle")
+            raise call.refuse("it splits the channels, but is not part of a channel shuffle")
         return call.select(channels.source, channels.places.reshape(-1), place)
     behind = math.prod(call.before[channels.dim + 1 :])
     if after[place] in {channels.entries, channels.entries * behind}:
@@ -204,17 +207,17 @@ def _reshape(call: Call) -> Channels:
         call.ledger.sources[call.source] = channels
         places = np.arange(channels.entries).reshape(pair)
         return Channels(channels.labels.reshape(pair), 1, place, call.source, places)
-    raise call.refuse("it splits the channels in a way that is no channel shuffle")
+    raise call.refuse("it splits the channels, but is not part of a channel shuffle")
 
 
 def _flatten(call: Call, channels: Channels, place: int) -> Channels:
-    """Channels on axis ``place`` of the result, alone or with all that was behind them."""
+    """Return channels on axis ``place`` of the result, alone or with all axes behind them."""
     size = call.shape[place]
     repeat = channels.repeat * (size // channels.entries)
     result = replace(channels, dim=place, repeat=repeat)
-    if any(one == size for one in flat(call.node.args[1:]) if type(one) is int):
+    if any(argument == size for argument in flat(call.node.args[1:]) if type(argument) is int):
         if place != len(call.shape) - 1:
-            raise call.refuse("it has a channel count written into it: write -1 there")
+            raise call.refuse("it has a literal channel count: write -1 instead")
         call.ledger.rewrites.append(
             LabelledRewrite(call.node.name, "flatten", call.source, channels, result, np.arange(0))
         )
@@ -222,14 +225,14 @@ def _flatten(call: Call, channels: Channels, place: int) -> Channels:
 
 
 def _pick(call: Call, pick: Callable[[Labels], Labels]) -> Channels:
-    """Some of the channels of the first argument, in the order that ``pick`` puts them."""
+    """Return channels of the first argument, in the order of ``pick``."""
     channels: Channels = call.args[0]
     if channels.labels.ndim != 1:
-        raise call.refuse("it cuts through a channel shuffle")
+        raise call.refuse("it splits the channels within a channel shuffle")
     entries = pick(np.repeat(np.arange(channels.labels.size), channels.repeat))
     places = entries[:: channels.repeat]
     if not np.array_equal(np.repeat(places, channels.repeat), entries):
-        raise call.refuse("it cuts a flattened channel in two")
+        raise call.refuse("it splits a flattened channel")
     call.ledger.sources[call.source] = channels
     return Channels(channels.labels[places], channels.repeat, channels.dim, call.source, places)
 
@@ -251,12 +254,12 @@ def _channel_shuffle(call: Call) -> Channels:
 
 
 def _parts(call: Call, ends: Sequence[int], dim: int) -> tuple[Channels, ...]:
-    """The pieces of a split; each is recorded where the forward code takes it out."""
+    """Return the parts of a split; each is recorded when the forward code indexes it."""
     channels: Channels = call.args[0]
     if channels is NONE or dim != channels.dim:
         return tuple(channels for _ in ends)
-    pieces = [slice(start, end) for start, end in pairwise([0, *ends])]
-    return tuple(_pick(call, itemgetter(piece)) for piece in pieces)
+    parts = [slice(start, end) for start, end in pairwise([0, *ends])]
+    return tuple(_pick(call, itemgetter(part)) for part in parts)
 
 
 def _chunk(call: Call) -> tuple[Channels, ...]:
@@ -278,29 +281,30 @@ def _split(call: Call) -> tuple[Channels, ...]:
 
 
 def _item(call: Call) -> Any:
-    """Indexing: one of a tuple of tensors, or a slice of one tensor."""
-    whole, index = call.args[0], call.args[1]
-    if not isinstance(whole, Channels):
-        part = whole[index]
+    """Rule of indexing: an item of a tuple of tensors, or a slice of a tensor."""
+    channels, index = call.args[0], call.args[1]
+    if not isinstance(channels, Channels):
+        part = channels[index]
         return _record(call, part) if isinstance(part, Channels) else part
-    if whole is NONE:
+    if channels is NONE:
         return NONE
     indices = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in indices:
-        at = indices.index(Ellipsis)
-        indices[at : at + 1] = [slice(None)] * (len(call.before) - len(indices) + 1)
+        place = indices.index(Ellipsis)
+        indices[place : place + 1] = [slice(None)] * (len(call.before) - len(indices) + 1)
     indices += [slice(None)] * (len(call.before) - len(indices))
-    if not all(isinstance(one, (int, slice)) for one in indices):
-        raise call.refuse("it indexes with something other than numbers and slices")
-    mine = indices[whole.dim]
-    if isinstance(mine, int):
-        raise call.refuse("it takes single channels out")
-    if mine == slice(None):
-        gone = sum(isinstance(one, int) for one in indices[: whole.dim])
-        return replace(whole, dim=whole.dim - gone)
-    if any(one != slice(None) for one in indices[: whole.dim] + indices[whole.dim + 1 :]):
-        raise call.refuse("it slices channels and positions at once")
-    return _record(call, _pick(call, lambda entries: entries[mine]))
+    if not all(isinstance(item, (int, slice)) for item in indices):
+        raise call.refuse("it indexes with something other than integers and slices")
+    selected = indices[channels.dim]
+    before, behind = indices[: channels.dim], indices[channels.dim + 1 :]
+    if isinstance(selected, int):
+        raise call.refuse("it selects a single channel")
+    if selected == slice(None):
+        removed = sum(isinstance(item, int) for item in before)
+        return replace(channels, dim=channels.dim - removed)
+    if any(item != slice(None) for item in before + behind):
+        raise call.refuse("it slices channels and positions in one operation")
+    return _record(call, _pick(call, lambda entries: entries[selected]))
 
 
 def _unsqueeze(call: Call) -> Channels:
@@ -317,7 +321,7 @@ def _squeeze(call: Call) -> Channels:
     if channels is NONE:
         return NONE
     if channels.dim in dims:
-        raise call.refuse("it drops the channel axis of one channel")
+        raise call.refuse("it removes a channel axis with a single channel")
     return replace(channels, dim=channels.dim - sum(dim < channels.dim for dim in dims))
 
 
@@ -368,7 +372,7 @@ MODULE_RULES: dict[type[nn.Module], Rule] = {
     nn.Flatten: _reshape,
     nn.ChannelShuffle: _channel_shuffle,
 }
-"""Rules of torch's layers, by type; a subclass has its base's rule unless it is entered."""
+"""Rules of torch's layers by type; a subclass has the rule of its base class."""
 
 _SAME_FUNCTIONS = (
     "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu celu gelu silu mish softplus softsign "
