@@ -85,8 +85,8 @@ def everything(folder):
         (
             ("hydra/launcher=slurm",),
             (
-                "hydra/launcher is slurm, but that starts sweeps, and this is a single run in this "
-                "process; add -m"
+                "hydra/launcher is slurm, but only a sweep has a launcher, and this is a single "
+                "run; add -m"
             ),
         ),
         (
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
         *(
             (
                 (name, "--root", "none"),
-                ("--root is none, but there is no such folder; name the one that runs are kept in"),
+                ("--root is none, but there is no such folder; name the folder of your runs"),
             )
             for name in ("report", "status", "sync")
         ),
@@ -424,7 +424,7 @@ def test_runs_are_shown_side_by_side(ran, folder):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["report", "--root", "."], "--root is ., but no run there has a record; run one first"),
+        (["report", "--root", "."], "--root is ., but no run in it has a record; run one first"),
         (
             ["report", "nowhere", "--root", "."],
             "nowhere is no sweep or figure in ., but the sweeps there are: none",

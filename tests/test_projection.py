@@ -1,15 +1,15 @@
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small import make_recipe
 
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.projection import Depth, Fraction, Projection, Resolution, Width, nominal_saving
-from widthopt.setting import Recipe, Setting
+from widthopt.setting import Setting
 
 
 NETWORK = TorchvisionNetwork("resnet18")
@@ -60,9 +60,9 @@ def test_each_axis_changes_its_own_value_only(target, width, depth, pixels, part
     old = (target.width, target.depth, target.resolution, target.fraction)
     new = (width, depth, pixels, part)
     for place, value in enumerate(new):
-        only = Projection(*(value if place == one else None for one in range(4)))(target)
-        expected = [value if place == one else old[one] for one in range(4)]
-        assert [only.width, only.depth, only.resolution, only.fraction] == expected
+        single = Projection(*(value if place == axis else None for axis in range(4)))(target)
+        expected = [value if place == axis else old[axis] for axis in range(4)]
+        assert [single.width, single.depth, single.resolution, single.fraction] == expected
 
 
 @given(SETTINGS, WIDTHS)
@@ -73,7 +73,7 @@ def test_projecting_twice_is_projecting_once(target, width):
 @pytest.mark.parametrize(
     ("proxy", "target", "times"),
     [
-        # The paper's compound points; its "320x" is the second (style guide, section 4.4).
+        # The compound points of the paper; its "320x" is the second point.
         (setting(0.707, 1, 160, 0.1), setting(1.414, 2, 320, 1.0), 320),
         (setting(0.312, 1, 64, 0.05), setting(1.414, 2, 320, 1.0), 20_540),
         # "96 % saved" by resolution, 75 % by depth, 96.8 % by width, 95 % by fraction.
@@ -83,7 +83,7 @@ def test_projecting_twice_is_projecting_once(target, width):
         (setting(1.0, 1, 224, 0.05), setting(1.0, 1, 224, 1.0), 20),
     ],
 )
-def test_the_nominal_saving_of_the_papers_points_is_its_own(proxy, target, times):
+def test_the_nominal_saving_of_points_of_the_paper_is_that_of_the_paper(proxy, target, times):
     assert nominal_saving(target, proxy) == pytest.approx(times, rel=5e-5)
 
 
@@ -93,7 +93,7 @@ def test_nothing_is_saved_where_nothing_is_projected(target):
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])
-def test_a_width_that_is_no_positive_number_is_refused(width):
+def test_a_width_that_is_not_a_positive_number_is_refused(width):
     with pytest.raises(
         InputError,
         match=rf"^projection\.width is {width:g}, but a width multiplier is a number above 0; "
@@ -105,8 +105,8 @@ def test_a_width_that_is_no_positive_number_is_refused(width):
 def test_a_depth_below_one_is_refused():
     with pytest.raises(
         InputError,
-        match=r"^projection\.depth is 0, but a stage needs at least one block; use a whole number "
-        r"from 1 up$",
+        match=r"^projection\.depth is 0, but a stage has at least one block; use an integer of at "
+        r"least 1$",
     ):
         Depth(0)
 
@@ -114,8 +114,8 @@ def test_a_depth_below_one_is_refused():
 def test_a_resolution_below_one_is_refused():
     with pytest.raises(
         InputError,
-        match=r"^projection\.resolution is 0, but an image has at least one pixel; use a whole "
-        r"number from 1 up$",
+        match=r"^projection\.resolution is 0, but an image has at least one pixel; use an integer "
+        r"of at least 1$",
     ):
         Resolution(0)
 
@@ -125,27 +125,13 @@ def test_a_fraction_outside_its_range_is_refused(fraction):
     with pytest.raises(
         InputError,
         match=rf"^projection\.fraction is {fraction:g}, but it is a part of the training images, "
-        r"above 0 and at most 1; 0\.1 is ten per cent$",
+        r"above 0 and at most 1; 0\.1 is 10 per cent$",
     ):
         Fraction(fraction)
 
 
-def test_the_whole_of_the_training_images_is_a_fraction():
+def test_a_fraction_may_be_all_training_images():
     assert Fraction(1.0)(setting(1.0, 1, 224, 0.5)).fraction == 1
-
-
-RECIPE = Recipe(
-    batch_size=16,
-    accumulation=1,
-    epochs=1,
-    search_epochs=1,
-    learning_rate=0.2,
-    warmup_epochs=0.0,
-    momentum=0.9,
-    weight_decay=0.0,
-    label_smoothing=0.1,
-    augmentation="none",
-)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +150,6 @@ RECIPE = Recipe(
         ("label_smoothing", 1.0),
     ],
 )
-def test_a_recipe_that_cannot_be_followed_is_refused_by_its_key(key, value):
+def test_a_value_of_a_recipe_out_of_range_is_refused_with_its_key(key, value):
     with pytest.raises(InputError, match=rf"^recipe\.{key} is {value:g}, but .*; conf/recipe/"):
-        replace(RECIPE, **{key: value})
+        make_recipe(**{key: value})

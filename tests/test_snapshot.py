@@ -32,7 +32,8 @@ def test_a_copy_is_what_python_would_import(mine, tmp_path):
     copy = snapshot([], [str(mine)], into=tmp_path)
     files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert files == {
-        "data/script.py", "my_network.py", "package/__init__.py", "package/table.csv",
+        "own/data/script.py", "own/my_network.py", "own/package/__init__.py",
+        "own/package/table.csv",
     }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_the_same_code_is_copied_once_and_other_code_beside_it(mine, tmp_path):
     (mine / "my_network.py").write_text("VALUE = 2")
     second = snapshot([], [str(mine)], into=tmp_path)
     assert second != first
-    assert (first / "my_network.py").read_text() == "VALUE = 1"
+    assert (first / "own" / "my_network.py").read_text() == "VALUE = 1"
     assert not list(tmp_path.glob(".*"))
 
 
@@ -73,10 +74,15 @@ def test_python_runs_from_a_copy_alone(mine, tmp_path):
         "widthopt.runs.store",
     )  # fmt: skip
     script = (
+        "import sys; sys.path.append(sys.argv[1])\n"
         f"import {', '.join(modules)}\nprint({', '.join(f'{name}.__file__' for name in modules)})"
     )
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", script], cwd=copy, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, copy / "own"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert all(word.startswith(str(copy)) for word in done.stdout.split()), done.stdout
     assert (copy / "widthopt" / "conf" / "config.yaml").exists()

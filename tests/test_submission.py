@@ -34,7 +34,7 @@ def sent(monkeypatch):
         for place, task in enumerate(items):
             name = f"{job}_{place}" if len(items) > 1 else str(job)
             sender._jobs[task.name] = name  # noqa: SLF001 (it stands in for SLURM)
-            sender._work.record_job(task.name, name)  # noqa: SLF001
+            sender._workload.record_job(task.name, name)  # noqa: SLF001
 
     monkeypatch.setattr(slurm._Sender, "_sbatch", sbatch)  # noqa: SLF001
     monkeypatch.setattr(queue, "check", lambda _flags: None)

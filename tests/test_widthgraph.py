@@ -1,10 +1,13 @@
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,17 +27,17 @@ from widthopt.widthgraph import (
 ROOT = Path(__file__).parents[1]
 
 
-def whole(variable, classes, repeat=1):
+def axis_of(variable, classes, repeat=1):
     return (Span(variable, 0, classes, repeat),)
 
 
-# image 3 -> a 8 -> depthwise a -> grouped (a in groups of 2, unit 2) ... by hand:
+# By hand, with 3 image channels and variables a (8 channels) and b (12, in classes of 3):
 #   first   3 -> a, 100 positions x 9
 #   deep    depthwise on a, 100 x 9
 #   mix     dense cat(a, b) -> b, 25 x 1
-#   group   grouped b -> b, 3 inputs to a group (one class is a group of 3), 25 x 9
-#   square  dense a -> a (a module between two tied ends), 25 x 1
-#   head    dense flattened b (each channel fills 4 entries) -> 10 classes
+#   group   grouped b -> b, 3 inputs in a group (a class is a group of 3), 25 x 9
+#   square  dense a -> a (its input and output are tied), 25 x 1
+#   head    dense flattened b (each channel fills 4 entries) -> 10 logits
 IMAGE, A, B, LOGITS = range(4)
 VARIABLES = (
     Variable("image", 3, 1, False, ("image",)),  # noqa: FBT003
@@ -43,31 +46,38 @@ VARIABLES = (
     Variable("head", 10, 1, False, ("head",)),  # noqa: FBT003
 )
 LAYERS = (
-    Layer("first", "dense", 900, whole(IMAGE, 3), whole(A, 8)),
-    Layer("deep", "depthwise", 900, whole(A, 8), whole(A, 8)),
-    Layer("mix", "dense", 25, whole(A, 8) + whole(B, 4, 3), whole(B, 4, 3)),
-    Layer("group", "grouped", 25 * 9 * 3, whole(B, 4, 3), whole(B, 4, 3)),
-    Layer("square", "dense", 25, whole(A, 8), whole(A, 8)),
-    Layer("head", "dense", 1, whole(B, 4, 12), whole(LOGITS, 10)),
+    Layer("first", "dense", 900, axis_of(IMAGE, 3), axis_of(A, 8)),
+    Layer("deep", "depthwise", 900, axis_of(A, 8), axis_of(A, 8)),
+    Layer("mix", "dense", 25, axis_of(A, 8) + axis_of(B, 4, 3), axis_of(B, 4, 3)),
+    Layer("group", "grouped", 25 * 9 * 3, axis_of(B, 4, 3), axis_of(B, 4, 3)),
+    Layer("square", "dense", 25, axis_of(A, 8), axis_of(A, 8)),
+    Layer("head", "dense", 1, axis_of(B, 4, 12), axis_of(LOGITS, 10)),
 )
 GRAPH = WidthGraph(
     resolution=10,
     variables=VARIABLES,
     layers=LAYERS,
-    norms=(Norm("bn", True, whole(A, 8)),),  # noqa: FBT003
-    parameters=(Parameter("scale", 0, whole(B, 4, 3)),),
-    rewrites=(Rewrite("chunk", "select", "first", 1, whole(A, 8), whole(A, 8), (1, 0)),),
+    norms=(
+        Norm("bn", True, axis_of(A, 8)),  # noqa: FBT003
+        Norm("join", True, axis_of(IMAGE, 3) + axis_of(B, 4, 3) + axis_of(A, 8)),  # noqa: FBT003
+        Norm("plain", False, axis_of(B, 4, 3)),  # noqa: FBT003
+        Norm("bn", True, axis_of(A, 8)),  # noqa: FBT003 (called again)
+    ),
+    parameters=(Parameter("scale", 0, axis_of(B, 4, 3)),),
+    rewrites=(Rewrite("chunk", "select", "first", 1, axis_of(A, 8), axis_of(A, 8), (1, 0)),),
     stages=(Stage("stage", ("one", "two")),),
 )
 
 
 def by_hand(a, b):
-    """The sum over layers, as it stands in the comment above."""
+    """The sum over layers of the comment above."""
     return 900 * 3 * a + 900 * a + 25 * (a + b) * b + 25 * 9 * 3 * b + 25 * a * a + 4 * b * 10
 
 
 def counts(least=0):
-    return st.tuples(st.integers(least, 60), st.integers(least, 20).map(lambda one: 3 * one))
+    return st.tuples(
+        st.integers(least, 60), st.integers(least, 20).map(lambda classes: 3 * classes)
+    )
 
 
 @given(counts())
@@ -82,7 +92,7 @@ def test_macs_without_channels_are_those_of_the_traced_network():
 
 
 @given(counts())
-def test_whole_numbers_cost_an_exact_int_and_floats_the_same_float(pair):
+def test_integers_cost_an_exact_int_and_floats_the_same_float(pair):
     a, b = pair
     exact = GRAPH.macs({"a": a, "b": b})
     real = GRAPH.macs({"a": float(a), "b": float(b)})
@@ -97,8 +107,8 @@ def test_expected_counts_may_lie_between_channels(a, b):
 
 
 @given(counts())
-def test_the_gradient_is_the_difference_that_one_more_class_makes(pair):
-    """F is quadratic, so central differences are its slope exactly (P9)."""
+def test_the_gradient_is_the_central_difference_of_a_class(pair):
+    """F is quadratic, so central differences are exact (docs/algorithms/morphnet.md, P9)."""
     a, b = pair
     slopes = GRAPH.gradient({"a": a, "b": b})
     up, down = by_hand(a + 1, b), by_hand(a - 1, b)
@@ -108,8 +118,8 @@ def test_the_gradient_is_the_difference_that_one_more_class_makes(pair):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
-def test_killing_one_class_changes_macs_by_the_slope_of_its_variable(traced, name):
-    """P9 on real networks: exact where F is linear in a variable, and its own square else."""
+def test_removing_a_class_changes_macs_by_the_slope_of_its_variable(traced, name):
+    """docs/algorithms/morphnet.md, P9: exact up to the square of the variable in F."""
     _, graph = traced(name)
     full, slopes = graph.macs(), graph.gradient()
     owners = graph.quadratic.pairs
@@ -121,7 +131,7 @@ def test_killing_one_class_changes_macs_by_the_slope_of_its_variable(traced, nam
             assert saved == slopes[variable.name] * variable.unit - square
 
 
-def test_killing_a_class_changes_the_slopes_of_neighbours_only(traced):
+def test_removing_a_class_changes_the_slopes_of_neighbours_only(traced):
     _, graph = traced("resnet18")
     before = graph.gradient()
     after = graph.gradient({**graph.channels, "layer1.0.conv1": 63})
@@ -131,14 +141,14 @@ def test_killing_a_class_changes_the_slopes_of_neighbours_only(traced):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "vgg11"])
-def test_json_keeps_the_whole_graph(traced, name):
+def test_json_preserves_the_graph_of_a_network(traced, name):
     _, graph = traced(name)
     again = WidthGraph.from_json(graph.to_json())
     assert again == graph
     assert again.macs() == graph.macs()
 
 
-def test_json_keeps_every_kind_of_record():
+def test_json_preserves_every_kind_of_record():
     assert WidthGraph.from_json(GRAPH.to_json()) == GRAPH
 
 
@@ -153,7 +163,7 @@ from widthopt.widths import match_macs, scale_channels
 graph = WidthGraph.from_json(sys.stdin.read())
 print(graph.macs(), graph.macs(scale_channels(graph, 0.5)))
 """
-    done = subprocess.run(  # noqa: S603 (our own words)
+    done = subprocess.run(  # noqa: S603 (a fixed command)
         [sys.executable, "-c", script],
         input=graph.to_json(),
         cwd=ROOT,
@@ -165,19 +175,79 @@ print(graph.macs(), graph.macs(scale_channels(graph, 0.5)))
 
 
 def test_an_axis_has_a_length_and_a_linear_form():
-    axis = whole(A, 8) + whole(B, 4, 3)
+    axis = axis_of(A, 8) + axis_of(B, 4, 3)
     assert GRAPH.length(axis) == 20
     assert GRAPH.form(axis) == {A: 1, B: 3}
 
 
-def test_a_resized_graph_costs_what_the_polynomial_says():
+def test_the_types_of_counts_and_macs_are_those_that_mypy_sees():
+    """An overload that returns Any or the wrong type makes `reveal_type` print another type."""
+    script = """
+from widthopt.widthgraph import WidthGraph
+def f(graph: WidthGraph, counts: dict[str, int], means: dict[str, float]) -> None:
+    reveal_type(graph.macs())
+    reveal_type(graph.macs(counts))
+    reveal_type(graph.macs(means))
+"""
+    command = [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    kinds = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert [kind.removeprefix("builtins.") for kind in kinds] == ["int", "int", "float"]
+
+
+def test_scale_slices_are_those_by_hand():
+    """``join`` has 3 image channels, then 4 classes of b of 3 entries each, then 8 of a."""
+    assert GRAPH.scale_slices("a") == (
+        ("bn", slice(0, 8), range(8)),
+        ("join", slice(15, 23), range(8)),
+    )
+    assert GRAPH.scale_slices("b") == (("join", slice(3, 15), range(4)),)
+    assert GRAPH.scale_slices("image") == (("join", slice(0, 3), range(3)),)
+    assert GRAPH.scale_slices("head") == ()
+    assert GRAPH.searchable == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "shufflenet_v2_x1_0"])
+def test_scale_slices_of_a_class_are_its_entries_in_the_weights_of_the_network(traced, name):
+    """Each slice has the classes that the axis of its BatchNorm has in these places."""
+    model, graph = traced(name)
+    places = {variable.name: index for index, variable in enumerate(graph.variables)}
+    owners = {}
+    for norm in graph.norms:
+        owners[norm.name] = [
+            (span.variable, span.start + number)
+            for span in norm.axis
+            for number in range(span.classes)
+            for _ in range(span.repeat)
+        ]
+    entries = 0
+    for variable in graph.free:
+        for norm, part, classes in graph.scale_slices(variable):
+            weight = torch.arange(model.get_submodule(norm).weight.numel())
+            for row, number in zip(weight[part].reshape(len(classes), -1), classes, strict=True):
+                assert {owners[norm][entry] for entry in row.tolist()} == {
+                    (places[variable], number)
+                }
+                entries += len(row)
+    assert entries == sum(map(len, owners.values()))
+
+
+def test_a_variable_that_the_network_lacks_has_no_scale_slices():
+    with pytest.raises(
+        InputError,
+        match=r"^name is c, but this network has no such width variable; `widthopt macs` lists "
+        "them$",
+    ):
+        GRAPH.scale_slices("c")
+
+
+def test_a_resized_graph_has_the_macs_of_the_polynomial():
     smaller = GRAPH.resize_graph({"a": 5, "b": 6})
     assert smaller.channels == {"a": 5, "b": 6}
     assert smaller.macs() == GRAPH.macs({"a": 5, "b": 6}) == by_hand(5, 6)
 
 
-def test_a_resized_graph_keeps_half_variables_apart(traced):
-    """Where a layer's output is used in halves, each half is resized by its own variable."""
+def test_each_half_of_a_split_output_is_resized_by_its_variable(traced):
     _, graph = traced("shufflenet_v2_x1_0")
     channels = {name: max(1, count - 3) for name, count in graph.channels.items()}
     smaller = graph.resize_graph(channels)
@@ -185,9 +255,11 @@ def test_a_resized_graph_keeps_half_variables_apart(traced):
     written = {layer.name: smaller.length(layer.writes) for layer in smaller.layers}
     for layer in graph.layers:
         entries = sum(
-            each * (channels[one.name] if one.free else one.channels) // one.unit
-            for index, each in graph.form(layer.writes).items()
-            for one in [graph.variables[index]]
+            number
+            * (channels[variable.name] if variable.free else variable.channels)
+            // variable.unit
+            for index, number in graph.form(layer.writes).items()
+            for variable in [graph.variables[index]]
         )
         assert written[layer.name] == entries
 
@@ -198,21 +270,18 @@ def test_a_resized_graph_keeps_half_variables_apart(traced):
         (
             {"a": 8},
             (
-                r"channels is a table of 1 names, but this network has 2 free width variables "
+                r"channels is a mapping of 1 names, but this network has 2 free width variables "
                 r"\(missing: b; unknown: none\); `widthopt macs` lists them"
             ),
         ),
         (
             {"a": 8, "b": 12, "conv9": 1},
-            r"channels is a table of 3 names, .* \(missing: none; unknown: conv9\)",
+            r"channels is a mapping of 3 names, .* \(missing: none; unknown: conv9\)",
         ),
         ({"a": 8, "b": 12, **dict.fromkeys("cdefg", 1)}, "unknown: c, d, e and 2 more"),
         (
             {"a": -1, "b": 12},
-            (
-                "channels.a is -1, but it must be a whole number from 0 up; the network as traced "
-                "has 8"
-            ),
+            "channels.a is -1, but it must be an integer of at least 0; the traced network has 8",
         ),
         (
             {"a": 8, "b": 10},
@@ -226,12 +295,14 @@ def test_channels_that_do_not_fit_are_refused(channels, message):
 
 
 @pytest.mark.parametrize("count", [0, 2.0, True, "8"])
-def test_a_network_is_built_at_whole_numbers_from_one_up_only(count):
-    with pytest.raises(InputError, match=r"channels.a is .*, but it must be a whole number from 1"):
+def test_a_network_needs_an_integer_of_at_least_one_for_each_count(count):
+    with pytest.raises(
+        InputError, match=r"^channels.a is .*, but it must be an integer of at least 1"
+    ):
         GRAPH.check({"a": count, "b": 12})
 
 
-def test_a_fitting_table_passes_the_check():
+def test_valid_counts_pass_the_check():
     GRAPH.check({"a": 1, "b": 3})
 
 
@@ -256,13 +327,12 @@ def test_another_format_of_json_is_refused():
         json.dumps({**json.loads(GRAPH.to_json()), "norms": [{"name": "a", "axis": [["x"]]}]}),
     ],
 )
-def test_text_that_is_no_graph_is_refused(text):
+def test_a_string_that_is_not_a_graph_is_refused(text):
     with pytest.raises(InputError, match=r"^graph is not a width graph .*; trace the network aga"):
         WidthGraph.from_json(text)
 
 
-def test_macs_of_tensors_are_tensors_that_know_their_gradient(traced):
-    torch = pytest.importorskip("torch")
+def test_macs_of_tensors_are_tensors_with_a_gradient(traced):
     _, graph = traced("mobilenet_v2")
     expected = {
         name: torch.tensor(float(count), dtype=torch.float64, requires_grad=True)

@@ -73,12 +73,12 @@ if child == 0:
     os._exit(7)
 sys.stdin.readline()
 os.kill(child, signal.SIGUSR2)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), warning.came, flush=True)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), warning.received, flush=True)
 try:
     os.kill(os.getpid(), signal.SIGUSR2)
     time.sleep(60)
 except KeyboardInterrupt:
-    print(warning.came)
+    print(warning.received)
 """
 
 
