@@ -121,6 +121,23 @@ class SmallNetwork:
         return {}
 
 
+class FactoryNetwork:
+    """A network that a factory builds, given the number of classes."""
+
+    name = "factory"
+    rules = {}  # noqa: RUF012 (never written to)
+
+    def __init__(self, factory):
+        self._factory = factory
+
+    def build(self, *, depth, classes):
+        assert depth == 1
+        return self._factory(classes)
+
+    def stages(self, _model):
+        return []
+
+
 class Synthetic:
     """64 images of 4 classes: a pattern for each class plus noise, shuffled in each epoch.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import RUNTIME, SmallNetwork, Synthetic
+from small import RUNTIME, Synthetic, make_setting
 
 from widthopt.algorithms import SearchContext
 from widthopt.config.compose import compose
@@ -27,7 +27,6 @@ from widthopt.records import from_json
 from widthopt.runs.execute import run_request
 from widthopt.runs.plan import Plan
 from widthopt.runs.point import SizedRequest
-from widthopt.setting import Setting
 from widthopt.training import checkpoints
 
 
@@ -174,7 +173,7 @@ def test_a_third_party_adds_an_algorithm_by_one_file_and_one_conf_file(tmp_path)
 
 # ------------------------------------------------------------------------------- kill -9
 
-WHERE = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+WHERE = make_setting()
 
 
 def search(name, folder):

@@ -1,6 +1,8 @@
 """The import order of the packages, read from the imports."""
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +55,7 @@ def imports(source):
 
 
 def package_of(name):
-    """The row's name of an imported name, or None if the name is not ours."""
+    """The row of an imported name, or None if the name is of another package."""
     if name == LAUNCHERS or name.startswith(f"{LAUNCHERS}."):
         return "launchers"
     top, *rest = name.split(".")
@@ -61,7 +63,7 @@ def package_of(name):
 
 
 def faults(module, source):
-    """What the rows forbid in a module's source."""
+    """The imports in the source of a module that the rows forbid."""
     result = []
     for name in imports(source):
         top, package = name.split(".")[0], package_of(name)
@@ -79,7 +81,7 @@ def faults(module, source):
 
 
 def sources():
-    """Every source file with the name of its row."""
+    """Every source file with its row."""
     for path in sorted((ROOT / "widthopt").rglob("*.py")):
         parts = path.relative_to(ROOT / "widthopt").parts
         if parts != ("__init__.py",):
@@ -97,7 +99,7 @@ def test_a_module_imports_only_from_rows_above_its_own(module, path):
     assert faults(module, path.read_text()) == []
 
 
-def test_every_row_names_a_module_that_exists():
+def test_every_row_is_that_of_a_module():
     assert {module for module, _ in sources()} == PLACE.keys()
 
 
@@ -115,6 +117,20 @@ def test_the_package_imports_no_module_until_a_name_is_used():
 def test_dir_shows_the_public_names_and_each_can_be_imported():
     assert set(widthopt.__all__) <= set(dir(widthopt))
     assert [name for name in widthopt.__all__ if not callable(getattr(widthopt, name))] == []
+
+
+def test_every_development_dependency_is_used():
+    """A library is imported, and a tool is run by the Makefile."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    requirements = config["options.extras_require"]["dev"].split()
+    names = [re.split("[=<>]", requirement)[0] for requirement in requirements]
+    files = [path for folder in ("tests", "widthopt") for path in (ROOT / folder).rglob("*.py")]
+    imported = {name.split(".")[0] for path in files for name in imports(path.read_text())}
+    commands = (ROOT / "Makefile").read_text()
+    used = imported | {name for name in ("mypy", "ruff") if f"$(BIN)/{name}" in commands}
+    used |= {"pytest_xdist"} if "-m pytest -n " in commands else set()
+    assert [name for name in names if name.replace("-", "_") not in used] == []
 
 
 @pytest.mark.parametrize(

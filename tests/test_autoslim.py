@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
+from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits, make_recipe, make_setting
 
 from widthopt.algorithms import SearchContext
 from widthopt.algorithms.autoslim import AutoSlim
@@ -15,26 +15,13 @@ from widthopt.algorithms.greedy import path_macs, slim
 from widthopt.algorithms.sandwich import step_macs
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
-from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import Supernet, enlarge_channels
-from widthopt.setting import Recipe, Setting
 from widthopt.training.evaluation import evaluate
 from widthopt.training.loop import Interrupted, train
 
 
-RECIPE = Recipe(
-    batch_size=16,
-    accumulation=1,
-    epochs=5,
-    search_epochs=3,
-    learning_rate=0.8,  # a peak of 0.05 for 16 images
-    warmup_epochs=1,
-    momentum=0.9,
-    weight_decay=5e-5,
-    label_smoothing=0.1,
-    augmentation="none",
-)
+RECIPE = make_recipe(epochs=5, learning_rate=0.8)  # a peak of 0.05 for 16 images
 DEFAULT = {
     "name": "autoslim",
     "enlarge": 1.5,
@@ -48,7 +35,7 @@ DEFAULT = {
     "evaluation_batch_size": 2048,
     "calibration_images": 0,
 }
-SMALL = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+SMALL = make_setting()
 BASE = Blueprint(SMALL).graph
 
 
@@ -142,7 +129,7 @@ def test_one_seed_gives_one_result_and_another_gives_another(tmp_path):
     [
         ({"bins": 5}, "grids"),
         ({"seed": 1}, "seed"),
-        ({"where": Setting(TorchvisionNetwork("resnet18"), 4, 0.1, 1, 32, 1.0)}, "grids.* more"),
+        ({"where": make_setting("resnet18", width=0.1, resolution=32)}, "grids.* more"),
     ],
 )
 def test_checkpoints_of_another_search_are_refused(tmp_path, changed, named):
@@ -203,7 +190,7 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
     Which path that is differs between processors, whose rounding decides between equals.
     """
     recipe = dataclasses.replace(RECIPE, batch_size=8, search_epochs=3)
-    dataset, where = digits(), Setting(SmallNetwork(), 10, 2.0, 1, 8, 0.6)
+    dataset, where = digits(), make_setting(classes=10, width=2.0, fraction=0.6)
     data = search_split(
         dataset, resolution=8, fraction=0.6, seed=0, recipe=recipe, runtime=RUNTIME,
         device=torch.device("cpu"),
@@ -302,7 +289,7 @@ def test_chunks_are_whole(held_out, most, chunk, wanted):
 
 
 def test_a_network_without_batchnorm_is_refused(tmp_path):
-    where = Setting(TorchvisionNetwork("squeezenet1_1"), 4, 1.0, 1, 32, 1.0)
+    where = make_setting("squeezenet1_1", resolution=32)
     with pytest.raises(InputError, match=r"^algorithm is autoslim, but it searches by BatchNorm"):
         search(tmp_path, where=where)
 
@@ -314,7 +301,7 @@ def test_a_network_without_batchnorm_is_refused(tmp_path):
 def test_a_supernet_learns_as_much_as_a_network_of_its_width_alone(tmp_path):
     """Two of the specification's gates, on digits; and what is slimmed away costs mistakes."""
     recipe = dataclasses.replace(RECIPE, batch_size=64, search_epochs=20, warmup_epochs=2)
-    where = Setting(TorchvisionNetwork("resnet18"), 10, 0.125, 1, 17, 1.0)
+    where = make_setting("resnet18", classes=10, width=0.125, resolution=17)
     data = search_split(
         dataclasses.replace(digits(), resolution=17), resolution=17, fraction=1.0, seed=0,
         recipe=recipe, runtime=RUNTIME, device=torch.device("cpu"),

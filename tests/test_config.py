@@ -240,7 +240,7 @@ def test_what_merely_runs_is_no_part_of_the_fields():
         (
             "+zzz=1",
             (
-                "zzz is not a key, but only known keys are read; choose among algorithm, "
+                "zzz is not a key, but only known keys are read; use one of algorithm, "
                 "budget_macs, dataset, extrapolation, figures, methods, network, projection, "
                 "recipe, resources, root, runtime, seeds, target, tracking"
             ),
@@ -284,13 +284,13 @@ def test_what_merely_runs_is_no_part_of_the_fields():
             "network._target_=no_such_module.Network",
             (
                 "network._target_ is no_such_module.Network, but it cannot be imported (No module "
-                "named 'no_such_module'); start in the folder that holds it, or install it"
+                "named 'no_such_module'); start in the folder of the module, or install it"
             ),
         ),
         (
             "network._target_=os.path",
             (
-                "network._target_ is os.path, but its values are checked by a dataclass's fields; "
+                "network._target_ is os.path, but it must be a dataclass, whose fields give the types of "
                 "name a dataclass"
             ),
         ),
@@ -313,21 +313,21 @@ def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("recipe.epochs=3.5", "recipe.epochs is 3.5, but it must be a whole number; correct it"),
-        ("recipe.epochs=true", "recipe.epochs is true, but it must be a whole number; correct it"),
-        ("recipe.epochs=null", "recipe.epochs is null, but it must be a whole number; correct it"),
-        ("target.depth=1.0", "target.depth is 1.0, but it must be a whole number; correct it"),
+        ("recipe.epochs=3.5", "recipe.epochs is 3.5, but it must be an integer; correct it"),
+        ("recipe.epochs=true", "recipe.epochs is true, but it must be an integer; correct it"),
+        ("recipe.epochs=null", "recipe.epochs is null, but it must be an integer; correct it"),
+        ("target.depth=1.0", "target.depth is 1.0, but it must be an integer; correct it"),
         ("target.width=wide", "target.width is wide, but it must be a number; correct it"),
         ("target.width=true", "target.width is true, but it must be a number; correct it"),
         ("projection.width=[1]", "projection.width is [1], but it must be a number; correct it"),
         ("dataset.flip=1", "dataset.flip is 1, but it must be true or false; correct it"),
         ("dataset.flip=maybe", "dataset.flip is maybe, but it must be true or false; correct it"),
-        ("root=3", "root is 3, but it must be a text; correct it"),
+        ("root=3", "root is 3, but it must be a string; correct it"),
         ("seeds=0", "seeds is 0, but it is a list; write [a, b]"),
-        ("seeds=[0,x]", "seeds[1] is x, but it must be a whole number; correct it"),
+        ("seeds=[0,x]", "seeds[1] is x, but it must be an integer; correct it"),
         ("methods=direct", "methods is direct, but it is a list; write [a, b]"),
         ("dataset.mean=[1,1]", "dataset.mean is [1, 1], but it is a list of 3; write [a, b]"),
-        ("budget_macs=2e6", "budget_macs is 2000000.0, but it must be a whole number; correct it"),
+        ("budget_macs=2e6", "budget_macs is 2000000.0, but it must be an integer; correct it"),
         (
             "runtime.precision=float16",
             (
@@ -341,7 +341,7 @@ def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
         ),
         (
             "target=3",
-            "target is 3, but it is a table of keys; give them one by one, as in target.width=...",
+            "target is 3, but it is a mapping of keys; set them one by one, as in target.width=...",
         ),
         (
             "target.width=0.25,0.5",
@@ -387,10 +387,7 @@ def test_a_table_is_wanted_where_there_is_one():
         ),
         (
             ("algorithm=uniform", "algorithm.zzz=3"),
-            (
-                "algorithm.zzz is not a key, but only known keys are read; choose among "
-                "algorithm.name"
-            ),
+            ("algorithm.zzz is not a key, but only known keys are read; use one of algorithm.name"),
         ),
     ],
 )
@@ -401,7 +398,7 @@ def test_keys_are_those_of_the_choice_that_was_made(overrides, line):
 def test_a_networks_own_arguments_are_added_one_by_one():
     network = ("network=custom", "network.factory=a.b")
     assert refused(*network, "network.arguments={scale: 1}") == (
-        "network.arguments is a table, but its keys are added one by one; write "
+        "network.arguments is a mapping, but its keys are added one by one; write "
         "+network.arguments.NAME=VALUE"
     )
     added = compose([*network, "+network.arguments.scale=1"])
@@ -624,7 +621,7 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
             (
                 "network.factory is nowhere.network, but nowhere cannot be imported (No module "
                 "named "
-                "'nowhere'); start in the folder that holds it, or install it"
+                "'nowhere'); start in the folder of the module, or install it"
             ),
         ),
         (

@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from small import make_recipe, make_runtime
 from torchvision import transforms
 
 from widthopt.config.compose import compose
@@ -21,7 +22,6 @@ from widthopt.data.cache import CachedFullImages, square, wholes
 from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages, FileImages, reduce_image
 from widthopt.errors import InputError
-from widthopt.setting import Recipe, Runtime
 
 
 CONF = Path(__file__).parent.parent / "conf" / "dataset"
@@ -71,22 +71,11 @@ def noise(kind=Noise, **changes):
 
 
 def recipe(augmentation="crop", *, batch_size=8, accumulation=1):
-    return Recipe(
-        batch_size=batch_size,
-        accumulation=accumulation,
-        epochs=1,
-        search_epochs=1,
-        learning_rate=0.1,
-        warmup_epochs=0,
-        momentum=0.9,
-        weight_decay=0.0,
-        label_smoothing=0.0,
-        augmentation=augmentation,
-    )
+    return make_recipe(batch_size=batch_size, accumulation=accumulation, augmentation=augmentation)
 
 
 def runtime(*, workers=0, memory_format="contiguous"):
-    return Runtime("cpu", workers, "float32", memory_format, "auto", progress=False)
+    return make_runtime(workers=workers, memory_format=memory_format)
 
 
 def target(dataset, *, augmentation="crop", seed=0, workers=0, resolution=16, **changes):

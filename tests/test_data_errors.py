@@ -196,10 +196,21 @@ def test_unreadable_images_are_skipped_with_a_warning_where_that_is_allowed(tmp_
     check(dataset, fraction=1.0)  # it looks once, and warns once
 
 
-def test_images_are_not_read_beforehand_where_that_is_turned_off(tmp_path):
+@pytest.mark.parametrize("verify", [True, False])
+def test_every_image_is_read_before_work_starts_only_if_verify_is_true(
+    tmp_path, monkeypatch, verify
+):
     fill(tmp_path, {"ant": 5, "bee": 5})
-    truncate(tmp_path / "train" / "ant" / "03.png")
-    check(choice("image_folder", root=str(tmp_path), verify=False), fraction=1.0)
+    paths, open_image = [], Image.open
+
+    def record(path):
+        paths.append(path)
+        return open_image(path)
+
+    monkeypatch.setattr(Image, "open", record)
+    check(choice("image_folder", root=str(tmp_path), verify=verify), fraction=1.0)
+    images = sorted(str(path) for path in tmp_path.rglob("*.png"))
+    assert sorted(paths) == (images if verify else [])
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])

@@ -11,15 +11,14 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from small import RUNTIME, make_recipe
 
 from widthopt.data import check, classes, search_split, target_split
-from widthopt.setting import Recipe, Runtime
 
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
-RECIPE = Recipe(128, 1, 1, 1, 0.1, 0, 0.9, 0.0, 0.0, "crop")
-RUNTIME = Runtime("cpu", 0, "float32", "contiguous", "auto", progress=False)
+RECIPE = make_recipe(batch_size=128, augmentation="crop")
 CPU = torch.device("cpu")
 
 

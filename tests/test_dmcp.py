@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
+from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits, make_recipe, make_setting
 from torch import nn
 from torch.nn import functional
 
@@ -20,23 +20,11 @@ from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import Supernet
-from widthopt.setting import Recipe, Setting
 from widthopt.training import checkpoints
 from widthopt.training.loop import Interrupted, Loop
 
 
-RECIPE = Recipe(
-    batch_size=16,
-    accumulation=1,
-    epochs=3,
-    search_epochs=4,
-    learning_rate=0.8,  # a peak of 0.05 for 16 images
-    warmup_epochs=1,
-    momentum=0.9,
-    weight_decay=5e-5,
-    label_smoothing=0.1,
-    augmentation="none",
-)
+RECIPE = make_recipe(search_epochs=4, learning_rate=0.8)  # a peak of 0.05 for 16 images
 DEFAULT = {
     "name": "dmcp",
     "enlarge": 1.5,
@@ -54,11 +42,11 @@ DEFAULT = {
     "scale_site": "norm",
 }
 STEPS = 4 * RECIPE.search_epochs
-BASE = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)).graph
+BASE = Blueprint(make_setting()).graph
 
 
 def search(folder, *, data=None, seed=0, recipe=RECIPE, where=None, budget=None, **options):
-    where = where or Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+    where = where or make_setting()
     return DMCP(**(DEFAULT | options)).search(
         where,
         data or Split(Synthetic(), Synthetic(), 4),
@@ -70,10 +58,8 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=None, budget=None,
 def architecture(*, steps=STEPS, seed=0, budget=None, network=None, **options):
     """The objective of a search on its own supernet, in float64."""
     algorithm = DMCP(**(DEFAULT | options))
-    where = (
-        (SmallNetwork(), 4, 1.0, 1, 8, 1.0) if network is None else (network, 4, 0.25, 1, 32, 1.0)
-    )
-    blueprint = Blueprint(Setting(*where))
+    where = make_setting() if network is None else make_setting(network, width=0.25, resolution=32)
+    blueprint = Blueprint(where)
     supernet = Supernet(blueprint, enlarge=algorithm.enlarge, seed=0)
     supernet.model.double()
     return _Architecture(
@@ -372,7 +358,7 @@ def test_a_search_reaches_its_budget_and_says_so(tmp_path):
         assert found.multipliers == {
             key: pytest.approx(channels[key] / n) for key, n in BASE.channels.items()
         }
-        supernet = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)).resize_graph(
+        supernet = Blueprint(make_setting()).resize_graph(
             {key: round(1.5 * n) for key, n in BASE.channels.items()}
         )
         part = supernet.macs(channels) / budget
@@ -401,7 +387,7 @@ def test_the_papers_networks_reach_their_budget_on_digits(tmp_path, network, wid
     recipe = dataclasses.replace(
         RECIPE, batch_size=batch, search_epochs=epochs, learning_rate=0.2, warmup_epochs=2
     )
-    where = Setting(TorchvisionNetwork(network), 10, width, 1, 20, 1.0)
+    where = make_setting(network, classes=10, width=width, resolution=20)
     data = search_split(
         digits(), resolution=20, fraction=1.0, seed=0, recipe=recipe, runtime=RUNTIME,
         device=torch.device("cpu"),
@@ -442,7 +428,7 @@ def test_a_useless_layer_keeps_fewer_channels_than_an_equally_costly_useful_one(
             return Branches(classes)
 
     recipe = dataclasses.replace(RECIPE, search_epochs=40)
-    found = search(tmp_path, recipe=recipe, where=Setting(Network(), 4, 1.0, 1, 8, 1.0))
+    found = search(tmp_path, recipe=recipe, where=make_setting(Network()))
     assert found.multipliers["unused"] < found.multipliers["used"] - 0.1
 
 
@@ -509,7 +495,7 @@ def test_the_overhead_is_what_the_layers_did(tmp_path, backend):
     algorithm = DMCP(**DEFAULT)
     with Instrument() as instrument:
         found = algorithm.search(
-            Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0),
+            make_setting(),
             Split(Watched(instrument), Synthetic(), 4),
             budget_macs=BASE.macs(),
             context=SearchContext(
@@ -524,7 +510,7 @@ def test_the_overhead_is_what_the_layers_did(tmp_path, backend):
 
 def test_the_overhead_is_that_of_the_closed_form_within_a_hundredth(tmp_path):
     recipe = dataclasses.replace(RECIPE, batch_size=8, search_epochs=12)
-    dataset, where = digits(), Setting(SmallNetwork(), 10, 2.0, 1, 8, 0.6)
+    dataset, where = digits(), make_setting(classes=10, width=2.0, fraction=0.6)
     data = search_split(
         dataset, resolution=8, fraction=0.6, seed=0, recipe=recipe, runtime=RUNTIME,
         device=torch.device("cpu"),
@@ -562,7 +548,7 @@ def test_values_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize("share", [0.001, 2.3])
 def test_a_budget_that_no_subnet_meets_is_refused_before_and_in_a_search(tmp_path, share):
     budget = round(share * BASE.macs())
-    where = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+    where = make_setting()
     message = (
         r"^algorithm.enlarge is 1.5, but the subnets that are searched then take [\d,]+ to [\d,]+ "
         rf"MACs and their budget, {budget:,}, is not between; change it or budget_macs, which is "
@@ -578,7 +564,7 @@ def test_a_budget_that_no_subnet_meets_is_refused_before_and_in_a_search(tmp_pat
 @pytest.mark.parametrize(("part", "reachable"), [(0.94, True), (0.96, False)])
 def test_the_narrowest_subnet_costs_less_than_the_bands_lower_end(part, reachable):
     """3.3 of the specification: FLOPs(c_min) < 0.95 T; below it, nothing would prune to it."""
-    algorithm, where = DMCP(**DEFAULT), Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+    algorithm, where = DMCP(**DEFAULT), make_setting()
     graph = architecture().supernet.graph
     narrowest = graph.macs({name: grid[0] for name, grid in algorithm.options(graph).items()})
     arguments = {"recipe": RECIPE, "budget_macs": round(narrowest / part)}
@@ -590,7 +576,7 @@ def test_the_narrowest_subnet_costs_less_than_the_bands_lower_end(part, reachabl
 
 
 def test_a_network_without_batchnorm_is_refused_before_and_in_a_search(tmp_path):
-    where = Setting(TorchvisionNetwork("squeezenet1_1"), 4, 1.0, 1, 32, 1.0)
+    where = make_setting("squeezenet1_1", resolution=32)
     message = "^algorithm is dmcp, but it searches by BatchNorm scales and no free width variable"
     with pytest.raises(InputError, match=message):
         DMCP(**DEFAULT).overhead_macs(where, Counts(16, 4, 10), recipe=RECIPE, budget_macs=10**8)
@@ -600,7 +586,7 @@ def test_a_network_without_batchnorm_is_refused_before_and_in_a_search(tmp_path)
 
 def test_variables_too_narrow_for_groups_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="widthopt"):
-        where = Setting(SmallNetwork(), 4, 1.3, 1, 8, 1.0)
+        where = make_setting(width=1.3)
         search(tmp_path, where=where, grid="reference")
     assert (
         "1 of 4 width variables have too few channels for groups of algorithm.group, so they stay "

@@ -7,26 +7,18 @@ import re
 
 import pytest
 import torch
+from small import FactoryNetwork, make_runtime, make_setting
 from torch import nn
 from torchvision import models
 
 from widthopt.algorithms import greedy
 from widthopt.algorithms.greedy import assumed_path, path_macs, slim
 from widthopt.errors import InputError
-from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import Supernet
-from widthopt.setting import Runtime, Setting
 
 
-RUNTIME = Runtime(
-    device="cpu",
-    workers=0,
-    precision="float32",
-    memory_format="auto",
-    backend="auto",
-    progress=False,
-)
+RUNTIME = make_runtime(memory_format="auto")
 CLASSES = 5
 
 
@@ -49,35 +41,10 @@ class Tiny(nn.Module):
         return self.fc(nn.functional.relu(self.a(stream)).mean((2, 3)))
 
 
-class Own:
-    """A network of one factory, which gets the number of classes."""
-
-    name = "own"
-    rules = {}  # noqa: RUF012 (none are added)
-
-    def __init__(self, factory):
-        self.factory = factory
-
-    def build(self, *, depth, classes):
-        del depth
-        return self.factory(classes)
-
-    def stages(self, model):
-        del model
-        return ()
-
-
 def blueprint(network, *, width=1.0, resolution=9):
-    return Blueprint(
-        Setting(
-            network=TorchvisionNetwork(network) if isinstance(network, str) else Own(network),
-            classes=CLASSES,
-            width=width,
-            depth=1,
-            resolution=resolution,
-            fraction=1.0,
-        )
-    )
+    if not isinstance(network, str):
+        network = FactoryNetwork(network)
+    return Blueprint(make_setting(network, classes=CLASSES, width=width, resolution=resolution))
 
 
 def made(network, *, width=1.0, resolution=9, seed=0, dtype=torch.double):

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import Instrument, Small, SmallNetwork, Synthetic, digits
+from small import RECIPE, RUNTIME, Instrument, Small, SmallNetwork, Synthetic, digits, make_setting
 from torch import nn
 from torch.nn import functional
 
@@ -23,7 +23,6 @@ from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint
 from widthopt.seeds import derived_seed
-from widthopt.setting import Recipe, Runtime, Setting
 from widthopt.tracing import trace
 from widthopt.training import checkpoints
 from widthopt.training.evaluation import evaluate, recalibrate
@@ -31,26 +30,6 @@ from widthopt.training.loop import Interrupted, Loop, learning_rate, train
 from widthopt.widths import match_macs
 
 
-RUNTIME = Runtime(
-    device="cpu",
-    workers=0,
-    precision="float32",
-    memory_format="contiguous",
-    backend="auto",
-    progress=False,
-)
-RECIPE = Recipe(
-    batch_size=16,
-    accumulation=1,
-    epochs=3,
-    search_epochs=3,
-    learning_rate=1.6,  # a peak of 0.1 for 16 images
-    warmup_epochs=1,
-    momentum=0.9,
-    weight_decay=5e-5,
-    label_smoothing=0.1,
-    augmentation="none",
-)
 PRUNING = {"strength": 4.0, "threshold": 0.1}
 """What kills some channels of the small network, and not all, within three epochs."""
 
@@ -78,7 +57,9 @@ def _one_thread():
 
 
 def setting(network=None, *, resolution=8, classes=4, width=1.0, fraction=1.0):
-    return Setting(network or SmallNetwork(), classes, width, 1, resolution, fraction)
+    return make_setting(
+        network, classes=classes, width=width, resolution=resolution, fraction=fraction
+    )
 
 
 def search(folder, *, recipe=RECIPE, data=None, network=None, seed=0, where=None, **options):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import make_recipe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,21 +14,16 @@ from widthopt.algorithms import check_searchable
 from widthopt.algorithms.penalty import Penalty
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
-from widthopt.setting import Recipe
 from widthopt.tracing import trace
 from widthopt.training.loop import learning_rate
 
 
-PAPER = Recipe(
+PAPER = make_recipe(
     batch_size=1024,
-    accumulation=1,
     epochs=100,
     search_epochs=40,
     learning_rate=0.2,
     warmup_epochs=5,
-    momentum=0.9,
-    weight_decay=5e-5,
-    label_smoothing=0.1,
     augmentation="paper",
 )
 NINE = [

@@ -8,12 +8,12 @@ from collections import Counter
 
 import pytest
 import torch
-from small import RUNTIME, Synthetic
+from small import RECIPE, RUNTIME, FactoryNetwork, Synthetic, make_setting
 from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from widthopt.algorithms import SearchContext
+from widthopt.algorithms import SearchContext, sandwich
 from widthopt.algorithms.grids import grids
 from widthopt.algorithms.sandwich import (
     Sandwich,
@@ -25,22 +25,7 @@ from widthopt.algorithms.sandwich import (
 from widthopt.errors import InputError
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import Supernet
-from widthopt.setting import Recipe, Setting
 from widthopt.training.loop import Interrupted, Loop, train
-
-
-RECIPE = Recipe(
-    batch_size=16,
-    accumulation=1,
-    epochs=3,
-    search_epochs=3,
-    learning_rate=1.6,  # a peak of 0.1 for 16 images
-    warmup_epochs=1,
-    momentum=0.9,
-    weight_decay=5e-5,
-    label_smoothing=0.1,
-    augmentation="none",
-)
 
 
 class Small(nn.Module):
@@ -99,22 +84,7 @@ def soft(logits, teacher):
     return -(teacher * logits.log_softmax(1)).sum(1).mean()
 
 
-class Home:
-    """A network of these tests, in the place of one of torchvision's."""
-
-    name = "home"
-    rules = {}  # noqa: RUF012 (nobody writes to it)
-
-    def build(self, *, depth, classes):
-        return Small(classes) if depth == 1 else None
-
-    def stages(self, _model):
-        return []
-
-
-BLUEPRINT = Blueprint(
-    Setting(network=Home(), classes=4, width=1.0, depth=1, resolution=8, fraction=1.0)
-)
+BLUEPRINT = Blueprint(make_setting(FactoryNetwork(Small)))
 GRIDS = {"stem": (2, 3, 5, 6), "expand": (1, 4, 9), "head": (3, 6, 9, 12)}
 COUNTS = tuple(grid[-1] for grid in GRIDS.values())
 
@@ -685,6 +655,9 @@ WAYS = [
 ]
 """What a runtime of a CPU leaves open."""
 
+TRIED = [*WAYS[2:], *WAYS[:2]]
+"""The same in the order of the trial: mixed formats with slices are the default of a CPU."""
+
 
 def kept_in(folder):
     return json.loads((folder / "trial.json").read_text("utf-8"))
@@ -708,6 +681,28 @@ def test_the_trial_chooses_a_way_and_keeps_it(tmp_path, passes):
     assert all(one.grad is None for one in supernet.model.parameters())
     fresh = Supernet(BLUEPRINT, enlarge=1.5, seed=0).model.state_dict()
     assert fresh.keys() == supernet.model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        # The default way is the first; the seconds of four rounds follow a warm-up.
+        ([[9, 9, 9, 9], [10, 10, 9.4, 10], *[[10, 10, 10, 10]] * 3], 2),
+        ([[9, 9, 9, 9], [10, 8, 10, 7], *[[10, 10, 10, 10]] * 3], 3),
+        ([[1, 9, 9, 9], [10, 9.6, 9.7, 9.8], *[[10, 10, 10, 10]] * 3], 0),
+        ([[9, 9, 9, 0.1], *[[10, 10, 10, 10]] * 4], 0),
+    ],
+    ids=["faster", "fastest", "too close", "only in the warm-up"],
+)
+def test_the_trial_chooses_the_fastest_way_if_it_is_clearly_faster(
+    tmp_path, monkeypatch, seconds, chosen
+):
+    times = iter([time for times in seconds for time in times])
+    monkeypatch.setattr(sandwich, "_pass_seconds", lambda *_: next(times))
+    way = way_of(*prepare(tmp_path, backend="auto", memory_format="auto"))
+    assert next(times, None) is None
+    assert way == TRIED[chosen]
+    assert kept_in(tmp_path) == way
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -124,15 +124,15 @@ def test_ctrl_c_says_at_any_time_that_jobs_go_on(tmp_path, sent, monkeypatch, wh
         raise KeyboardInterrupt
 
     waiting = WidthoptSlurmLauncher(workload="", run_spec="", assume_yes=True)
-    waiting.slurm, waiting.stay = launcher(), True
+    waiting.slurm, waiting.wait = launcher(), True
     place = {
         "submit": Slurm,
         "info": hydra_plugins.widthopt_launchers.launcher.logger,
         "watch": slurm,
     }[where]
     monkeypatch.setattr(place, where, interrupt)
-    said = r"^stopped; what was submitted .* ends it: widthopt cancel sweep-of-files --root \S+$"
-    with pytest.raises(KeyboardInterrupt, match=said):
+    message = r"^stopped; .* to end them: widthopt cancel sweep-of-files --root \S+$"
+    with pytest.raises(KeyboardInterrupt, match=message):
         waiting.carry_out(FileWork(tmp_path, {"s": ((), "well")}))
     assert len(sent) == (where != "submit")
 
@@ -205,7 +205,7 @@ def test_a_value_of_another_kind_is_one_line(name, value, said):
 
 def test_a_warning_that_leaves_no_time_to_work_is_refused(tmp_path, sent):
     workload = FileWork(tmp_path, {"s": ((), "well")})
-    with pytest.raises(InputError, match=r"^hydra.launcher.warn_seconds is 151, but of a time lim"):
+    with pytest.raises(InputError, match=r"^hydra.launcher.warn_seconds is 151, but it is at most half"):
         replace(launcher(), warn_seconds=151).submit(workload)
     assert sent == []
     assert replace(launcher(), warn_seconds=150).submit(workload) == 1

@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from small import RUNTIME, ListedBatches, make_setting
+from small import RUNTIME, FactoryNetwork, ListedBatches, make_setting
 from torch import nn
 from torch.nn import functional
 from torchvision.ops.misc import Permute
@@ -33,19 +33,6 @@ JOINED = {  # a subnet has the leading entries of every part of a concatenated t
     "shufflenet_v2_x0_5": (1.0, 1.0),
 }
 ALL = LEADING | JOINED
-
-
-class FactoryNetwork:
-    """A network of these tests, built by a factory."""
-
-    name = "factory"
-    rules = {}  # noqa: RUF012 (never written to)
-
-    def __init__(self, factory):
-        self.build = lambda *, depth, classes: factory(classes) if depth == 1 else None
-
-    def stages(self, _model):
-        return []
 
 
 class Small(nn.Module):

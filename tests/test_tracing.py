@@ -5,15 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError, InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import resize
 from widthopt.tracing import same_channels, tied_channels, trace
 from widthopt.widths import scale_channels
 
 
-# Free width variables of each network of the issue; those that the specification of MorphNet
-# (section 8) counted are in its order first.
+# Number of free width variables of each network; the first nine are in the table of
+# docs/algorithms/morphnet.md, 8.
 NETWORKS = {
     "resnet18": 12,
     "resnet50": 37,
@@ -28,9 +28,9 @@ NETWORKS = {
     "resnet34": 4 + 16,
     "resnet101": 5 + 2 * (3 + 4 + 23 + 3),
     "wide_resnet50_2": 37,
-    # In ResNeXt and RegNet the two inner counts of a block are one, by its grouped convolution.
+    # In ResNeXt and RegNet a grouped convolution ties the two inner counts of a block.
     "resnext50_32x4d": 5 + (3 + 4 + 6 + 3),
-    # RegNetY has a squeeze width beside that in each of its 1 + 3 + 6 + 6 blocks.
+    # RegNetY also has a squeeze width in each of its 1 + 3 + 6 + 6 blocks.
     "regnet_y_400mf": 5 + 2 * (1 + 3 + 6 + 6),
     # A plain chain: eight convolutions (five in AlexNet) and two hidden linear layers.
     "vgg11": 8 + 2,
@@ -44,11 +44,11 @@ NETWORKS = {
     # Stem and first depthwise, 16, then 3 + 3 + 3 + 2 + 4 + 1 expansions, 6 streams, head.
     "mnasnet1_0": 2 + 16 + 6 + 1,
 }
-ISSUE = [*NETWORKS, "mobilenet_v3_small", "efficientnet_v2_s", "shufflenet_v2_x1_0"]
+ALL = [*NETWORKS, "mobilenet_v3_small", "efficientnet_v2_s", "shufflenet_v2_x1_0"]
 SMALLEST = {"inception_v3": 75, "alexnet": 63, "vgg11": 32, "vgg11_bn": 32}
 
 
-@pytest.mark.parametrize("name", ISSUE)
+@pytest.mark.parametrize("name", ALL)
 def test_macs_are_those_that_hooks_count(traced, counted, name):
     model, graph = traced(name)
     assert graph.macs() == counted(model.to("meta"), 224)
@@ -103,11 +103,11 @@ def test_macs_at_a_width_multiplier_are_the_published_ones(traced, name, width, 
 
 
 @pytest.mark.parametrize(("name", "variables"), NETWORKS.items())
-def test_a_network_has_as_many_free_width_variables_as_its_topology(traced, name, variables):
+def test_the_number_of_free_width_variables_is_that_of_the_topology(traced, name, variables):
     assert len(traced(name)[1].free) == variables
 
 
-@pytest.mark.parametrize("name", ISSUE)
+@pytest.mark.parametrize("name", ALL)
 def test_every_layer_and_normalisation_of_a_network_is_in_its_graph(traced, name):
     model, graph = traced(name)
     weighted = (nn.modules.conv._ConvNd, nn.Linear)  # noqa: SLF001
@@ -119,14 +119,14 @@ def test_every_layer_and_normalisation_of_a_network_is_in_its_graph(traced, name
     }
     assert {layer.name for layer in graph.layers} == layers
     called = {norm.name for norm in graph.norms}
-    read = {one.name.rpartition(".")[0] for one in graph.parameters}  # by the forward code
-    assert called <= norms <= called | read
+    read = {parameter.name.rpartition(".")[0] for parameter in graph.parameters}
+    assert called <= norms <= called | read  # the forward code may read parameters directly
     gammas = {norm.name for norm in graph.norms if norm.gamma}
     assert gammas == {n for n in norms if not isinstance(model.get_submodule(n), nn.LayerNorm)}
 
 
 def ties_of_resnet18():
-    """BatchNorms tied channel by channel, by hand from the specification, section 1.4."""
+    """BatchNorms whose channels are tied, by hand (docs/algorithms/morphnet.md, 1.1)."""
     inner = [{f"layer{stage}.{block}.bn1"} for stage in (1, 2, 3, 4) for block in (0, 1)]
     streams = [
         {f"layer{stage}.0.bn2", f"layer{stage}.0.downsample.1", f"layer{stage}.1.bn2"}
@@ -136,7 +136,7 @@ def ties_of_resnet18():
 
 
 def ties_of_mobilenet_v2():
-    """Likewise: expansion and depthwise, and the projections of one stage."""
+    """Expansion and depthwise layer of a block, and the projections of a stage."""
     expansions = [
         {f"features.{block}.conv.0.1", f"features.{block}.conv.1.1"} for block in range(2, 18)
     ]
@@ -157,9 +157,9 @@ def test_tied_batchnorms_are_those_of_the_hand_written_table(traced, name, ties,
     _, graph = traced(name)
     members = {}
     for norm in graph.norms:
-        (run,) = norm.axis
-        assert (run.start, run.classes) == (0, graph.variables[run.variable].classes)
-        members.setdefault(run.variable, set()).add(norm.name)
+        (span,) = norm.axis
+        assert (span.start, span.classes) == (0, graph.variables[span.variable].classes)
+        members.setdefault(span.variable, set()).add(norm.name)
     assert sorted(map(sorted, members.values())) == sorted(map(sorted, ties))
     assert len(members) == len(graph.free)
     assert sum(graph.length(norm.axis) for norm in graph.norms) == slots
@@ -193,8 +193,8 @@ def test_a_densenet_channel_is_in_every_later_batchnorm_of_its_block(traced):
     assert readers == later | {"features.transition1.norm"}
 
 
-def test_a_dead_channel_of_one_branch_removes_one_input_of_every_reader(traced):
-    """P20."""
+def test_a_removed_channel_of_a_branch_removes_an_input_of_every_reader(traced):
+    """docs/algorithms/morphnet.md, P20."""
     _, graph = traced("densenet121")
     name = "features.denseblock1.denselayer2.conv2"
     fewer = graph.resize_graph({**graph.channels, name: graph.channels[name] - 1})
@@ -207,14 +207,14 @@ def test_a_dead_channel_of_one_branch_removes_one_input_of_every_reader(traced):
     assert shorter == later | {"features.transition1.conv"}
 
 
-def test_grouped_convolutions_have_whole_groups_for_classes(traced):
+def test_the_classes_of_a_grouped_convolution_are_its_groups(traced):
     _, graph = traced("resnext50_32x4d")
     inner = graph.free["layer1.0.conv1"]
     assert (inner.channels, inner.unit) == (128, 4)
     assert inner.writers == ("layer1.0.conv1", "layer1.0.conv2")
 
 
-def test_a_trace_leaves_the_network_as_it_was():
+def test_a_trace_does_not_change_the_network():
     model = TorchvisionNetwork("resnet18").build(depth=1, classes=10)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trace(model, 32)
@@ -240,26 +240,26 @@ def conv(ins, outs, kernel=1, **options):
 
 
 def halves(net, images):
-    one, other = net.a(images).chunk(2, 1)
-    return net.d(torch.cat([net.b(one), net.c(other)], 1))
+    first, second = net.a(images).chunk(2, 1)
+    return net.d(torch.cat([net.b(first), net.c(second)], 1))
 
 
 def sections(net, images):
-    one, other = torch.split(net.a(images), [2, 6], dim=1)
-    return net.d(torch.cat([net.b(one), net.c(other)], 1))
+    first, second = torch.split(net.a(images), [2, 6], dim=1)
+    return net.d(torch.cat([net.b(first), net.c(second)], 1))
 
 
 def slices(net, images):
-    whole = net.a(images)
-    return net.d(torch.cat([net.b(whole[:, :2]), net.c(whole[:, 2:])], 1))
+    x = net.a(images)
+    return net.d(torch.cat([net.b(x[:, :2]), net.c(x[:, 2:])], 1))
 
 
 def shuffled(net, images):
     x = net.a(images)
     batch, channels, height, width = x.size()
     x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous()
-    one, other = x.view(batch, -1, height, width).chunk(2, dim=1)
-    return net.d(torch.cat([net.b(one), net.c(other)], 1))
+    first, second = x.view(batch, -1, height, width).chunk(2, dim=1)
+    return net.d(torch.cat([net.b(first), net.c(second)], 1))
 
 
 def gated(net, images):
@@ -294,7 +294,7 @@ class Scale(nn.Module):
 
 SPLIT = {"a": conv(3, 8), "d": conv(10, 5)}
 
-# Each: the network; its free variables (channels, unit, writers); MACs at the counts n, by hand.
+# The network; its free variables (channels, unit, writers); its MACs at the counts n, by hand.
 # Images are 8 x 8, so there are 64 positions.
 SMALL = {
     "chain": (
@@ -517,7 +517,7 @@ SMALL = {
     ),
     "GroupNorm": (
         Net(lambda s, x: s.c(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), c=conv(8, 5)),
-        {"a": (8, 2, "a")},  # as many channels in each of two groups
+        {"a": (8, 2, "a")},  # equal numbers of channels in two groups
         lambda n: 64 * (3 + 5) * n["a"],
     ),
     "PReLU": (
@@ -552,8 +552,8 @@ SMALL = {
 def test_tied_channels_are_those_of_the_topology(kind):
     net, variables, _ = SMALL[kind]
     free = trace(net, 8).free
-    found = {name: (one.channels, one.unit, " ".join(one.writers)) for name, one in free.items()}
-    assert found == variables
+    traced = {name: (var.channels, var.unit, " ".join(var.writers)) for name, var in free.items()}
+    assert traced == variables
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -572,10 +572,10 @@ def test_macs_at_any_counts_are_those_by_hand_and_those_of_the_resized_network(c
 @pytest.mark.parametrize(
     ("kind", "first"), [("chunk", [0, 1, 2, 3]), ("channel shuffle", [0, 1, 4, 5])]
 )
-def test_a_shuffle_sends_the_channels_that_it_should_to_each_branch(kind, first):
+def test_each_branch_behind_a_shuffle_reads_the_right_channels(kind, first):
     graph = trace(SMALL[kind][0], 8)
     written = next(layer.writes for layer in graph.layers if layer.name == "a")
-    owners = [graph.variables[run.variable].name for run in written for _ in range(run.classes)]
+    owners = [graph.variables[span.variable].name for span in written for _ in range(span.classes)]
     assert [place for place, owner in enumerate(owners) if owner == "a"] == first
 
 
@@ -586,11 +586,12 @@ def test_equal_sizes_alone_tie_nothing():
         a=conv(3, 8),
         **layers,
     )
-    assert [one.writers for one in trace(net, 8).free.values()] == [(name,) for name in "abcdef"]
+    writers = [variable.writers for variable in trace(net, 8).free.values()]
+    assert writers == [(name,) for name in "abcdef"]
 
 
 def test_every_output_of_a_network_is_fixed():
-    net = Net(lambda s, x: {"one": s.b(s.a(x)), "two": [s.c(s.a(x))]}, a=conv(3, 8), b=conv(8, 5),
+    net = Net(lambda s, x: {"b": s.b(s.a(x)), "c": [s.c(s.a(x))]}, a=conv(3, 8), b=conv(8, 5),
               c=conv(8, 4))  # fmt: skip
     assert list(trace(net, 8).free) == ["a"]
 
@@ -600,21 +601,21 @@ def test_a_sum_with_the_image_is_fixed():
     assert not trace(net, 8).free
 
 
-def test_the_names_of_stages_are_kept():
+def test_the_graph_has_the_given_stages():
     graph = trace(SMALL["chain"][0], 8, stages=[("stage1", ["a", "b"])])
     assert [(stage.name, stage.blocks) for stage in graph.stages] == [("stage1", ("a", "b"))]
 
 
 class Twice(nn.Module):
-    """Keeps every channel to itself, but nobody said so."""
+    """Works on each channel alone, but has no rule."""
 
     def forward(self, x):
         return 2 * x if x.mean() > 0 else x
 
 
-def fold(one, other):
-    """Adds where it must; nobody said so."""
-    return one + other if one.sum() > 0 else one
+def fold(first, second):
+    """An elementwise operation without a rule."""
+    return first + second if first.sum() > 0 else first
 
 
 class Inner(nn.Module):
@@ -643,11 +644,11 @@ torch.fx.wrap("fold")
         ),
         (
             Net(lambda s, x: torch.roll(s.a(x), 1, 1), a=conv(3, 8)),
-            "roll", "roll", "the network's own forward",
+            "roll", "roll", "the forward of the network",
         ),
         (
             Net(lambda s, x: fold(s.a(x), s.b(x)), a=conv(3, 8), b=conv(3, 8)),
-            "fold", "fold", "the network's own forward",
+            "fold", "fold", "the forward of the network",
         ),
     ],
     ids=["module", "inside a module", "function", "wrapped function"],
@@ -656,9 +657,9 @@ def test_an_operation_without_a_rule_is_named_with_its_place_and_the_remedy(
     net, operation, node, place
 ):
     message = (
-        f"network operation is `{operation}` (node `{node}` in {place}), but there is no rule for "
-        "what it does to channels; give trace(rules={...}) or network.rules a rule for it, for "
-        "example widthopt.tracing.same_channels where it keeps every channel to itself"
+        f"network operation is `{operation}` (node `{node}` in {place}), but no rule describes "
+        "what it does to channels; add a rule for it to trace(rules={...}) or network.rules, for "
+        "example widthopt.tracing.same_channels if it works on each channel alone"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         trace(net, 8)
@@ -674,10 +675,10 @@ def test_a_rule_by_module_type_is_used():
 def test_a_rule_by_function_is_used():
     net = Net(lambda s, x: s.c(fold(s.a(x), s.b(x))), a=conv(3, 8), b=conv(3, 8), c=conv(8, 5))
     graph = trace(net, 8, rules={fold: tied_channels})
-    assert {name: one.writers for name, one in graph.free.items()} == {"a": ("a", "b")}
+    assert {name: var.writers for name, var in graph.free.items()} == {"a": ("a", "b")}
 
 
-def test_a_rule_of_the_users_own_comes_before_ours():
+def test_a_rule_of_the_user_replaces_the_built_in_rule():
     calls = []
 
     def rule(call):
@@ -692,44 +693,50 @@ def test_a_rule_of_the_users_own_comes_before_ours():
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda s, x: s.a(x)[:, 2], "it takes single channels out"),
-        (lambda s, x: s.a(x)[:, [1, 0]], "it indexes with something other than numbers and slices"),
-        (lambda s, x: s.a(x)[:, :4, :2], "it slices channels and positions at once"),
+        (lambda s, x: s.a(x)[:, 2], "it selects a single channel"),
+        (
+            lambda s, x: s.a(x)[:, [1, 0]],
+            "it indexes with something other than integers and slices",
+        ),
+        (lambda s, x: s.a(x)[:, :4, :2], "it slices channels and positions in one operation"),
         (lambda s, x: functional.pad(s.a(x), (0, 0, 0, 0, 1, 1)), "it pads the channels"),
         (
             lambda s, x: s.a(x).permute(0, 2, 3, 1).flatten(1),
-            "it joins the channels with an axis before them",
+            "it merges the channels with an axis before them",
         ),
-        (lambda s, x: s.a(x) * torch.ones(8, 1, 1), "an entry per channel of unknown origin"),
+        (
+            lambda s, x: s.a(x) * torch.ones(8, 1, 1),
+            "an operand has an entry per channel, but no known origin",
+        ),
         (
             lambda s, x: s.a(x).flatten(1) + s.lin(x.mean((2, 3))),
-            "it combines tensors whose channels do not match one by one",
+            "it combines tensors whose channels do not match",
         ),
         (
             lambda s, x: s.a(x) + s.a(x).permute(0, 2, 1, 3),
-            "it combines tensors whose channels lie on different axes",
+            "it combines tensors whose channels are on different axes",
         ),
         (
             lambda s, x: torch.cat([s.a(x), s.a(x).permute(0, 2, 1, 3)], 1),
-            "it joins tensors whose channels are laid out differently",
+            "it concatenates tensors whose channels have different layouts",
         ),
         (
             lambda s, x: torch.cat([s.a(x), x.mean(1, keepdim=True)], 1),
-            "it joins tensors with channels to tensors without",
+            "it concatenates tensors with channels and tensors without",
         ),
         (
             lambda s, x: s.a(x).view(1, 2, 2, 2, 8, 8).mean(2),
-            "it splits the channels in a way that is no channel shuffle",
+            "it splits the channels, but is not part of a channel shuffle",
         ),
-        (lambda s, x: s.a(x).view(-1, 8, 64), "it has a channel count written into it: write -1"),
+        (lambda s, x: s.a(x).view(-1, 8, 64), "it has a literal channel count: write -1 instead"),
         (lambda s, x: s.small(s.a(x).permute(0, 2, 3, 1)), "its input has no channels on axis 1"),
         (lambda s, x: s.row(s.a(x)), "its input has no channels on the last axis"),
-        (lambda s, x: s.norm(s.a(x)), "it normalises other axes than the channels"),
-        (lambda s, x: s.a(x).flatten(1)[:, :96], "it cuts a flattened channel in two"),
+        (lambda s, x: s.norm(s.a(x)), "it normalises axes other than the channels"),
+        (lambda s, x: s.a(x).flatten(1)[:, :96], "it splits a flattened channel"),
     ],
-    ids=lambda one: one if isinstance(one, str) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_a_rule_cannot_be_sure_of_it_refuses(forward, reason):
+def test_an_ambiguous_case_of_a_rule_is_refused(forward, reason):
     net = Net(
         forward,
         a=conv(3, 8),
@@ -738,7 +745,7 @@ def test_what_a_rule_cannot_be_sure_of_it_refuses(forward, reason):
         row=nn.Linear(8, 4),
         norm=nn.LayerNorm([8, 8, 8]),
     )
-    with pytest.raises(InputError, match=f"^network operation is .*but .*{reason}.*; give trace"):
+    with pytest.raises(InputError, match=f"^network operation is .*but .*{reason}; add a rule"):
         trace(net, 8)
 
 
@@ -747,15 +754,15 @@ def test_what_a_rule_cannot_be_sure_of_it_refuses(forward, reason):
     [
         lambda s, x: s.a(x) if x.sum() > 0 else x,
         lambda s, x: s.a(x) * [1, 2][int(x.max())],
-        lambda s, x: sum(s.a(one) for one in x),
+        lambda s, x: sum(s.a(image) for image in x),
     ],
     ids=["branch", "index", "loop"],
 )
 def test_forward_code_that_depends_on_values_is_refused_in_one_line(forward):
     with pytest.raises(
         InputError,
-        match=r"^network is Net, but torch.fx cannot trace it \(.*\); move what depends on values "
-        r"into a module of its own and give that a rule$",
+        match=r"^network is Net, but torch.fx cannot trace it \(.*\); move the code that depends "
+        r"on values into a separate module and add a rule for it$",
     ):
         trace(Net(forward, a=conv(3, 8)), 8)
 
@@ -763,43 +770,48 @@ def test_forward_code_that_depends_on_values_is_refused_in_one_line(forward):
 @pytest.mark.parametrize(
     ("name", "resolution", "message"),
     [
-        ("resnet18", 16, r"`layer\d\..*` strides over a map of one pixel then"),
-        ("mobilenet_v2", 8, r"`features\..*` strides over a map of one pixel then"),
-        ("resnet18", 2, "`maxpool` strides over a map of one pixel then"),
-        ("alexnet", 32, r"node `features_12` in module `features.12` cannot run on such an image "),
+        ("resnet18", 16, r"`layer\d\..*` has a stride on a map of a single pixel"),
+        ("mobilenet_v2", 8, r"`features\..*` has a stride on a map of a single pixel"),
+        ("resnet18", 2, "`maxpool` has a stride on a map of a single pixel"),
+        (
+            "alexnet",
+            32,
+            r"node `features_12` in module `features.12` fails on images of this size ",
+        ),
     ],
 )
 def test_an_image_too_small_for_the_strides_is_refused(name, resolution, message):
     with torch.device("meta"):
         model = TorchvisionNetwork(name).build(depth=1, classes=10)
     with pytest.raises(
-        InputError,
+        AxisError,
         match=f"^resolution is {resolution}, but {message}.*; use a larger resolution.*$",
-    ):
+    ) as error:
         trace(model, resolution)
+    assert error.value.axis == "resolution"
 
 
-def test_the_smallest_image_that_has_something_to_stride_over_is_accepted(counted):
+def test_the_smallest_image_for_the_strides_is_accepted(counted):
     model = TorchvisionNetwork("resnet18").build(depth=1, classes=10)
     assert trace(model, 17).macs() == counted(model, 17)
 
 
 class _SharedNorm(nn.Module):
-    """Two convolutions whose outputs go through one BatchNorm."""
+    """Two convolutions whose outputs pass the same BatchNorm."""
 
     def __init__(self):
         super().__init__()
-        self.one, self.other = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1)
+        self.first, self.second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1)
         self.norm, self.head = nn.BatchNorm2d(5), nn.Linear(5, 2)
 
     def forward(self, x):
-        x = self.norm(self.other(self.norm(self.one(x))))
+        x = self.norm(self.second(self.norm(self.first(x))))
         return self.head(x.mean((2, 3)))
 
 
-def test_layers_behind_one_shared_batchnorm_have_one_width():
+def test_layers_with_a_shared_batchnorm_have_the_same_width():
     model = _SharedNorm()
     graph = trace(model, 8)
-    assert graph.channels == {"one": 5}
-    smaller = resize(model, graph, {"one": 4})
+    assert graph.channels == {"first": 5}
+    smaller = resize(model, graph, {"first": 4})
     assert smaller.eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 2)

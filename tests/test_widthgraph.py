@@ -1,7 +1,7 @@
 import json
 import math
-import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,19 +180,29 @@ def test_an_axis_has_a_length_and_a_linear_form():
     assert GRAPH.form(axis) == {A: 1, B: 3}
 
 
-def test_the_types_of_counts_and_macs_are_those_that_mypy_sees():
-    """An overload that returns Any or the wrong type makes `reveal_type` print another type."""
-    script = """
+def test_macs_have_the_type_of_the_counts_for_a_type_checker(tmp_path):
+    """The two modules are copied, because mypy would follow the imports of the package to torch."""
+    package = tmp_path / "widthopt"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("errors.py", "widthgraph.py"):
+        shutil.copy(ROOT / "widthopt" / name, package)
+    (tmp_path / "use.py").write_text("""
 from widthopt.widthgraph import WidthGraph
 def f(graph: WidthGraph, counts: dict[str, int], means: dict[str, float]) -> None:
     reveal_type(graph.macs())
     reveal_type(graph.macs(counts))
     reveal_type(graph.macs(means))
-"""
-    command = [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    graph.macs(3)
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "use.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     kinds = re.findall(r'Revealed type is "(.*)"', done.stdout)
     assert [kind.removeprefix("builtins.") for kind in kinds] == ["int", "int", "float"]
+    assert "use.py:7: error: No overload variant" in done.stdout
+    assert done.stdout.count("error:") == 1
 
 
 def test_scale_slices_are_those_by_hand():

@@ -1,4 +1,4 @@
-"""Composition of ``conf/`` and overrides by Hydra, and requests made of it."""
+"""Composition of ``conf/`` and overrides by Hydra, and the requests built from it."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from widthopt.config.messages import (
     no_config_dir,
     to_input_error,
 )
-from widthopt.config.typed import Made, build_request
+from widthopt.config.typed import ObjectCache, build_request
 from widthopt.errors import InputError
 from widthopt.records import WidthResult
 from widthopt.request import Request
@@ -33,46 +33,46 @@ from widthopt.runs.execute import search_widths
 
 
 def search(*overrides: str) -> WidthResult:
-    """Better channel counts, as the command would find them, without the final training.
+    """Search channel counts as the command ``widthopt`` does, without the final training.
 
-    ``widthopt.search("network=custom", "network.factory=my_module.my_network")``.
+    Example: ``widthopt.search("network=custom", "network.factory=my_module.my_network")``.
 
     Args:
-        overrides: As typed behind ``widthopt``.
+        overrides: Overrides as typed after ``widthopt``.
 
     Returns:
-        The channel counts of the target found for the first seed, and how.
+        Channel counts of the target for the first seed, their MACs, and the cost of the search.
 
     Raises:
-        InputError: Something asked for cannot be done.
+        InputError: An override is invalid, or the network cannot be searched.
     """
-    with current_folder_last():  # parts of it are imported only when they are needed
+    with current_folder_last():  # modules are imported during the search too
         return search_widths(compose(overrides))
 
 
 def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Request:
-    """The request that these overrides make of ``conf/``.
+    """Compose ``conf/`` with overrides, and build the request.
 
     Args:
-        overrides: As typed behind ``widthopt``.
-        config_dir: A folder of further choices, as ``--config-dir`` names it.
+        overrides: Overrides as typed after ``widthopt``.
+        config_dir: A folder with further choices, as for ``--config-dir``.
 
     Raises:
-        InputError: They do not fit it.
+        InputError: An override is invalid.
     """
     with _loading(overrides, config_dir) as words:
         return build_request(hydra_compose(CONFIG_NAME, overrides=words))
 
 
 def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Request]:
-    """The requests of a sweep, one for each of its points; a single one where nothing is swept.
+    """Build the requests of a sweep, one for each point; one request if nothing is swept.
 
     Args:
-        overrides: As typed behind ``widthopt -m``.
-        config_dir: A folder of further choices, as ``--config-dir`` names it.
+        overrides: Overrides as typed after ``widthopt -m``.
+        config_dir: A folder with further choices, as for ``--config-dir``.
 
     Raises:
-        InputError: They do not fit ``conf/``, or the sweep has no points.
+        InputError: An override is invalid, or the sweep has no points.
     """
     with _loading(overrides, config_dir) as words:
         loader = GlobalHydra.instance().config_loader()
@@ -82,14 +82,14 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
 def compose_launcher(
     overrides: Sequence[str], *, config_dir: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """The values of the launcher that these overrides choose, as plain data; the runs' device.
+    """Return the values of the chosen launcher as plain data, and ``runtime.device``.
 
     Args:
-        overrides: As typed behind ``widthopt``.
-        config_dir: A folder of further choices, as ``--config-dir`` names it.
+        overrides: Overrides as typed after ``widthopt``.
+        config_dir: A folder with further choices, as for ``--config-dir``.
 
     Raises:
-        InputError: They do not fit ``conf/``.
+        InputError: An override is invalid.
     """
     with _loading(overrides, config_dir) as words:
         composed = hydra_compose(CONFIG_NAME, overrides=words, return_hydra_config=True)
@@ -100,7 +100,7 @@ def compose_launcher(
 
 @contextmanager
 def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[str]]:
-    """Have Hydra read ``conf/``; the words to compose, and its refusals as ours."""
+    """Initialise Hydra, yield the overrides to compose, and convert its errors to one line."""
     launchers.register()
     words = list(overrides)
     if config_dir is not None:
@@ -117,42 +117,45 @@ def _loading(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[
 
 
 def build_requests(loader: ConfigLoader, points: Sequence[Sequence[str]]) -> list[Request]:
-    """The requests of these points, none of them composed twice.
+    """Build the requests of points.
 
-    What takes time in Hydra is the composition of groups, so that is done once for every
-    choice of groups there is, and the single values are put into a copy.
+    Composing groups is the slow part of Hydra. It is done once for each combination of choices,
+    and the other values are set in a copy.
 
     Args:
-        loader: Hydra's.
-        points: The overrides of each.
+        loader: Hydra's configuration loader.
+        points: The overrides of each point.
+
+    Raises:
+        InputError: An override is invalid.
     """
     parser = OverridesParser.create(config_loader=loader)
     bases: dict[tuple[str, ...], DictConfig] = {}
     groups: dict[str, bool] = {}
-    made: Made = {}
+    cache: ObjectCache = {}
     result = []
     for words in points:
         overrides = parser.parse_overrides(list(words))
-        for one in overrides:
-            name = str(one.key_or_group)
+        for override in overrides:
+            name = str(override.key_or_group)
             if name not in groups:
                 groups[name] = bool(loader.get_group_options(name))
-        whole = [one for one in overrides if groups[str(one.key_or_group)] or not _is_value(one)]
-        key = tuple(str(one.input_line) for one in whole)
+        choices = [o for o in overrides if groups[str(o.key_or_group)] or not _is_value(o)]
+        key = tuple(str(choice.input_line) for choice in choices)
         if key not in bases:
             base = loader.load_configuration(CONFIG_NAME, list(key), RunMode.RUN)
             with open_dict(base):
                 del base["hydra"]
             bases[key] = base
         config = copy.deepcopy(bases[key])
-        values = [one for one in overrides if one not in whole]
-        ConfigLoaderImpl._apply_overrides_to_config(values, config)  # noqa: SLF001 (no other way)
-        result.append(build_request(config, made))
+        values = [override for override in overrides if override not in choices]
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)  # noqa: SLF001 (Hydra has no public function)
+        result.append(build_request(config, cache))
     return result
 
 
 def _is_value(override: Override) -> bool:
-    """Whether an override that chooses no group only changes a value."""
+    """Return whether an override of no group only sets a value."""
     key = str(override.key_or_group)
     return not (
         key.startswith("hydra")

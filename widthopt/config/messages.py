@@ -19,59 +19,66 @@ from hydra_plugins.widthopt_launchers.sweeper import CONFIG_NAME, EXPERIMENT
 from widthopt.errors import InputError
 
 
-def _with_key(group: str, key: str) -> list[str]:
-    """The choices of a group, as they are typed, that have a key."""
+CONFIG_MODULE = "widthopt.conf"
+GROUPS = (
+    "network", "dataset", "projection", "algorithm", "extrapolation", "recipe", "tracking"
+)  # fmt: skip
+
+_LAUNCHER = "hydra/launcher"
+_NO_CHOICE = "Config group override must be a string"
+"""Start of Hydra's ValueError about ``network=3``, which does not name the group."""
+
+
+def _choices_with(group: str, key: str) -> list[str]:
+    """Return the choices of a group that have a key, as they are typed."""
     folder = files(CONFIG_MODULE) / group
     if group not in (*GROUPS, _LAUNCHER) or not folder.is_dir():
         return []
-    found = sorted(one.name for one in folder.iterdir() if one.name.endswith(".yaml"))
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(".yaml"))
     return [
         f"{group}={name.removesuffix('.yaml')}"
-        for name in found
+        for name in names
         if key in list(OmegaConf.create((folder / name).read_text("utf-8")))
     ]
 
 
 def unknown_key(key: str, names: Sequence[str]) -> str:
-    """What to say about a key that is not among ``names``; the nearest of its own table's."""
-    if key in names:  # Hydra gives a table that is there no new keys unasked
-        return f"{key} is a table, but its keys are added one by one; write +{key}.NAME=VALUE"
-    table, _, last = key.rpartition(".")
-    beside = sorted(name for name in names if name.rpartition(".")[0] == table) or sorted(names)
-    near = {name.rpartition(".")[2]: name for name in beside}
-    close = difflib.get_close_matches(last, near, n=1)
-    remedy = f"did you mean {near[close[0]]}?" if close else f"choose among {', '.join(beside)}"
-    if not close and (choices := _with_key(table.replace(".", "/"), last)):
+    """Return the message about a key that is not among ``names``, with the most similar one."""
+    if key in names:  # Hydra does not add keys to a mapping without a plus sign
+        return f"{key} is a mapping, but its keys are added one by one; write +{key}.NAME=VALUE"
+    parent, _, last = key.rpartition(".")
+    siblings = sorted(name for name in names if name.rpartition(".")[0] == parent) or sorted(names)
+    by_last = {name.rpartition(".")[2]: name for name in siblings}
+    close = difflib.get_close_matches(last, by_last, n=1)
+    remedy = f"did you mean {by_last[close[0]]}?" if close else f"use one of {', '.join(siblings)}"
+    if not close and (choices := _choices_with(parent.replace(".", "/"), last)):
         remedy = f"first choose {' or '.join(choices)}, which has it"
     return f"{key} is not a key, but only known keys are read; {remedy}"
 
 
 def _not_in_all(key: str, words: Sequence[str]) -> str | None:
-    """What to say about a key that some choices of a sweep over its group have, and not all."""
+    """Return the message about a key that only some of the swept choices of its group have."""
     group, _, name = key.rpartition(".")
     swept = next((word for word in words if word.startswith(f"{group}=") and "," in word), None)
-    choices = _with_key(group, name)
+    choices = _choices_with(group, name)
     if swept is None or not choices:
         return None
     return (
-        f"{key} is given, but not every choice of {swept} has it; sweep in another command over "
-        f"those that have it, of {', '.join(choices)}"
+        f"{key} is set, but not every choice of {swept} has it; sweep over the choices that have "
+        f"it in a command of their own: {', '.join(choices)}"
     )
 
 
 def missing_key(key: str) -> str:
-    """The message about a key that a choice needs and nobody gave."""
+    """Return the message about a required key without a value."""
     return f"{key} is missing, but this choice needs it; add {key}=... to the command"
 
 
-_NO_CHOICE = "Config group override must be a string"
-"""How Hydra's ValueError about ``network=3`` begins; it does not say which group."""
-
-
 def is_configuration_error(error: Exception) -> bool:
-    """Whether an error says that a configuration cannot be read: one of Hydra's, or any on its way.
+    """Return whether an error was raised because a configuration cannot be read.
 
-    A file that is no table, that is not UTF-8 or that includes itself has no error of its own.
+    Hydra has no error of its own for a file that is not a mapping, is not UTF-8 or includes itself;
+    such an error is recognised by Hydra's loader in its traceback.
     """
     if isinstance(error, InputError):
         return False
@@ -82,14 +89,19 @@ def is_configuration_error(error: Exception) -> bool:
 
 
 def to_input_error(error: Exception, words: Sequence[str] = ()) -> InputError:
-    """Hydra's error about a configuration, in one line.
+    """Convert an error about a configuration to one line.
 
     Args:
-        error: What Hydra, OmegaConf or the reader of YAML raised.
-        words: What was typed.
+        error: An error of Hydra, OmegaConf or the YAML parser.
+        words: The arguments as typed.
     """
     text = str(error)
-    reason = _no_yaml(error) or _no_table(error, words) or _not_one(text, words) or _no_folder(text)
+    reason = (
+        _yaml_error(error)
+        or _file_error(error, words)
+        or _value_error(text, words)
+        or _folder_error(text)
+    )
     if reason:
         return InputError(reason)
     line = " ".join(text.split())
@@ -98,109 +110,101 @@ def to_input_error(error: Exception, words: Sequence[str] = ()) -> InputError:
             f"{error.override} is not an override, but arguments are KEY=VALUE or GROUP=CHOICE; "
             "see widthopt --help"
         )
-    if found := re.search(r"Could not find '(.+)/(.+)'", text):
-        listed = text.partition("Available options")[2].partition("Config search path")[0]
-        names = [name.strip() for name in listed.split("\n")[1:] if name.strip()]
+    if match := re.search(r"Could not find '(.+)/(.+)'", text):
+        options = text.partition("Available options")[2].partition("Config search path")[0]
+        names = [name.strip() for name in options.split("\n")[1:] if name.strip()]
         return InputError(
-            f"{found[1]} is {found[2]}, but there is no such choice; use one of "
+            f"{match[1]} is {match[2]}, but there is no such choice; use one of "
             f"{', '.join(sorted(names))}"
         )
-    if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
-        return InputError(missing_key(found[1]))
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return InputError(_not_in_all(found[1], words) or unknown_key(found[1], _keys(words)))
+    if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return InputError(missing_key(match[1]))
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return InputError(_not_in_all(match[1], words) or unknown_key(match[1], _keys(words)))
     key = getattr(error, "full_key", None) or "the configuration"
-    return InputError(f"{key} cannot be read, but it must be ({line}); see widthopt --help")
+    return InputError(f"{key} cannot be read ({line}), but it must be valid; see widthopt --help")
 
 
-def _no_yaml(error: Exception) -> str | None:
-    """What is wrong with a file that the reader of YAML gave up on."""
+def _yaml_error(error: Exception) -> str | None:
+    """Return the message about a file that is not YAML."""
     if not isinstance(error, MarkedYAMLError) or not error.problem_mark:
         return None
     mark = error.problem_mark
     problem = " ".join(str(error.problem).split())
     return (
-        f"{mark.name} is no YAML ({problem} in line {mark.line + 1}), but configurations are; "
-        "correct it"
+        f"{mark.name} is not YAML ({problem} in line {mark.line + 1}), but a configuration "
+        "must be; correct it"
     )
 
 
-def _no_table(error: Exception, words: Sequence[str]) -> str | None:
-    """What is wrong with a choice whose file Hydra could not make a table of."""
+def _file_error(error: Exception, words: Sequence[str]) -> str | None:
+    """Return the message about the file of a choice that is not a mapping."""
     kinds = OSError | UnicodeDecodeError | RecursionError
     if isinstance(error, HydraException) or not isinstance(error, kinds):
         return None
     chosen = [word for word in words if word.partition("=")[0] in (*GROUPS, EXPERIMENT)]
     problem = "one includes itself" if isinstance(error, RecursionError) else str(error)
     return (
-        f"{' '.join(chosen) or 'the configuration'} cannot be read, but each choice is a file of "
-        f"UTF-8 with a table of keys ({problem}); correct it"
+        f"{' '.join(chosen) or 'the configuration'} cannot be read, but each choice is a UTF-8 "
+        f"file with a mapping of keys ({problem}); correct it"
     )
 
 
-def _no_folder(text: str) -> str | None:
-    """What is wrong where Hydra does not find a person's choices."""
-    found = re.search(r"Additional config directory '(.+)' not found", text)
-    return no_config_dir(found[1]) if found else None
+def _folder_error(text: str) -> str | None:
+    """Return the message about a ``--config-dir`` that Hydra does not find."""
+    match = re.search(r"Additional config directory '(.+)' not found", text)
+    return no_config_dir(match[1]) if match else None
 
 
 def no_config_dir(folder: str) -> str:
-    """The message about a ``--config-dir`` that does not exist."""
-    return f"--config-dir is {folder}, but there is no such folder; name one of your own choices"
+    """Return the message about a ``--config-dir`` that does not exist."""
+    return (
+        f"--config-dir is {folder}, but there is no such folder; name a folder with choices of "
+        "your own"
+    )
 
 
-def _not_one(text: str, words: Sequence[str]) -> str | None:
-    """What is wrong where one choice or one value was wanted, and something else was given."""
+def _value_error(text: str, words: Sequence[str]) -> str | None:
+    """Return the message about a value where another kind of value is expected."""
     if _NO_CHOICE in text:
         typed = [word for word in words if not word.startswith("-")]
         group, value = next(
-            (one.key_or_group, str(one.input_line).partition("=")[2])
-            for one in OverridesParser.create().parse_overrides(typed)
-            if one.key_or_group in (*GROUPS, "experiment") or "/" in one.key_or_group
-            if not isinstance(one.value(), str | list | dict)
+            (override.key_or_group, str(override.input_line).partition("=")[2])
+            for override in OverridesParser.create().parse_overrides(typed)
+            if override.key_or_group in (*GROUPS, EXPERIMENT) or "/" in override.key_or_group
+            if not isinstance(override.value(), str | list | dict)
         )
         return f"{group} is {value}, but a group takes the name of a choice; see widthopt --help"
-    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return (
-            f"{found[1]} is {found[2]}, but one run takes one value; add -m to run once for each, "
+            f"{match[1]} is {match[2]}, but one run takes one value; add -m to run once for each, "
             "or write [a,b] for a list"
         )
-    if found := re.search(r"Error merging override ([^=]+)=(.*)", text):
+    if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
         return (
-            f"{found[1]} is {found[2]}, but it replaces a value of another kind (a table, a list "
+            f"{match[1]} is {match[2]}, but it replaces a value of another kind (a mapping, a list "
             "or a single value); see widthopt --help"
         )
     return None
 
 
 def _keys(words: Sequence[str]) -> list[str]:
-    """Every key there is with the choices among ``words``, groups and values alike."""
+    """Return all keys, groups included, of the configuration with the choices among ``words``."""
     groups = (*GROUPS, EXPERIMENT, "hydra.searchpath", _LAUNCHER)
-    chosen = [one for one in words if one.partition("=")[0] in groups and "," not in one]
+    chosen = [word for word in words if word.partition("=")[0] in groups and "," not in word]
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         try:
             composed = hydra_compose(CONFIG_NAME, overrides=chosen, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException):  # there may be the mistake
+        except (HydraException, OmegaConfBaseException):  # the mistake may be in the choices
             composed = hydra_compose(CONFIG_NAME, return_hydra_config=True)
-        own = OmegaConf.to_container(composed.hydra.launcher)
+        launcher = OmegaConf.to_container(composed.hydra.launcher)
     config = OmegaConf.to_container(composed)
     assert isinstance(config, dict)
     del config["hydra"]
-    config["hydra.launcher"] = own
+    config["hydra.launcher"] = launcher
     names: list[str] = []
     for group, values in config.items():
         names.append(str(group))
         if isinstance(values, dict):
             names += [f"{group!s}.{name!s}" for name in values if name != "_target_"]
     return names
-
-
-GROUPS = (
-    "network", "dataset", "projection", "algorithm", "extrapolation", "recipe", "tracking"
-)  # fmt: skip
-
-
-CONFIG_MODULE = "widthopt.conf"
-
-
-_LAUNCHER = "hydra/launcher"

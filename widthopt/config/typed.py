@@ -1,4 +1,4 @@
-"""From composed values to dataclasses: every value is typed and checked before work starts."""
+"""Conversion of composed values to dataclasses; every value is checked before work starts."""
 
 import json
 import math
@@ -27,19 +27,18 @@ _VALUES = (
 
 
 NON_IDENTITY_KEYS = ("root", "runtime", "resources", "figures", "tracking")
-"""What no result depends on: where it is kept, how it is computed, what is drawn and logged."""
+"""Keys that no result depends on: where it is stored, how it is computed, reports and tracking."""
+
+ObjectCache = dict[tuple[str, str], Any]
+"""Objects by their group and the canonical text of their values."""
 
 
-Made = dict[tuple[str, str], Any]
-"""What was made of each group's values before, by their canonical text."""
-
-
-def build_request(config: DictConfig, made: Made | None = None) -> Request:
-    """A composed configuration as typed values.
+def build_request(config: DictConfig, cache: ObjectCache | None = None) -> Request:
+    """Build a request from a composed configuration.
 
     Args:
-        config: As Hydra composes it, or what is left of it without Hydra's own.
-        made: What was made of equal values before; requests share it, and add to it.
+        config: The configuration as composed by Hydra, with or without its node ``hydra``.
+        cache: Objects that requests with equal values share; new ones are added.
 
     Raises:
         InputError: A key is unknown or missing, or a value has the wrong type or range.
@@ -61,7 +60,7 @@ def build_request(config: DictConfig, made: Made | None = None) -> Request:
         raise InputError(missing_key(absent[0]))
     kinds = {group: _target_class(group, values.get(group)) for group in GROUPS}
     kinds |= {"target": Target, "runtime": Runtime, "resources": Resources}
-    # Typed before they name anything, so that 1 and 1.0 name the same run.
+    # Types are settled before the values enter an identity, so that 1 and 1.0 name the same run.
     typed = {key: _check_fields(kind, key, values[key]) for key, kind in kinds.items()}
     plain_values = {
         "budget_macs": _value(int | None, "budget_macs", values["budget_macs"]),
@@ -69,20 +68,22 @@ def build_request(config: DictConfig, made: Made | None = None) -> Request:
         "seeds": _value(tuple[int, ...], "seeds", values["seeds"]),
         "root": _value(str, "root", values["root"]),
     }
-    composed = {**plain_values, **{key: {**values[key], **one} for key, one in typed.items()}}
+    composed = {**plain_values, **{key: {**values[key], **typed[key]} for key in typed}}
     if not plain_values["root"].strip():
-        raise InputError("root is empty, but it names a folder; give one, such as root=runs")
-    made = {} if made is None else made
+        raise InputError(
+            "root is empty, but it must be the path of a folder, such as root=runs; correct it"
+        )
+    cache = {} if cache is None else cache
     objects: dict[str, Any] = {}
     for key, kind in kinds.items():
         try:
             name = (key, identity.canonical(composed[key]))
-        except InputError:  # a number that is not finite; the kind says what is wrong with it
+        except InputError:  # a number is not finite; the dataclass reports it by its key
             kind(**typed[key])
             raise
-        if name not in made:
-            made[name] = kind(**typed[key])
-        objects[key] = made[name]
+        if name not in cache:
+            cache[name] = kind(**typed[key])
+        objects[key] = cache[name]
     return Request(
         **objects,
         **plain_values,
@@ -91,70 +92,70 @@ def build_request(config: DictConfig, made: Made | None = None) -> Request:
     )
 
 
-def to_plain(asked: Request) -> dict[str, Any]:
-    """All of a request as plain data, from which `build_request` makes it again anywhere.
-
-    Figures are left out: they change no result.
-    """
-    kind = type(asked.tracking)
-    tracking = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(asked.tracking)}
-    tracking["tags"] = list(asked.tracking.tags)
+def to_plain(request: Request) -> dict[str, Any]:
+    """Convert a request to plain data that `build_request` reads, without its figures."""
+    kind = type(request.tracking)
+    tracking = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(request.tracking)}
+    tracking["tags"] = list(request.tracking.tags)
     return {
-        **asked.fields,
-        "runtime": asdict(asked.runtime),
-        "resources": asdict(asked.resources),
+        **request.fields,
+        "runtime": asdict(request.runtime),
+        "resources": asdict(request.resources),
         "tracking": tracking,
-        "root": asked.root,
+        "root": request.root,
         "figures": [],
     }
 
 
 def build_figures(values: Any) -> tuple[FigureSpec, ...]:
-    """What a report draws, each of the kind that its ``_target_`` names.
+    """Build the figures of a report, each of the class that its ``_target_`` names.
 
     Raises:
-        InputError: The values are no list of such tables.
+        InputError: The values are not a list of mappings, or a figure is invalid.
     """
     if not isinstance(values, list):
-        raise InputError(f"figures is {_format(values)}, but it is a list of tables; see conf")
+        raise InputError(
+            f"figures is {_format(values)}, but it is a list of mappings; see conf/experiment"
+        )
     result = []
-    for place, one in enumerate(values):
-        key = f"figures[{place}]"
-        kind = _target_class(key, one)
-        made = kind(**_check_fields(kind, key, one))
-        lacking = [name for name in _FIGURE if not hasattr(made, name)]
+    for index, content in enumerate(values):
+        key = f"figures[{index}]"
+        kind = _target_class(key, content)
+        figure = kind(**_check_fields(kind, key, content))
+        lacking = [name for name in _FIGURE if not hasattr(figure, name)]
         if lacking:
             raise InputError(
-                f"{key}._target_ is {one['_target_']}, but a figure has {', '.join(_FIGURE)}, and "
-                f"this has no {lacking[0]}; name one of widthopt.reporting.figures or of yours"
+                f"{key}._target_ is {content['_target_']}, but a figure has {', '.join(_FIGURE)}, "
+                f"and this has no {lacking[0]}; name a class of widthopt.reporting.figures, or "
+                "one of your own"
             )
-        if not re.fullmatch(r"\w[\w.+-]*", made.name):
+        if not re.fullmatch(r"\w[\w.+-]*", figure.name):
             raise InputError(
-                f"{key}.name is {made.name}, but it begins the names of files, in letters, digits "
-                "and . + - _; correct it"
+                f"{key}.name is {figure.name}, but it is part of file names, so it consists of "
+                "letters, digits and . + - _; correct it"
             )
-        result.append(made)
+        result.append(figure)
     return tuple(result)
 
 
 _FIGURE = ("name", "title", "claim", "draw", "table")
-"""What figures and tables have; see `widthopt.request.FigureSpec`."""
+"""Attributes of a figure; see `widthopt.request.FigureSpec`."""
 
 
 def build_tracking(values: Any) -> Tracking:
-    """How runs are tracked, from what `to_plain` made of it.
+    """Build the tracking settings from the plain data of `to_plain`.
 
     Raises:
-        InputError: The values are something else.
+        InputError: The values are invalid.
     """
     kind = _target_class("tracking", values)
-    made = kind(**_check_fields(kind, "tracking", values))
-    assert isinstance(made, Tracking)
-    return made
+    settings = kind(**_check_fields(kind, "tracking", values))
+    assert isinstance(settings, Tracking)
+    return settings
 
 
 def _target_class(group: str, values: Any) -> type[Any]:
-    """The dataclass that a group's ``_target_`` names."""
+    """Import the dataclass that a group's ``_target_`` names."""
     name = values.get("_target_") if isinstance(values, Mapping) else None
     if not isinstance(name, str):
         raise InputError(
@@ -166,48 +167,48 @@ def _target_class(group: str, values: Any) -> type[Any]:
         kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{group}._target_ is {name}, but it cannot be imported ({error}); start in the "
-            "folder that holds it, or install it"
+            f"{group}._target_ is {name}, but it cannot be imported ({error}); start in "
+            "the folder of the module, or install it"
         ) from error
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise InputError(
-            f"{group}._target_ is {name}, but its values are checked by a dataclass's fields; "
-            "name a dataclass"
+            f"{group}._target_ is {name}, but it must be a dataclass, whose fields give the types of the "
+            "values; name a dataclass"
         )
     return kind
 
 
 def _check_fields(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
-    """The arguments of a dataclass from plain values, each of the type that its field says."""
+    """Return the arguments of a dataclass, each converted to the type of its field."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.init]
     if not isinstance(values, Mapping):
         raise InputError(
-            f"{key} is {_format(values)}, but it is a table of keys; give them one by one, as in "
+            f"{key} is {_format(values)}, but it is a mapping of keys; set them one by one, as in "
             f"{key}.{names[0]}=..."
         )
     for name in values:
         if name not in names and name != "_target_":
-            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{one}" for one in names]))
+            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{known}" for known in names]))
     for name in names:
         if name not in values:
             raise InputError(f"{key}.{name} is missing, but {key} needs it; add {key}.{name}=...")
     return {name: _value(hints[name], f"{key}.{name}", values[name]) for name in names}
 
 
-_WORDS = {
-    int: "a whole number",
+_TYPE_NAMES = {
+    int: "an integer",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
 }
 
 
 def _value(kind: Any, key: str, value: Any) -> Any:
-    """A plain value as this type; whole numbers are numbers, and nothing else converts."""
+    """Return a plain value as this type. Integers convert to float, and nothing else converts."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        inner = next(one for one in arguments if one is not types.NoneType)
+        inner = next(option for option in arguments if option is not types.NoneType)
         return None if value is None else _value(inner, key, value)
     if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
         return _values(kind, key, value)
@@ -215,20 +216,20 @@ def _value(kind: Any, key: str, value: Any) -> Any:
     if origin is Literal:
         rule = "" if value in arguments else f"one of {', '.join(map(str, arguments))}"
     elif isinstance(origin, type) and issubclass(origin, Mapping):
-        rule = "" if isinstance(value, Mapping) else "a table, {name: value}"
+        rule = "" if isinstance(value, Mapping) else "a mapping, {name: value}"
     elif kind is float and _as_number(value) is not None:
         return _as_number(value)
     elif kind is not Any and (
         not isinstance(value, kind) or isinstance(value, bool) > (kind is bool)
     ):
-        rule = _WORDS[kind]
+        rule = _TYPE_NAMES[kind]
     if rule:
         raise InputError(f"{key} is {_format(value)}, but it must be {rule}; correct it")
     return value
 
 
 def _as_number(value: Any) -> float | None:
-    """A number, or one in quotes: 1, 1.0 and "1" are the same."""
+    """Convert a number, or a string that holds one, to float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -239,15 +240,15 @@ def _as_number(value: Any) -> float | None:
 
 
 def _format(value: Any) -> str:
-    """A plain value as it is typed."""
+    """Format a plain value as it is typed."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _values(kind: Any, key: str, value: Any) -> tuple[Any, ...]:
+    """Return a list as a tuple, each item converted to the type of the elements."""
     arguments = get_args(kind)
-    one = arguments[0]
     length = None if get_origin(kind) is not tuple or Ellipsis in arguments else len(arguments)
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         size = "" if length is None else f" of {length}"
         raise InputError(f"{key} is {_format(value)}, but it is a list{size}; write [a, b]")
-    return tuple(_value(one, f"{key}[{place}]", item) for place, item in enumerate(value))
+    return tuple(_value(arguments[0], f"{key}[{i}]", item) for i, item in enumerate(value))
