@@ -13,8 +13,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 JOBS ?= 2
 # Tests that mostly wait, for servers and for SLURM, of which each process starts a cluster.
 WAITING_JOBS ?= 3
+# Interpreters that test-pythons uses, each with a virtual environment of its own.
+PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: help install demo test test-slow test-slurm test-mutants check format bench wheel clean
+.PHONY: help install demo test test-slow test-slurm test-mutants test-pythons check format docs \
+	bench wheel clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -43,6 +46,12 @@ test-slurm: install  ## the tests on a real SLURM, which is installed if need be
 test-mutants: install  ## puts known faults into the code and sees a test fail for each
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m mutant tests/mutants
 
+test-pythons:  ## the default tests on each interpreter in PYTHONS
+	@set -e; for python in $(PYTHONS); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') || { \
+		echo "PYTHONS is $(PYTHONS), but $$python does not start; see CONTRIBUTING.md" >&2; exit 1; }; \
+		$(MAKE) VENV=.venv-$$version PYTHON=$$python test; done
+
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,12 +61,19 @@ format: install  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs-installed  ## build the documentation into build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
+
 bench: install  ## all benchmarks, each a small table
-	@for one in benchmarks/[a-z]*.py; do \
-		[ $$one = benchmarks/harness.py ] || $(BIN)/python $$one || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do \
+		[ $$script = benchmarks/harness.py ] || $(BIN)/python $$script || exit 1; done
 
 wheel: install  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
 clean:  ## remove what `make` made, but no runs
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

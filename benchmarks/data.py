@@ -23,11 +23,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from widthopt.data import Dataset, Split, search_split
-from widthopt.data.choice import DatasetChoice
+from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe, Runtime
-from widthopt.training import Loop, resolve_device
+from widthopt.training.loop import Loop, resolve_device
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def photos(folder: str) -> tuple[Dataset, str]:
     return dataset, "real"
 
 
-def prepared(
+def prepare_supernet(
     dataset: Dataset,
     resolution: int,
     augmentation: Literal["crop", "paper"],
@@ -159,7 +159,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
         sources = (("cifar100", 32, *cifar100()), ("photos", 64, *photos(folder)))
         for name, resolution, dataset, origin in sources:
             for augmentation in ("crop", "paper"):
-                split, recipe = prepared(
+                split, recipe = prepare_supernet(
                     dataset, resolution, augmentation, batch_size=16 if quick else 64
                 )
                 load, step, runs = alternating(

@@ -13,13 +13,12 @@ from tempfile import TemporaryDirectory
 import torch
 from harness import Figure, main
 
-import widthopt.operators  # noqa: F401 (before torchvision)
 from widthopt.algorithms.greedy import Engine, Slimmed, slim
-from widthopt.devices import resolve_device
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Runtime, Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
+from widthopt.training.devices import resolve_device
 
 
 RUNTIME = Runtime(

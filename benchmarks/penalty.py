@@ -18,7 +18,7 @@ from widthopt.algorithms.penalty import Penalty
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe, Runtime
 from widthopt.tracing import trace
-from widthopt.training import Loop, Objective, resolve_device
+from widthopt.training.loop import Loop, Objective, resolve_device
 
 
 RUNTIME = Runtime(

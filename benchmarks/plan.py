@@ -15,11 +15,12 @@ from pathlib import Path
 
 from harness import Figure, main
 
-from widthopt.config import compose_sweep
-from widthopt.pipeline import Point
-from widthopt.planning import Manifest, Plan
-from widthopt.records import Found, Record
-from widthopt.sweeps import draw, status
+from widthopt.config.compose import compose_sweep
+from widthopt.records import Record, WidthResult
+from widthopt.reporting.sweeps import draw, status
+from widthopt.runs.manifest import Manifest
+from widthopt.runs.plan import Plan
+from widthopt.runs.point import SizedRequest
 
 
 PAPER = (
@@ -65,17 +66,17 @@ def _filled(plan: Plan) -> None:
         if run.kind == "search":
             run.stage.finish({"multipliers": {}, "overhead_macs": run.macs})
         else:
-            run.stage.finish(asdict(_made_up(run.point, run.method, run.seed, draws)))
+            run.stage.finish(_made_up(run.point, run.method, run.seed, draws).to_plain())
 
 
-def _made_up(point: Point, method: str, seed: int, draws: random.Random) -> Record:
+def _made_up(point: SizedRequest, method: str, seed: int, draws: random.Random) -> Record:
     """A record such as a training leaves."""
     graph = point.target_blueprint.graph
     channels = {
         name: max(1, round(count * draws.uniform(0.5, 2))) for name, count in graph.channels.items()
     }
     full = graph.channels
-    found = Found(
+    found = WidthResult(
         method=method,
         seed=seed,
         channels=channels,
@@ -88,7 +89,7 @@ def _made_up(point: Point, method: str, seed: int, draws: random.Random) -> Reco
         direct_overhead_macs=0 if method == "uniform" else point.overhead_macs("direct"),
         nominal_saving=1.0,
         search_seconds=draws.uniform(1, 2),
-        flags={"budget_reached": True},
+        diagnostics={"budget_reached": True},
         searched=dict.fromkeys(channels, 1.0),
     )
     axes = [

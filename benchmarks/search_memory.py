@@ -22,11 +22,11 @@ import torch
 from harness import Figure, main
 from search_step import RUNTIME, looping, searching
 
-from widthopt.config import compose
+from widthopt.config.compose import compose
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import enlarge_channels
 from widthopt.setting import Setting
-from widthopt.supernet import enlarged
-from widthopt.surgery import Blueprint
 
 
 STEPS = 1000
@@ -43,7 +43,7 @@ def peak_bytes(what: str, network: str, resolution: int, batch: int) -> int:
     labels = torch.randint(CLASSES, (batch,))
     before = _peak()
     if what == "plain":
-        channels = enlarged(blueprint.graph, 1.5)  # as their configuration has it
+        channels = enlarge_channels(blueprint.graph, 1.5)  # as their configuration has it
         loop = looping(blueprint.build(channels, seed=0), request.recipe, RUNTIME, None)
     else:
         with tempfile.TemporaryDirectory() as folder:

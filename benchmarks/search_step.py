@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from harness import Figure, main, now
 
-import widthopt.operators  # noqa: F401 (before torchvision)
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.dmcp import _Architecture
 from widthopt.algorithms.morphnet import _Pruning
 from widthopt.algorithms.penalty import Penalty
-from widthopt.algorithms.sandwich import Sandwich, prepared
-from widthopt.config import compose
-from widthopt.devices import resolve_device
+from widthopt.algorithms.sandwich import Sandwich, prepare_supernet
+from widthopt.config.compose import compose
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
 from widthopt.setting import Recipe, Runtime, Setting
-from widthopt.surgery import Blueprint
-from widthopt.training import Loop, Objective
+from widthopt.training.devices import resolve_device
+from widthopt.training.loop import Loop, Objective
 
 
 RUNTIME = Runtime(
@@ -54,9 +53,9 @@ def searching(
         )
         loop = looping(model, recipe, RUNTIME, _Pruning(penalty, algorithm, recipe))
         return loop, lambda: 3 * blueprint.graph.macs() * loop.tally.images, "plain"
-    conditions = Conditions(recipe, RUNTIME, 0, folder)
-    supernet, runtime = prepared(
-        blueprint, conditions, enlarge=algorithm.enlarge, batch_size=recipe.batch_size
+    context = SearchContext(recipe, RUNTIME, 0, folder)
+    supernet, runtime = prepare_supernet(
+        blueprint, context, enlarge=algorithm.enlarge, batch_size=recipe.batch_size
     )
     grids = algorithm.options(supernet.graph)
     smoothing = recipe.label_smoothing

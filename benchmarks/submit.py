@@ -24,10 +24,11 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "slurm"))
 
 from cluster import Cluster
 
-from launchers import queue
-from launchers.slurm import Slurm
-from launchers.work import Item, Work
-from widthopt.sweeps import Kept, manifests
+from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers.slurm import Slurm
+from hydra_plugins.widthopt_launchers.workload import Task
+from widthopt.runs.manifest import load_manifests
+from widthopt.sweeps.workload import StoredSweep
 
 
 RESOURCES = {
@@ -37,7 +38,7 @@ RESOURCES = {
 
 
 class Nothing:
-    """A sweep of runs that do nothing; see `launchers.work.Work`."""
+    """A sweep of runs that do nothing; see `Workload`."""
 
     interruptions = ()
     imports = ()
@@ -47,16 +48,16 @@ class Nothing:
         self.root, self.count = root, count
         self._jobs: dict[str, str] = {}
 
-    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
+    def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
         """Nothing is to be said of it."""
 
-    def items(self) -> Sequence[Item]:
+    def tasks(self) -> Sequence[Task]:
         """As many searches as trainings."""
         half = range(self.count // 2)
-        searches = [Item(f"search-{one}", "a search", (), 1.0) for one in half]
-        return searches + [Item(f"train-{one}", "", (f"search-{one}",), 1.0) for one in half]
+        searches = [Task(f"search-{one}", "a search", (), 1.0) for one in half]
+        return searches + [Task(f"train-{one}", "", (f"search-{one}",), 1.0) for one in half]
 
-    def freeze(self, name: str) -> Path:
+    def write_spec(self, name: str) -> Path:
         """Its name is all there is of it."""
         spec = self.root / "stages" / name / "spec.json"
         spec.parent.mkdir(parents=True)
@@ -67,11 +68,11 @@ class Nothing:
         """Known while this process lives."""
         return self._jobs.get(name, "")
 
-    def submitted(self, name: str, job: str, **_details: str) -> None:
+    def record_job(self, name: str, job: str, **_details: str) -> None:
         """Known while this process lives."""
         self._jobs[name] = job
 
-    def done(self, name: str) -> bool:
+    def is_done(self, name: str) -> bool:
         """Whether it has run."""
         folder = self.root / "stages" / name
         return folder.is_dir() and not (folder / "spec.json").exists()
@@ -84,12 +85,12 @@ class Nothing:
         """Nothing comes out."""
 
 
-def slurm(perform: str = "os.unlink", **options: Any) -> Slurm:
+def slurm(run_spec: str = "os.unlink", **options: Any) -> Slurm:
     """The launcher; as it is, all that a run does is to remove its own order."""
     return Slurm(
-        perform=perform, resources=RESOURCES, options=options, gpus_as="none",
+        run_spec=run_spec, resources=RESOURCES, options=options, gpus_as="none",
         parallelism=64, warn_seconds=60, requeue=True, max_requeues=1, setup=(), python=None,
-        packages=("widthopt", "launchers", "conf"), code=(),
+        packages=("widthopt", "widthopt.conf", "hydra_plugins.widthopt_launchers"), code=(),
     )  # fmt: skip
 
 
@@ -112,14 +113,14 @@ def overhead(cluster: Cluster, *, turns: int) -> tuple[float, float]:
     words = (*command, "-m", *TRAINING, *later, f"root={root}")
     subprocess.run(words, check=True, capture_output=True)  # noqa: S603
     cluster.cancel_all()
-    (sweep,) = manifests(root)
+    (sweep,) = load_manifests(root)
     (name,) = sweep.own
-    work: Work = Kept(root, sweep)
-    launcher = slurm("widthopt.sweeps.perform")
+    workload = StoredSweep(root, sweep)
+    launcher = slurm("widthopt.sweeps.worker.run_spec")
 
     def as_job() -> None:
-        work.begin(sure=True, live=queue.live())
-        launcher.submit(work)
+        workload.begin(assume_yes=True, live=queue.live_jobs())
+        launcher.submit(workload)
 
     def by_hand() -> subprocess.Popen[bytes]:
         return subprocess.Popen(  # noqa: S603
@@ -137,7 +138,7 @@ def overhead(cluster: Cluster, *, turns: int) -> tuple[float, float]:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             begin = time.perf_counter()
             process = start()
-            while not work.done(name):
+            while not workload.is_done(name):
                 time.sleep(0.01)
             if turn:  # the first one fills caches
                 seconds[start.__name__].append(time.perf_counter() - begin)
@@ -160,28 +161,28 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
             begin = time.perf_counter()
             slurm(begin="now+3600").submit(Nothing(root, count))
             seconds = time.perf_counter() - begin
-            note = f"seconds; {len(queue.live())} jobs in the queue"
+            note = f"seconds; {len(queue.live_jobs())} jobs in the queue"
             yield Figure(f"submit/runs/{count}", seconds, note)
             yield Figure(f"sbatch/runs/{count}", calls(root), "calls")
             cluster.cancel_all()
             shutil.rmtree(root)
         root = Path(tempfile.mkdtemp())
-        work = Nothing(root, 2)
+        workload = Nothing(root, 2)
         begin = time.perf_counter()
-        slurm().submit(work)
-        while not work.done("search-0"):
+        slurm().submit(workload)
+        while not workload.is_done("search-0"):
             time.sleep(0.01)
         yield Figure("first step/run", time.perf_counter() - begin, "seconds from the submission")
         cluster.cancel_all()
         shutil.rmtree(root)
         if not quick:  # as many as the paper has, to their end
             root = Path(tempfile.mkdtemp())
-            work = Nothing(root, 922)
+            workload = Nothing(root, 922)
             begin = time.perf_counter()
-            replace(slurm(), parallelism=8).submit(work)
-            while queue.live():
+            replace(slurm(), parallelism=8).submit(workload)
+            while queue.live_jobs():
                 time.sleep(1)
-            done = sum(work.done(item.name) for item in work.items())
+            done = sum(workload.is_done(task.name) for task in workload.tasks())
             yield Figure("end/runs/922", time.perf_counter() - begin, f"seconds; {done} are done")
             shutil.rmtree(root)
         job, hand = overhead(cluster, turns=1 if quick else 7)

@@ -17,19 +17,18 @@ import torch
 from harness import Figure, main
 from train_step import CLASSES, RECIPE, RUNTIME
 
-import widthopt.operators  # noqa: F401 (before torchvision)
-from widthopt.config import compose
-from widthopt.pipeline import Point
+from widthopt.config.compose import compose
+from widthopt.runs.point import SizedRequest
 from widthopt.tracking import Tracker
-from widthopt.training import Loop
+from widthopt.training.loop import Loop
 
 
 # isort: split
 import torchvision
 
 
-POINT = Point(compose([]), images=False)
-ABOUT = POINT.about("search", "transfer", 0, POINT.search_stage("transfer", 0))
+POINT = SizedRequest(compose([]), images=False)
+ABOUT = POINT.about("search", "transfer", 0, POINT.search_entry("transfer", 0))
 ROW = {f"loss_{name}": 0.5 for name in range(12)}
 """As many numbers as a search has in a row."""
 

@@ -11,9 +11,8 @@ import torch
 from harness import Figure, alternating, main
 from torch import Tensor, nn
 
-import widthopt.operators  # noqa: F401 (before torchvision)
 from widthopt.setting import Recipe, Runtime
-from widthopt.training import Loop, resolve_device
+from widthopt.training.loop import Loop, resolve_device
 
 
 # isort: split

@@ -1,4 +1,4 @@
-"""Checks of a site: what sweeps need of this machine, of SLURM, and of the nodes behind it."""
+"""Checks of a site: the folder of runs, the SLURM commands, and a compute node."""
 
 import fcntl
 import json
@@ -14,15 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import queue
-from launchers.slurm import Resources, Slurm, file_system, how_ended, shared
-from launchers.work import Item
+from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers.slurm import (
+    Resources,
+    Slurm,
+    explain_endings,
+    file_system,
+    is_shared,
+)
+from hydra_plugins.widthopt_launchers.workload import Task
 from widthopt.errors import InputError
-from widthopt.store import writable, write_atomically
+from widthopt.files import check_writable, write_atomically
 
 
 PROBE_SECONDS = 300
-"""How long the job that looks at a node may take, most of it waiting for one."""
+"""Longest time of the job that checks a node; most of it is spent waiting for a node."""
 
 _COMMANDS = ("sbatch", "squeue", "srun", "scancel", "scontrol")
 _SKEW_SECONDS = 5.0
@@ -30,75 +36,75 @@ _SKEW_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        what: What was looked at.
-        well: Whether it is as it has to be.
-        said: What was found, and what to do if it is not well.
+        name: What was checked.
+        passed: Whether the check passed.
+        message: What was found, and the remedy if the check failed.
     """
 
-    what: str
-    well: bool
-    said: str
+    name: str
+    passed: bool
+    message: str
 
 
-def _well(what: str, said: str) -> Check:
-    return Check(what, well=True, said=said)
+def _ok(name: str, message: str) -> Check:
+    return Check(name, passed=True, message=message)
 
 
-def _badly(what: str, said: str) -> Check:
-    return Check(what, well=False, said=said)
+def _failed(name: str, message: str) -> Check:
+    return Check(name, passed=False, message=message)
 
 
 def checks(root: Path, options: Mapping[str, Any], *, device: str, job: bool) -> Iterator[Check]:
-    """Look at a site.
+    """Check a site, and yield the results one by one.
 
     Args:
-        root: The folder that runs are to be kept in.
-        options: Those of one of SLURM's launchers, as ``conf/hydra/launcher`` has them.
-        device: What runs are to compute on, as ``runtime.device`` has it.
-        job: Whether to send a job that looks at a node.
+        root: The folder of runs.
+        options: The values of a SLURM launcher in ``conf/hydra/launcher``.
+        device: The value of ``runtime.device``.
+        job: Whether to submit a job that checks a node.
     """
-    yield _well("python", f"{sys.version.split()[0]}, {sys.executable}")
+    yield _ok("python", f"{sys.version.split()[0]}, {sys.executable}")
     yield from _folder(root)
     missing = [name for name in _COMMANDS if shutil.which(name) is None]
     if missing:
-        yield _badly("SLURM", f"there is no {', '.join(missing)}; start on a login node")
+        yield _failed("SLURM", f"not found: {', '.join(missing)}; start on a login node")
         return
     try:
-        release = queue.ask("sbatch", "--version").strip()
-        live = len(queue.live())
+        release = queue.query("sbatch", "--version").strip()
+        live = len(queue.live_jobs())
     except InputError as error:
-        yield _badly("SLURM", str(error))
+        yield _failed("SLURM", str(error))
         return
-    yield _well("SLURM", f"{release}; {live} jobs of yours")
-    yield _well("arrays", f"up to {queue.array_size()} runs in one")
+    yield _ok("SLURM", f"{release}; {live} jobs of yours")
+    yield _ok("arrays", f"at most {queue.array_size()} runs in an array")
     try:
-        queue.ask("sacct", "-X", "-n", "-P", "-o", "JobID", "-S", "now-1minutes")
-        yield _well("accounting", "there; it tells how jobs ended")
+        queue.query("sacct", "-X", "-n", "-P", "-o", "JobID", "-S", "now-1minutes")
+        yield _ok("accounting", "available; shows how jobs ended")
     except InputError:
-        yield _well("accounting", "none; states come from the runs' own files all the same")
-    slurm = Slurm(**{key: one for key, one in options.items() if key != "wait"})
+        yield _ok("accounting", "not available; states come from the files of the runs")
+    slurm = Slurm(**{key: value for key, value in options.items() if key != "wait"})
     try:
         queue.check(slurm.flags(Resources.of(slurm.resources, {}, key="resources")))
-        yield _well("options", "SLURM would take a job like these")
+        yield _ok("options", "SLURM accepts a job with these options")
     except InputError as error:
-        yield _badly("options", str(error))
+        yield _failed("options", str(error))
         return
     if job:
         yield from _node(root, options, device)
 
 
 def _folder(root: Path) -> Iterator[Check]:
-    """The folder: there, writable, shared, with locks and room."""
+    """Check that the folder is writable and shared, has locks and free space."""
     try:
-        writable(root)
+        check_writable(root)
     except InputError as error:
-        yield _badly("root", str(error))
+        yield _failed("root", str(error))
         return
-    yield Check("root", shared(root), f"{root.resolve()} on {file_system(root)}" + (
-        "" if shared(root) else
+    yield Check("root", is_shared(root), f"{root.resolve()} on {file_system(root)}" + (
+        "" if is_shared(root) else
         ", which no other node sees; name a folder on a shared file system"
     ))  # fmt: skip
     with tempfile.NamedTemporaryFile(dir=root, prefix=".lock.") as first:
@@ -107,17 +113,22 @@ def _folder(root: Path) -> Iterator[Check]:
             with Path(first.name).open() as second:
                 try:
                     fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    yield _badly("locks", "a lock keeps nobody out; mount with locks")
+                    yield _failed(
+                        "locks",
+                        "a lock does not exclude a second process; mount the file system with locks",
+                    )
                 except BlockingIOError:
-                    yield _well("locks", "work on this machine")
+                    yield _ok("locks", "work on this machine")
         except OSError as error:
-            yield _badly("locks", f"there are none ({error.strerror}); mount with locks")
+            yield _failed(
+                "locks", f"not supported ({error.strerror}); mount the file system with locks"
+            )
     free = shutil.disk_usage(root).free / 2**30
-    yield Check("room", free > 1, f"{free:,.0f} GiB free")
+    yield Check("free space", free > 1, f"{free:,.0f} GiB free")
 
 
 class _Probe:
-    """One job that looks at the node it gets; see `launchers.work.Work`."""
+    """A workload of one job that checks the node it runs on."""
 
     interruptions = ()
     imports = ()
@@ -131,56 +142,56 @@ class _Probe:
     def folder(self) -> Path:
         return self.root / "stages" / "doctor"
 
-    def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
-        """See `launchers.work.Work`."""
+    def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
+        """See `Workload`."""
 
-    def items(self) -> Sequence[Item]:
-        """See `launchers.work.Work`."""
-        return [Item("doctor", "a look at a node", (), 0.0)]
+    def tasks(self) -> Sequence[Task]:
+        """See `Workload`."""
+        return [Task("doctor", "check of a node", (), 0.0)]
 
-    def freeze(self, name: str) -> Path:
-        """See `launchers.work.Work`."""
+    def write_spec(self, name: str) -> Path:
+        """See `Workload`."""
         del name
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "spec.json", json.dumps({"lock": "lock"}))
         return self.folder / "spec.json"
 
     def job(self, name: str) -> str:
-        """See `launchers.work.Work`."""
+        """See `Workload`."""
         del name
         return self._job
 
-    def submitted(self, name: str, job: str, **details: str) -> None:
-        """See `launchers.work.Work`."""
+    def record_job(self, name: str, job: str, **details: str) -> None:
+        """See `Workload`."""
         del name, details
         self._job = job
 
-    def done(self, name: str) -> bool:
-        """See `launchers.work.Work`."""
+    def is_done(self, name: str) -> bool:
+        """See `Workload`."""
         del name
-        return (self.folder / "found.json").exists()
+        return (self.folder / "node.json").exists()
 
     def failure(self, name: str) -> str:
-        """See `launchers.work.Work`."""
+        """See `Workload`."""
         del name
         return ""
 
     def end(self) -> None:
-        """See `launchers.work.Work`."""
+        """See `Workload`."""
 
 
-_ASK_TORCH = "import torch; print(torch.__version__, torch.accelerator.device_count())"
+_TORCH_SCRIPT = "import torch; print(torch.__version__, torch.accelerator.device_count())"
 
 
 def probe(spec: Path) -> None:
-    """Look at the node that this job got, and write down what is there."""
+    """Check the node of this job, and write the result beside the spec."""
     if os.environ.get("RANK", "0") != "0":
         return
-    asked = subprocess.run(  # noqa: S603 (our own words)
-        [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=True
+    output = subprocess.run(  # noqa: S603 (a fixed command)
+        [sys.executable, "-c", _TORCH_SCRIPT], capture_output=True, text=True, check=True
     )
-    torch, gpus = asked.stdout.split()[-2:]
-    found: dict[str, Any] = {
+    torch, gpus = output.stdout.split()[-2:]
+    node: dict[str, Any] = {
         "host": socket.gethostname(),
         "python": sys.version.split()[0],
         "torch": torch,
@@ -191,63 +202,66 @@ def probe(spec: Path) -> None:
     with (spec.parent / "lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found["locked"] = False
+            node["locked"] = False
         except OSError:
-            found["locked"] = True
-    write_atomically(spec.parent / "found.json", json.dumps(found))
+            node["locked"] = True
+    write_atomically(spec.parent / "node.json", json.dumps(node))
 
 
-def _accelerators(asked: int, found: Mapping[str, Any], device: str) -> Iterator[Check]:
-    """Whether torch sees as many accelerators on a node as each was asked for."""
-    if asked and device == "cpu":
-        yield _well("GPUs", "not looked for, since runtime.device is cpu")
-    elif asked:
-        well = found["gpus"] >= asked
-        said = (
-            f"torch {found['torch']} sees {found['gpus']} of the {asked} that each node is to give"
-        )
-        yield Check("GPUs", well, said if well else
-            f"{said}; see hydra.launcher.gpus_as and setup, install a torch for them, or use "
-            "runtime.device=cpu",
+def _accelerators(requested: int, node: Mapping[str, Any], device: str) -> Iterator[Check]:
+    """Check that torch sees all requested accelerators on a node."""
+    if requested and device == "cpu":
+        yield _ok("GPUs", "not checked, since runtime.device is cpu")
+    elif requested:
+        passed = node["gpus"] >= requested
+        message = f"torch {node['torch']} sees {node['gpus']} of {requested} requested per node"
+        yield Check("GPUs", passed, message if passed else
+            f"{message}; see hydra.launcher.gpus_as and setup, install a build of torch for them, "
+            "or use runtime.device=cpu",
         )  # fmt: skip
 
 
 def _node(root: Path, options: Mapping[str, Any], device: str) -> Iterator[Check]:
-    """What a job finds on a node."""
-    own = Path(tempfile.mkdtemp(prefix=".doctor.", dir=root))
-    work = _Probe(own)
-    work.folder.mkdir(parents=True)
-    values = {key: one for key, one in options.items() if key != "wait"}
-    slurm = Slurm(**{**values, "perform": "launchers.doctor.probe"})
+    """Submit a job and check what it reports about its node."""
+    folder = Path(tempfile.mkdtemp(prefix=".doctor.", dir=root))
+    workload = _Probe(folder)
+    workload.folder.mkdir(parents=True)
+    values = {key: value for key, value in options.items() if key != "wait"}
+    slurm = Slurm(**{**values, "run_spec": "hydra_plugins.widthopt_launchers.doctor.probe"})
     try:
-        with (work.folder / "lock").open("w") as lock:
+        with (workload.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            slurm.submit(work)
+            slurm.submit(workload)
             until = time.monotonic() + PROBE_SECONDS
-            while not work.done("doctor") and time.monotonic() < until:
-                if work.job("doctor") not in queue.live() and not work.done("doctor"):
+            while not workload.is_done("doctor") and time.monotonic() < until:
+                job = workload.job("doctor")
+                if job not in queue.live_jobs() and not workload.is_done("doctor"):
                     break
                 time.sleep(0.5)
-            if not work.done("doctor"):
-                job = work.job("doctor")
-                why = queue.live().get(job) or how_ended(own, [job]).get(job, "it left no word")
+            if not workload.is_done("doctor"):
+                job = workload.job("doctor")
+                reason = queue.live_jobs().get(job) or explain_endings(folder, [job]).get(job)
                 queue.cancel([job])
-                said = f"job {job} did not look at a node ({why}); see the files in {own}"
-                yield _badly("node", said)
+                reason = reason or "no reason known"
+                yield _failed("node", f"job {job} did not run ({reason}); see {folder}")
                 return
-        found = json.loads((work.folder / "found.json").read_text("utf-8"))
-        skew = abs(found["time"] - (work.folder / "found.json").stat().st_mtime)
-        yield _well("node",
-            f"{found['host']}: python {found['python']}, torch {found['torch']}, "
-            f"{found['gpus']} GPUs, {found['processes']} processes",
+        node = json.loads((workload.folder / "node.json").read_text("utf-8"))
+        skew = abs(node["time"] - (workload.folder / "node.json").stat().st_mtime)
+        yield _ok("node",
+            f"{node['host']}: python {node['python']}, torch {node['torch']}, "
+            f"{node['gpus']} GPUs, {node['processes']} processes",
         )  # fmt: skip
-        yield from _accelerators(slurm.resources["gpus_per_node"], found, device)
+        yield from _accelerators(slurm.resources["gpus_per_node"], node, device)
         yield Check(
-            "locks of nodes", found["locked"],
-            "a node sees the locks of this machine" if found["locked"] else
+            "locks of nodes", node["locked"],
+            "a node sees the locks of this machine" if node["locked"] else
             "a node does not see the locks of this machine; submit from one machine at a time",
         )  # fmt: skip
-        yield Check("clocks", skew < _SKEW_SECONDS, f"{skew:.1f} s apart, the node and the files")
-        shutil.rmtree(own, ignore_errors=True)
+        yield Check(
+            "clocks",
+            skew < _SKEW_SECONDS,
+            f"the clocks of the node and of the files differ by {skew:.1f} s",
+        )
+        shutil.rmtree(folder, ignore_errors=True)
     except InputError as error:
-        yield _badly("node", str(error))
+        yield _failed("node", str(error))

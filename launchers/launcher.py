@@ -1,4 +1,4 @@
-"""Hydra launchers that do a sweep's work: in this process, in several, or on a cluster."""
+"""Hydra launchers that run a sweep: in this process, in several, or on a SLURM cluster."""
 
 import json
 import logging
@@ -16,77 +16,79 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import Container, DictConfig, OmegaConf
 
-from launchers import queue
-from launchers.local import Pool
-from launchers.progress import Progress
-from launchers.work import Failed, Work
+from hydra_plugins.widthopt_launchers import queue, slurm
+from hydra_plugins.widthopt_launchers.local import Pool
+from hydra_plugins.widthopt_launchers.progress import Progress
+from hydra_plugins.widthopt_launchers.workload import Failed, Workload
 from widthopt.errors import InputError
-from widthopt.store import there, write_atomically, writing
+from widthopt.files import write_atomically, writing
+from widthopt.runs.states import root_option
 
 
 logger = logging.getLogger("widthopt")
 
 
-def named(path: str) -> Any:
-    """What a dotted name names, the last part inside a module."""
+def import_name(path: str) -> Any:
+    """Import an object by its dotted name."""
     module, _, attribute = path.rpartition(".")
     return getattr(import_module(module), attribute)
 
 
-def keep(work: Work, launcher: "_Launcher") -> None:
-    """Write down beside a sweep how it was started, for `again`."""
-    values = {"launcher": type(launcher).__name__, "work": launcher.work}
-    values |= {"perform": launcher.perform, **launcher.options}
+def save_launch_spec(workload: Workload, launcher: "_Launcher") -> None:
+    """Write the launcher's values beside the sweep, for `relaunch`."""
+    values = {"launcher": type(launcher).__name__, "workload": launcher.workload}
+    values |= {"run_spec": launcher.run_spec, **launcher.options}
     values["home"] = os.getcwd()  # noqa: PTH109 (as the user sees it)
-    path = work.root / "launchers" / f"{work.name}.json"
+    path = workload.root / "launchers" / f"{workload.name}.json"
     with writing(path.parent):
         path.parent.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
-def again(work: Work) -> None:
-    """Do what is left of some work as it was started before, and in the folder where that was.
+def relaunch(workload: Workload) -> None:
+    """Run the remaining tasks with the launcher, and in the folder, of the first launch.
 
     Args:
-        work: It is kept at an absolute path.
+        workload: A workload with an absolute root.
 
     Raises:
-        InputError: How that was is not known, or it cannot be done.
-        Failed: Some of it was not done.
+        InputError: The launcher's values are missing or damaged, or it cannot start.
+        Failed: A task failed.
     """
-    path = work.root / "launchers" / f"{work.name}.json"
-    kinds = (WidthoptInProcessLauncher, WidthoptLocalLauncher, WidthoptSlurmLauncher)
+    path = workload.root / "launchers" / f"{workload.name}.json"
+    launchers = (WidthoptInProcessLauncher, WidthoptLocalLauncher, WidthoptSlurmLauncher)
     try:
         values = json.loads(path.read_text("utf-8"))
-        kind = {one.__name__: one for one in kinds}[values.pop("launcher")]
+        launcher_class = {kind.__name__: kind for kind in launchers}[values.pop("launcher")]
         home = Path(values.pop("home"))
-        launcher = kind(sure=True, **values)
+        launcher = launcher_class(assume_yes=True, **values)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} does not say how the sweep was started ({error}), but that is needed; give "
+            f"{path} cannot be read ({error}), but it says how the sweep was started; give "
             "the sweep's own command again"
         ) from error
-    with chdir(home if home.is_dir() else "."):  # the code is there that a cluster gets
+    with chdir(home if home.is_dir() else "."):  # a cluster gets the code in this folder
         sys.path.append(os.getcwd())  # noqa: PTH109 (as it stands in the path)
         launcher.prepare()
-        work.begin(sure=True, live=launcher.live)
-        launcher.carry_out(work)
+        workload.begin(assume_yes=True, live=launcher.live)
+        launcher.carry_out(workload)
 
 
 class _Launcher(Launcher):
-    """Plans all points, does what is left to do, and shows what came out."""
+    """Plan all points, run the tasks that are not done, and show the results."""
 
-    def __init__(self, *, work: str, perform: str, sure: bool, **options: Any) -> None:
-        """Take over the values of ``conf/hydra/launcher``.
+    def __init__(self, *, workload: str, run_spec: str, assume_yes: bool, **options: Any) -> None:
+        """Store the values of ``conf/hydra/launcher``.
 
         Args:
-            work: Dotted name of what makes `Work` of Hydra's loader and the points.
-            perform: Dotted name of what does one item, given the path that was frozen.
-            sure: Do not ask, however much it is.
-            options: Those of one launcher.
+            workload: Dotted name of the class that makes a `Workload` of Hydra's configuration
+                loader and the overrides of each point.
+            run_spec: Dotted name of the function that runs one task, given the path of its spec.
+            assume_yes: Do not ask for confirmation, however large the sweep is.
+            options: The values that only this launcher has.
         """
-        self.work, self.perform, self.sure = work, perform, sure
-        # Plain data: Hydra hands over its own kinds of tables and lists.
+        self.workload, self.run_spec, self.assume_yes = workload, run_spec, assume_yes
+        # Hydra passes mappings and lists as OmegaConf containers.
         self.options: dict[str, Any] = {
             key: OmegaConf.to_container(value) if isinstance(value, Container) else value
             for key, value in options.items()
@@ -97,56 +99,58 @@ class _Launcher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """See Hydra; the task function is not used, for the units of work are not the points."""
+        """See Hydra. The task function is not used, since tasks are not the points of the sweep."""
         del task_function, config
         self.context = hydra_context
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Do what is left of these points.
+        """Run the tasks of these points that are not done.
 
         Raises:
-            Failed: Some of it was not done.
+            InputError: A value is invalid, or a point cannot be computed.
+            Failed: A task failed.
         """
         del initial_job_idx
         assert self.context is not None
-        if not isinstance(self.sure, bool):
+        if not isinstance(self.assume_yes, bool):
             raise InputError(
-                f"hydra.launcher.sure is {self.sure}, but it must be true or false; correct it"
+                f"hydra.launcher.assume_yes is {self.assume_yes}, but it must be true or false; "
+                "correct it"
             )
         self.prepare()
-        work: Work = named(self.work)(self.context.config_loader, job_overrides)
-        work.begin(sure=self.sure, live=self.live)
-        keep(work, self)
-        self.carry_out(work)
+        workload: Workload = import_name(self.workload)(self.context.config_loader, job_overrides)
+        workload.begin(assume_yes=self.assume_yes, live=self.live)
+        save_launch_spec(workload, self)
+        self.carry_out(workload)
         return []
 
-    def carry_out(self, work: Work) -> None:
-        """Do what is left of some work that was begun.
+    def carry_out(self, workload: Workload) -> None:
+        """Run the remaining tasks of a workload that has begun, and show the results.
 
         Raises:
-            Failed: Some of it was not done.
+            Failed: A task failed.
         """
-        items = work.items()
-        with Progress(items) as progress:
-            self.execute(work, progress)
-        work.end()
+        tasks = workload.tasks()
+        with Progress(tasks) as progress:
+            self.execute(workload, progress)
+        workload.end()
         if progress.failed or progress.blocked:
             raise Failed(
-                f"{progress.done} of {len(items)} runs are done, {progress.failed} failed and "
+                f"{progress.done} of {len(tasks)} runs are done, {progress.failed} failed and "
                 f"{progress.blocked} wait for those; the same command tries them again"
             )
 
     def prepare(self) -> None:
-        """Check what can be checked before anything is planned or written."""
+        """Check the options before anything is planned or written."""
         self.check_keys(set())
 
     def check_keys(self, known: Collection[str]) -> None:
-        """Check that just these keys were given, beside those that all launchers have.
+        """Check that the options are exactly these keys.
 
         Raises:
-            InputError: One is unknown, or missing.
+            InputError: A key is unknown or missing.
         """
         for key in sorted(self.options.keys() ^ known):
             raise InputError(
@@ -154,85 +158,81 @@ class _Launcher(Launcher):
                 f"launcher are {', '.join(sorted(known)) or 'none'}; correct it"
             )
 
-    def execute(self, work: Work, progress: Progress) -> None:
-        """Do all items; the progress is told of each."""
+    def execute(self, workload: Workload, progress: Progress) -> None:
+        """Run all tasks, and report each to ``progress``."""
         raise NotImplementedError
 
 
 class WidthoptInProcessLauncher(_Launcher):
-    """One after another in this process: for debugging, and for small sweeps."""
+    """Run tasks one after another in this process, for debugging and small sweeps."""
 
-    def execute(self, work: Work, progress: Progress) -> None:
+    def execute(self, workload: Workload, progress: Progress) -> None:
         """See `_Launcher`."""
-        perform, lost = named(self.perform), set[str]()
-        for item in work.items():
-            if not lost.isdisjoint(item.needs):
-                lost.add(item.name)
-                progress.wait_for_ever(item)
+        run_spec, unavailable = import_name(self.run_spec), set[str]()
+        for task in workload.tasks():
+            if not unavailable.isdisjoint(task.needs):
+                unavailable.add(task.name)
+                progress.block(task)
                 continue
-            progress.start(item)
+            progress.start(task)
             try:
-                perform(work.freeze(item.name))
-                progress.finish(item)
+                run_spec(workload.write_spec(task.name))
+                progress.finish(task)
             except Exception as error:
-                if isinstance(error, work.interruptions):
+                if isinstance(error, workload.interruptions):
                     raise
-                lost.add(item.name)
-                logger.debug("%s failed", item.what, exc_info=True)
-                progress.fail(item, " ".join(str(error).split()) or type(error).__name__)
+                unavailable.add(task.name)
+                logger.debug("%s failed", task.what, exc_info=True)
+                progress.fail(task, " ".join(str(error).split()) or type(error).__name__)
 
 
 class WidthoptLocalLauncher(_Launcher):
-    """Several at once, each in a process of its own; what fails stops nothing else."""
+    """Run several tasks at a time, each in its own process. A failure does not stop the others."""
 
     def prepare(self) -> None:
         """See `_Launcher`."""
         self.check_keys({"max_parallel", "threads"})
-        self.pool = Pool(self.perform, **self.options)
+        self.pool = Pool(self.run_spec, **self.options)
 
-    def execute(self, work: Work, progress: Progress) -> None:
+    def execute(self, workload: Workload, progress: Progress) -> None:
         """See `_Launcher`."""
-        self.pool.run(work, progress)
+        self.pool.run(workload, progress)
 
 
 class WidthoptSlurmLauncher(_Launcher):
-    """Each run a job of a SLURM cluster; the command ends when all are submitted."""
+    """Submit each task as a SLURM job. The command ends when all jobs are submitted."""
 
     def prepare(self) -> None:
         """See `_Launcher`."""
-        from launchers.slurm import Slurm  # noqa: PLC0415 (imports submitit)
-
-        self.check_keys({"wait", *(one.name for one in fields(Slurm))} - {"perform"})
-        wanted = dict(self.options)
-        self.stay = wanted.pop("wait")
-        if not isinstance(self.stay, bool):
+        self.check_keys({"wait", *(field.name for field in fields(slurm.Slurm))} - {"run_spec"})
+        options = dict(self.options)
+        self.wait = options.pop("wait")
+        if not isinstance(self.wait, bool):
             raise InputError(
-                f"hydra.launcher.wait is {self.stay}, but it is true or false; correct it"
+                f"hydra.launcher.wait is {self.wait}, but it must be true or false; correct it"
             )
-        self.slurm = Slurm(perform=self.perform, **wanted)
-        self.live = queue.live()
+        self.slurm = slurm.Slurm(run_spec=self.run_spec, **options)
+        self.live = queue.live_jobs()
 
-    def carry_out(self, work: Work) -> None:
-        """Submit what is missing of some work that was begun, and say how to watch it.
+    def carry_out(self, workload: Workload) -> None:
+        """Submit the remaining tasks of a workload that has begun.
 
         Raises:
-            Failed: The command was to wait, and some of it was not done.
+            Failed: The launcher waits for the jobs, and a task failed.
         """
-        from launchers.slurm import watch  # noqa: PLC0415 (imports submitit)
-
-        left = len(work.items())
-        where = f"{work.name} {there(work.root)}"
+        left = len(workload.tasks())
+        where = f"{workload.name} {root_option(workload.root)}"
         try:
-            submitted = self.slurm.submit(work) if left else 0
+            submitted = self.slurm.submit(workload) if left else 0
             queued = f", {left - submitted} are in the queue already" if left > submitted else ""
-            said = f"{submitted} runs submitted{queued}" if left else "all runs are done"
-            logger.info("%s; see: widthopt %s %s", said, "status" if left else "report", where)
-            if self.stay:
-                watch(work)
-        # Here too, as a user who has read that the runs are submitted may be faster than the wait.
+            summary = f"{submitted} runs submitted{queued}" if left else "all runs are done"
+            logger.info("%s; see: widthopt %s %s", summary, "status" if left else "report", where)
+            if self.wait:
+                slurm.watch(workload)
+        # Around the submission too: Ctrl-C may come right after the line above is printed.
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                "stopped; what was submitted goes on, and this ends it: widthopt cancel " + where
+                "stopped; submitted jobs continue; to end them: widthopt cancel " + where
             ) from None
-        if self.stay:
-            work.end()
+        if self.wait:
+            workload.end()

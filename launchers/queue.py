@@ -1,7 +1,6 @@
-"""What SLURM knows: the jobs that live, its limits, and its own words where it refuses.
+"""The SLURM commands: jobs in the queue, limits, and error messages.
 
-Only its commands are used, and none that needs accounting; ``sacct`` is asked for how a job
-ended where ``scontrol`` has forgotten it, and does without.
+No command needs accounting. ``sacct`` only adds how jobs ended that ``scontrol`` no longer knows.
 """
 
 import os
@@ -13,49 +12,56 @@ from collections.abc import Collection, Mapping
 from widthopt.errors import InputError
 
 
-PATIENCE_SECONDS = 60
-"""How long one command of SLURM's may take: its controller is asked again by the command itself."""
+TIMEOUT_SECONDS = 60
+"""Time limit of one SLURM command, which retries by itself while the controller is busy."""
 
 _ARRAY_SIZE = 1001
-"""SLURM's own default of MaxArraySize."""
+"""SLURM's default of MaxArraySize."""
 
-_AT_ONCE = 500
-"""Jobs that are named in one command, whose words the system bounds."""
+_MAX_JOBS = 500
+"""The most jobs in one command, whose length the system limits."""
 
-_HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_")
-"""How a person likes these commands to answer: other columns, or some jobs only."""
+_USER_FORMATS = ("SQUEUE_", "SACCT_", "SCONTROL_")
+"""Variables with which a user changes the columns or the jobs that these commands print."""
 
 
-def there() -> bool:
-    """Whether this machine has SLURM's commands."""
+def is_available() -> bool:
+    """Return whether this machine has the SLURM commands."""
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
-def ask(*words: str) -> str:
-    """What one of SLURM's commands answers.
+def query(*words: str) -> str:
+    """Return the output of a SLURM command.
 
     Raises:
-        InputError: It is not there, or SLURM refuses; with SLURM's own words.
+        InputError: There is no such command, or it fails; the message contains SLURM's.
     """
-    done = _done(*words)
+    done = _execute(*words)
     if done.returncode:
         raise InputError(
-            f"{words[0]} is refused by SLURM ({words_of(done.stderr)}), but it has to succeed; "
-            "correct what it names, or try the same again later"
+            f"{words[0]} is refused by SLURM ({error_text(done.stderr)}), but it must succeed; "
+            "correct the cause, or try again later"
         )
     return done.stdout
 
 
-def _done(*words: str) -> "subprocess.CompletedProcess[str]":
-    """How one of SLURM's commands ended.
+def _execute(*words: str) -> "subprocess.CompletedProcess[str]":
+    """Run a SLURM command.
 
     Raises:
-        InputError: It is not there, or it does not end.
+        InputError: There is no such command, or it does not end.
     """
-    plain = {name: one for name, one in os.environ.items() if not name.startswith(_HABITS)}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(_USER_FORMATS)
+    }
     try:
-        return subprocess.run(  # noqa: S603 (SLURM's own commands)
-            words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False, env=plain
+        return subprocess.run(  # noqa: S603 (SLURM commands)
+            words,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+            env=environment,
         )
     except FileNotFoundError as error:
         raise InputError(
@@ -64,96 +70,99 @@ def _done(*words: str) -> "subprocess.CompletedProcess[str]":
         ) from error
     except subprocess.TimeoutExpired as error:
         raise InputError(
-            f"{words[0]} is silent for {PATIENCE_SECONDS} s, but SLURM's controller has to answer; "
-            "try scontrol ping, and the same again later"
+            f"{words[0]} gives no answer for {TIMEOUT_SECONDS} s, but SLURM's controller must answer; "
+            "check it with scontrol ping, and try again later"
         ) from error
 
 
-def words_of(text: str) -> str:
-    """SLURM's complaint without the names of its commands, in one line."""
+def error_text(text: str) -> str:
+    """Return a SLURM error in one line, without the names of commands."""
     lines = [re.sub(r"^(\w+: )?(error: )?", "", line.strip()) for line in text.splitlines()]
-    return "; ".join(dict.fromkeys(line for line in lines if line)) or "without a word"
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or "no message"
 
 
-def live() -> dict[str, str]:
-    """The jobs of this user that wait or run: by name, their state and why they wait.
+def live_jobs() -> dict[str, str]:
+    """Return this user's pending and running jobs: the state of each, and why it is pending.
 
-    The elements of an array are jobs of their own, called ``JOB_INDEX``. What waits for a job that
-    has failed does not live: SLURM is about to cancel it.
+    Elements of an array are jobs called ``JOB_INDEX``. A job whose dependency failed is left out,
+    since SLURM is about to cancel it.
 
     Raises:
         InputError: SLURM's controller does not answer.
     """
-    # By number: the name that the environment has may be another one's.
-    text = ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
-    found = {}
+    # By user id: USER in the environment may be somebody else.
+    text = query("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
+    jobs = {}
     for line in text.splitlines():
         job, state, reason = (*line.strip().split("|", 2), "", "")[:3]
-        if state and reason != "DependencyNeverSatisfied":  # a line may name the cluster
-            found[job] = state if reason in {"None", ""} else f"{state} ({reason})"
-    return found
+        if state and reason != "DependencyNeverSatisfied":  # a line may only name the cluster
+            jobs[job] = state if reason in {"None", ""} else f"{state} ({reason})"
+    return jobs
 
 
-def named(name: str) -> dict[int, str]:
-    """The live elements of the array of this name, by index; a single job has index 0."""
-    text = ask("squeue", "-h", "-r", "-n", name, "-o", "%i")
+def array_elements(name: str) -> dict[int, str]:
+    """Return the jobs of the array of this name by index; a single job has index 0."""
+    text = query("squeue", "-h", "-r", "-n", name, "-o", "%i")
     jobs = sorted(line.strip() for line in text.splitlines() if line.strip())
     return {int(job.partition("_")[2] or 0): job for job in jobs}
 
 
 def hosts() -> set[str]:
-    """The machines that are nodes, as they call themselves, but for those at this one's address."""
-    nodes = ask("scontrol", "-o", "show", "node").splitlines()
-    away = [one for one in nodes if not re.search(r"\bNodeAddr=(127\.|localhost\b)", one)]
-    return {name for one in away for name in re.findall(r"\bNodeHostName=(\S+)", one)}
+    """Return the host names of compute nodes, without those that run on this machine."""
+    nodes = query("scontrol", "-o", "show", "node").splitlines()
+    remote = [node for node in nodes if not re.search(r"\bNodeAddr=(127\.|localhost\b)", node)]
+    return {name for node in remote for name in re.findall(r"\bNodeHostName=(\S+)", node)}
 
 
 def array_size() -> int:
-    """How many elements one array may have (``MaxArraySize`` bounds the index)."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
-    return max(1, int(found[1]) if found else _ARRAY_SIZE)
+    """Return the largest size of an array (``MaxArraySize`` is a limit of the index)."""
+    match = re.search(
+        r"^MaxArraySize\s*=\s*(\d+)", query("scontrol", "show", "config"), re.MULTILINE
+    )
+    return max(1, int(match[1]) if match else _ARRAY_SIZE)
 
 
 def check(options: Mapping[str, str]) -> None:
-    """Ask SLURM whether it would take a job with these options; none is submitted.
+    """Check that SLURM accepts a job with these options. No job is submitted.
 
     Args:
-        options: Of ``sbatch``, by name; an empty value is a flag.
+        options: Options of ``sbatch`` by name; an empty value is a flag.
 
     Raises:
-        InputError: It would not, in its own words; or it would, and never start it.
+        InputError: SLURM refuses the job, or would never start it.
     """
-    done = _done("sbatch", "--test-only", *words_for(options), "--wrap", "true")
+    done = _execute("sbatch", "--test-only", *to_arguments(options), "--wrap", "true")
     if done.returncode:
-        shown = " ".join(words_for(options))
+        arguments = " ".join(to_arguments(options))
         raise InputError(
-            f"sbatch is given {shown}, but SLURM refuses it ({words_of(done.stderr)}); correct "
-            "hydra.launcher, nothing was submitted"
+            f"sbatch is given {arguments}, but SLURM refuses it ({error_text(done.stderr)}); correct "
+            "hydra.launcher; nothing was submitted"
         )
-    # A limit above the partition's is taken, and then the job waits for ever.
-    named = options.get("partition") or os.environ.get("SBATCH_PARTITION")
+    # SLURM accepts a time limit above the partition's, and then never starts the job.
+    partitions = options.get("partition") or os.environ.get("SBATCH_PARTITION")
     limits = {}
-    for line in ask("scontrol", "-o", "show", "partition").splitlines():
-        said = dict(word.partition("=")[::2] for word in line.split())
-        name = said.get("PartitionName", "")
-        if name in named.split(",") if named else said.get("Default") == "YES":
-            limits[name] = _minutes(said.get("MaxTime", ""))
-    for name, most in limits.items():
-        if all(one is not None and float(options["time"]) > one for one in limits.values()):
+    for line in query("scontrol", "-o", "show", "partition").splitlines():
+        values = dict(word.partition("=")[::2] for word in line.split())
+        name = values.get("PartitionName", "")
+        if name in partitions.split(",") if partitions else values.get("Default") == "YES":
+            limits[name] = _minutes(values.get("MaxTime", ""))
+    minutes = float(options["time"])
+    for name, limit in limits.items():
+        if all(value is not None and minutes > value for value in limits.values()):
             raise InputError(
                 f"hydra.launcher.resources.minutes is {options['time']}, but the time limit of "
-                f"partition {name} is {most:g}; use less: a run that needs longer is put back and "
-                "goes on"
+                f"partition {name} is {limit:g}; use less: a run that needs longer is requeued and "
+                "resumes"
             )
 
 
-def words_for(options: Mapping[str, str]) -> list[str]:
-    """Options as they are typed; an empty value is a flag."""
+def to_arguments(options: Mapping[str, str]) -> list[str]:
+    """Return options as command-line arguments; an empty value is a flag."""
     return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
 
 
 def _minutes(text: str) -> float | None:
-    """SLURM's ``days-hours:minutes:seconds`` in minutes; None where there is no limit."""
+    """Convert SLURM's ``days-hours:minutes:seconds`` to minutes; None if there is no limit."""
     days, _, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdigit() for part in parts) or len(parts) != 3:  # noqa: PLR2004
@@ -163,42 +172,42 @@ def _minutes(text: str) -> float | None:
 
 
 def cancel(jobs: Collection[str]) -> None:
-    """End these jobs, whether they wait or run."""
-    for some in _portions(jobs):
-        ask("scancel", *some)
+    """Cancel these jobs, pending or running."""
+    for batch in _batches(jobs):
+        query("scancel", *batch)
 
 
-def _portions(jobs: Collection[str]) -> list[list[str]]:
-    """Jobs in order, as many at once as one command may name."""
+def _batches(jobs: Collection[str]) -> list[list[str]]:
+    """Split jobs, in order, into batches that fit into one command."""
     ordered = sorted(jobs)
-    return [ordered[first : first + _AT_ONCE] for first in range(0, len(ordered), _AT_ONCE)]
+    return [ordered[first : first + _MAX_JOBS] for first in range(0, len(ordered), _MAX_JOBS)]
 
 
-def ended(jobs: Collection[str]) -> dict[str, str]:
-    """How jobs ended that do not live any more, as far as SLURM still knows; by job.
+def job_endings(jobs: Collection[str]) -> dict[str, str]:
+    """Return how jobs ended, as far as SLURM still knows, by job.
 
     Args:
-        jobs: As SLURM calls them.
+        jobs: Names of jobs that are no longer in the queue.
     """
-    found: dict[str, str] = {}
-    asked = "sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode", "-j"
+    endings: dict[str, str] = {}
+    accounting = "sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode", "-j"
     for command in (
-        *([*asked, ",".join(some)] for some in _portions(jobs)),
+        *([*accounting, ",".join(batch)] for batch in _batches(jobs)),
         *(["scontrol", "-o", "show", "job", job] for job in sorted(jobs)[:20]),
     ):
-        if command[0] == "scontrol" and command[-1] in found:
+        if command[0] == "scontrol" and command[-1] in endings:
             continue
         try:
-            text = ask(*command)
-        except InputError:  # no accounting, or forgotten: it is only said to be helpful
+            text = query(*command)
+        except InputError:  # no accounting, or the job is forgotten: the caller does without
             continue
         for line in text.splitlines():
             if command[0] == "sacct":
                 job, state, code = line.split("|")
-                found[job] = f"SLURM: {state}, exit code {code}"
+                endings[job] = f"SLURM: {state}, exit code {code}"
             else:
-                said = dict(word.partition("=")[::2] for word in line.split())
-                reason = said.get("Reason", "None")
-                words = [said.get("JobState", "?"), *([] if reason == "None" else [reason])]
-                found[command[-1]] = f"SLURM: {', '.join(words)}, exit code {said.get('ExitCode')}"
-    return found
+                values = dict(word.partition("=")[::2] for word in line.split())
+                reason = values.get("Reason", "None")
+                state = values.get("JobState", "?") + ("" if reason == "None" else f", {reason}")
+                endings[command[-1]] = f"SLURM: {state}, exit code {values.get('ExitCode')}"
+    return endings

@@ -1,8 +1,8 @@
-"""Sweeps on a SLURM cluster, through submitit: each run a job, searches before trainings.
+"""Submission of a sweep to SLURM through submitit: one job for each task.
 
-All is planned, frozen and checked before the first ``sbatch``; then runs are submitted as
-arrays, and the command ends. Who gives it again submits what is missing: which jobs live is
-SLURM's to say, and which runs are done the files'.
+Everything is planned, written and checked before the first ``sbatch``. Then tasks are submitted as
+arrays, and the command ends. The same command again submits what is missing: SLURM says which
+jobs are in the queue, and the files of the runs say which are done.
 """
 
 import fcntl
@@ -15,59 +15,58 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import submitit
-
-from launchers import queue
-from launchers.progress import Progress
-from launchers.snapshot import snapshot
-from launchers.work import Failed, Item, Work
-from launchers.worker import Order, work
+from hydra_plugins.widthopt_launchers import queue
+from hydra_plugins.widthopt_launchers.progress import Progress
+from hydra_plugins.widthopt_launchers.snapshot import snapshot
+from hydra_plugins.widthopt_launchers.worker import Order, run_order
+from hydra_plugins.widthopt_launchers.workload import Failed, Task, Workload
 from widthopt.errors import InputError
-from widthopt.store import there, write_atomically, writing
+from widthopt.files import write_atomically, writing
+from widthopt.runs.states import root_option
 
 
 logger = logging.getLogger("widthopt")
 
 POLL_SECONDS = 10.0
-"""Time between two looks at the queue where the command waits for the end."""
+"""Seconds between two queries of the queue while the command waits for its jobs."""
 
 _ENCLOSING = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-_OURS = (
+_RESERVED = (
     "job-name", "array", "dependency", "signal", "output", "error", "open-mode", "requeue",
     "no-requeue", "wait", "parsable", "test-only", "wrap",
 )  # fmt: skip
-"""Options of ``sbatch`` that the launcher sets itself, or that would change what it answers."""
+"""Options of ``sbatch`` that the launcher sets itself, or that change the command's output."""
 
 _VARIABLES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX"}
-"""What ``sbatch`` calls its variables, where that is not the option's name."""
+"""Names of the variables of ``sbatch`` that differ from those of the options."""
 
-_UNSHARED = {"tmpfs", "ramfs", "devtmpfs"}
+_LOCAL = {"tmpfs", "ramfs", "devtmpfs"}
 _DISKS = {"btrfs", "ext2", "ext3", "ext4", "overlay", "xfs", "zfs"}
-"""What a machine has on disks of its own; the others see it if it is exported to them."""
+"""File systems of a machine's own disks; other machines see them only if they are exported."""
 
-_UNWARNED = """bash -c 'trap "" USR2; exec "$@"' bash"""
-"""Starts a command that a warning does not end: Python needs seconds until it can take one."""
+_IGNORE_SIGUSR2 = """bash -c 'trap "" USR2; exec "$@"' bash"""
+"""Runs a command that ignores SIGUSR2 until Python, after some seconds, can handle it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one run asks for.
+    """Resources of one job.
 
     Attributes:
         minutes: Time limit.
-        nodes: Nodes.
-        tasks_per_node: Processes on each of them; they train together.
-        gpus_per_node: Accelerators of each node.
-        cpus_per_task: Processors of each process.
-        memory_gb: Memory of each node; SLURM's default if None.
+        nodes: Number of nodes.
+        tasks_per_node: Processes on each node; all of them train together.
+        gpus_per_node: Accelerators on each node.
+        cpus_per_task: CPU cores of each process.
+        memory_gb: Memory of each node; None for SLURM's default.
     """
 
     minutes: int
@@ -78,41 +77,41 @@ class Resources:
     memory_gb: float | None
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], changed: Mapping[str, Any], *, key: str) -> "Resources":
-        """From plain values, some of them changed.
+    def of(cls, values: Mapping[str, Any], changes: Mapping[str, Any], *, key: str) -> "Resources":
+        """Merge the launcher's values with those of one task.
 
         Args:
-            values: The launcher's.
-            changed: Those of one run that differ.
-            key: Where the changed ones stand, for messages.
+            values: The launcher's values.
+            changes: The values of one task that differ.
+            key: The key of the changes, for messages.
 
         Raises:
             InputError: A name is unknown, or a value is out of range.
         """
-        for name in changed:
+        for name in changes:
             if name not in values:
                 raise InputError(
-                    f"{key}.{name} is no key, but resources are {', '.join(values)}; correct it"
+                    f"{key}.{name} is not a key, but the resources are {', '.join(values)}; correct it"
                 )
-        merged = {**values, **changed}
+        merged = {**values, **changes}
         for name, value in merged.items():
             least = 0 if name in {"gpus_per_node", "memory_gb"} else 1
-            whole = isinstance(value, int) or (name == "memory_gb" and isinstance(value, float))
+            is_number = isinstance(value, int) or (name == "memory_gb" and isinstance(value, float))
             if value is None and name == "memory_gb":
                 continue
-            if not whole or isinstance(value, bool) or value < least:
-                where = key if name in changed else "hydra.launcher.resources"
+            if not is_number or isinstance(value, bool) or value < least:
+                where = key if name in changes else "hydra.launcher.resources"
                 raise InputError(
-                    f"{where}.{name} is {value}, but it is a number from {least} up; correct it"
+                    f"{where}.{name} is {value}, but it is a number of at least {least}; correct it"
                 )
         return cls(**merged)
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """Submits items; see ``conf/hydra/launcher/slurm.yaml`` for what the values mean."""
+    """Submits tasks. ``conf/hydra/launcher/slurm.yaml`` explains the values."""
 
-    perform: str
+    run_spec: str
     resources: Mapping[str, Any]
     options: Mapping[str, Any]
     gpus_as: str
@@ -134,101 +133,104 @@ class Slurm:
         for name, least in (("parallelism", 1), ("warn_seconds", 1), ("max_requeues", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise InputError(
-                    f"hydra.launcher.{name} is {getattr(self, name)}, but it is a whole number "
-                    f"from {least} up; correct it"
+                    f"hydra.launcher.{name} is {getattr(self, name)}, but it is an integer of "
+                    f"at least {least}; correct it"
                 )
         for name in ("setup", "packages", "code"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
-                one = "" if value is None else f'"{value}"'
+                item = "" if value is None else f'"{value}"'
                 raise InputError(
                     f"hydra.launcher.{name} is {'null' if value is None else value}, but it is a "
-                    f"list; write 'hydra.launcher.{name}=[{one}]'"
+                    f"list; write 'hydra.launcher.{name}=[{item}]'"
                 )
         for name in ("resources", "options"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise InputError(
                     f"hydra.launcher.{name} is {'null' if value is None else value}, but it is a "
-                    f"table; give its values one by one, as in hydra.launcher.{name}.NAME=VALUE"
+                    f"mapping; set its values one by one, as in hydra.launcher.{name}.NAME=VALUE"
                 )
         for name, value in self.options.items():
-            if name.replace("_", "-") in _OURS and value is not None:
+            if name.replace("_", "-") in _RESERVED and value is not None:
                 raise InputError(
-                    f"hydra.launcher.options.{name} is {value}, but the launcher sets that itself; "
+                    f"hydra.launcher.options.{name} is {value}, but the launcher sets this option; "
                     "leave it out"
                 )
 
-    def submit(self, work_of: Work) -> int:
-        """Submit what is neither done nor in the queue; how many runs that were.
+    def submit(self, workload: Workload) -> int:
+        """Submit the tasks that are neither done nor in the queue.
+
+        Returns:
+            The number of submitted tasks.
 
         Raises:
-            InputError: SLURM would not take them; or, in the midst of them, no more of them.
+            InputError: SLURM refuses a job, or the limit of jobs is reached in between.
         """
-        if not shared(work_of.root):
+        if not is_shared(workload.root):
             raise InputError(
-                f"root is {work_of.root}, but it is on {file_system(work_of.root)}, which no other "
-                "node sees; name a folder on a shared file system"
+                f"root is {workload.root}, but {file_system(workload.root)} is not visible to other "
+                "nodes; name a folder on a shared file system"
             )
-        items = list(work_of.items())
-        asked = {
-            item.name: Resources.of(
-                self.resources, item.resources, key=f"resources.{item.name.partition('-')[0]}"
+        tasks = list(workload.tasks())
+        resources = {
+            task.name: Resources.of(
+                self.resources, task.resources, key=f"resources.{task.name.partition('-')[0]}"
             )
-            for item in items
+            for task in tasks
         }
-        for one in dict.fromkeys(asked.values()):
-            # SLURM itself may warn a minute early.
-            if self.warn_seconds > 30 * one.minutes:
+        for distinct in dict.fromkeys(resources.values()):
+            # SLURM may send the signal a minute early.
+            if self.warn_seconds > 30 * distinct.minutes:
                 raise InputError(
-                    f"hydra.launcher.warn_seconds is {self.warn_seconds}, but of a time limit of "
-                    f"{one.minutes} minutes it is half at most; lower it, or raise "
+                    f"hydra.launcher.warn_seconds is {self.warn_seconds}, but it is at most half "
+                    f"of the time limit of {distinct.minutes} minutes; lower it, or raise "
                     "hydra.launcher.resources.minutes"
                 )
-            queue.check(self.flags(one))
-        kind, here = file_system(work_of.root), socket.gethostname()
-        if kind in _DISKS and queue.hosts() - {here, here.partition(".")[0]}:
+            queue.check(self.flags(distinct))
+        kind, host = file_system(workload.root), socket.gethostname()
+        if kind in _DISKS and queue.hosts() - {host, host.partition(".")[0]}:
             logger.warning(
-                "root is %s, on a disk of this machine (%s); on nodes that do not see it runs "
-                "fail: widthopt doctor --job %s asks one",
-                work_of.root, kind, there(work_of.root),
+                "root is %s, on a disk of this machine (%s); runs fail on nodes that do not see it: "
+                "check one with widthopt doctor --job %s",
+                workload.root, kind, root_option(workload.root),
             )  # fmt: skip
-        with _alone(work_of.root):
-            live = queue.live()
-            _adopt(work_of.root)
-            waiting = {item.name: job for item in items if (job := work_of.job(item.name)) in live}
-            # Another submitter's jobs may have done some of it since it was planned.
-            done = {item.name for item in items if work_of.done(item.name)}
+        with _submission_lock(workload.root):
+            live = queue.live_jobs()
+            _adopt(workload.root)
+            waiting = {task.name: job for task in tasks if (job := workload.job(task.name)) in live}
+            # Jobs of another submitter may have finished since the sweep was planned.
+            done = {task.name for task in tasks if workload.is_done(task.name)}
             todo = [
-                replace(item, needs=tuple(need for need in item.needs if need not in done))
-                for item in items
-                if item.name not in waiting and item.name not in done
+                replace(task, needs=tuple(need for need in task.needs if need not in done))
+                for task in tasks
+                if task.name not in waiting and task.name not in done
             ]
             if not todo:
                 return 0
-            specs = {item.name: work_of.freeze(item.name) for item in todo}
-            code = snapshot(self.packages, self.code, into=work_of.root / "code")
-            sender = _Sender(self, work_of, code, specs, min(queue.array_size(), 1000))
-            sender.send(todo, asked, waiting)
+            specs = {task.name: workload.write_spec(task.name) for task in todo}
+            code = snapshot(self.packages, self.code, into=workload.root / "code")
+            sender = _Sender(self, workload, code, specs, min(queue.array_size(), 1000))
+            sender.send(todo, resources, waiting)
         return len(todo)
 
-    def flags(self, asked: Resources, **more: str) -> dict[str, str]:
-        """Options of ``sbatch`` for these resources."""
+    def flags(self, resources: Resources, **more: str) -> dict[str, str]:
+        """Return the options of ``sbatch`` for these resources."""
         flags = {
-            "time": str(asked.minutes),
-            "nodes": str(asked.nodes),
-            "ntasks-per-node": str(asked.tasks_per_node),
-            "cpus-per-task": str(asked.cpus_per_task),
+            "time": str(resources.minutes),
+            "nodes": str(resources.nodes),
+            "ntasks-per-node": str(resources.tasks_per_node),
+            "cpus-per-task": str(resources.cpus_per_task),
             "kill-on-invalid-dep": "yes",
             "signal": f"USR2@{self.warn_seconds}",
         }
         flags["requeue" if self.requeue else "no-requeue"] = ""
-        if asked.memory_gb is not None:
-            flags["mem"] = f"{round(asked.memory_gb * 1024)}M"
-        if asked.gpus_per_node and self.gpus_as == "gres":
-            flags["gres"] = f"gpu:{asked.gpus_per_node}"
-        elif asked.gpus_per_node and self.gpus_as == "gpus-per-node":
-            flags["gpus-per-node"] = str(asked.gpus_per_node)
+        if resources.memory_gb is not None:
+            flags["mem"] = f"{round(resources.memory_gb * 1024)}M"
+        if resources.gpus_per_node and self.gpus_as == "gres":
+            flags["gres"] = f"gpu:{resources.gpus_per_node}"
+        elif resources.gpus_per_node and self.gpus_as == "gpus-per-node":
+            flags["gpus-per-node"] = str(resources.gpus_per_node)
         for key, value in self.options.items():
             if value is not None and value is not False:
                 flags[key.replace("_", "-")] = "" if value is True else str(value)
@@ -236,147 +238,150 @@ class Slurm:
 
 
 def adopt(root: Path) -> None:
-    """Write down jobs whose submitter was killed before it could, unless one is at work now."""
+    """Record jobs whose submitter was killed before it could, unless one submits now."""
     if any((root / "submissions").glob("*.json")):
-        with suppress(BlockingIOError), _alone(root, wait=False):
+        with suppress(BlockingIOError), _submission_lock(root, wait=False):
             _adopt(root)
 
 
 def _adopt(root: Path) -> None:
-    """Write down what a process submitted that was killed before it could do so.
+    """Record the jobs of submitters that were killed before they could record them.
 
-    Jobs whose order it had not put in place yet fail by themselves within a minute, and are
-    submitted again by the next command.
+    Jobs without an order file fail within a minute, and the next command submits them again.
     """
     for path in sorted((root / "submissions").glob("*.json")):
         intent = json.loads(path.read_text("utf-8"))
-        for place, job in queue.named(intent["name"]).items():
+        for index, job in queue.array_elements(intent["name"]).items():
             log = f"jobs/{intent['name']}/{job}"
             content = {"job": job, "code": intent["code"], "log": log}
-            folder = root / "stages" / intent["runs"][place]
+            folder = root / "stages" / intent["runs"][index]
             write_atomically(folder / "submission.json", json.dumps(content, indent=2) + "\n")
         path.unlink()
 
 
 class _LimitReachedError(InputError):
-    """No room for more jobs, as a limit on how many there may be says."""
+    """A limit on the number of jobs is reached."""
 
 
 class _Sender:
-    """Puts items into as few arrays as SLURM's dependencies allow."""
+    """Submits tasks in as few arrays as SLURM's dependencies allow."""
 
     def __init__(
-        self, slurm: Slurm, work_of: Work, code: Path, specs: Mapping[str, Path], limit: int
+        self, slurm: Slurm, workload: Workload, code: Path, specs: Mapping[str, Path], limit: int
     ) -> None:
-        self._slurm, self._work, self._specs, self._limit = slurm, work_of, specs, limit
+        self._slurm, self._workload, self._specs, self._limit = slurm, workload, specs, limit
         self._code = code.resolve()
         self._jobs: dict[str, str] = {}
         self._sent = 0
 
     def send(
-        self, todo: Sequence[Item], asked: Mapping[str, Resources], waiting: Mapping[str, str]
+        self, todo: Sequence[Task], resources: Mapping[str, Resources], waiting: Mapping[str, str]
     ) -> None:
-        """Submit all of it: what needs nothing first, in the given order.
+        """Submit all tasks, those without needs first, in the given order.
 
         Args:
-            todo: Items; each comes after what it needs.
-            asked: Their resources.
-            waiting: The jobs of items that are in the queue already.
+            todo: The tasks, each after the tasks that it needs.
+            resources: The resources of each task.
+            waiting: The jobs of tasks that are already in the queue.
         """
         self._jobs = dict(waiting)
         followers: dict[str, int] = {}
-        for item in todo:
-            for need in item.needs:
+        for task in todo:
+            for need in task.needs:
                 followers[need] = followers.get(need, 0) + 1
         rest = list(todo)
         while rest:
             ready = [
-                item for item in rest if not any(need not in self._jobs for need in item.needs)
+                task for task in rest if not any(need not in self._jobs for need in task.needs)
             ]
-            assert ready, "items need one another"
-            names = {item.name for item in ready}
-            # Those that most others wait for first: so the n-th followers of an array's elements
-            # are those of its first few, and one array of the same numbers.
-            ready.sort(key=lambda item: -followers.get(item.name, 0))
-            self._send_ready(ready, asked)
-            rest = [item for item in rest if item.name not in names]
+            assert ready, "tasks need one another"
+            names = {task.name for task in ready}
+            # Tasks with the most followers come first in an array. So the n-th followers of its
+            # elements follow the first elements, and form one array with the same indices.
+            ready.sort(key=lambda task: -followers.get(task.name, 0))
+            self._send_ready(ready, resources)
+            rest = [task for task in rest if task.name not in names]
 
-    def _send_ready(self, ready: Sequence[Item], asked: Mapping[str, Resources]) -> None:
-        groups: dict[tuple[Resources, tuple[str, ...]], list[Item]] = {}
-        for item in self._send_alongside(ready, asked):
-            jobs = tuple(sorted({self._jobs[need] for need in item.needs}))
-            groups.setdefault((asked[item.name], jobs), []).append(item)
-        for (resources, jobs), items in groups.items():
+    def _send_ready(self, ready: Sequence[Task], resources: Mapping[str, Resources]) -> None:
+        groups: dict[tuple[Resources, tuple[str, ...]], list[Task]] = {}
+        for task in self._send_alongside(ready, resources):
+            jobs = tuple(sorted({self._jobs[need] for need in task.needs}))
+            groups.setdefault((resources[task.name], jobs), []).append(task)
+        for (shared, jobs), tasks in groups.items():
             after = "afterok:" + ":".join(jobs) if jobs else ""
-            for first in range(0, len(items), self._limit):
-                self._send_array(items[first : first + self._limit], resources, after)
+            for first in range(0, len(tasks), self._limit):
+                self._send_array(tasks[first : first + self._limit], shared, after)
 
     def _send_alongside(
-        self, ready: Sequence[Item], asked: Mapping[str, Resources]
-    ) -> Sequence[Item]:
-        """Submit what follows an array element by element; what is left over.
+        self, ready: Sequence[Task], resources: Mapping[str, Resources]
+    ) -> Sequence[Task]:
+        """Submit the tasks that follow an array element by element, and return the other tasks.
 
-        ``aftercorr`` lets each element wait for the one of the same number alone, as
-        ``afterok`` does for a job, so that a thousand dependencies are one submission.
+        With ``aftercorr`` each element waits for the element of the same index only. So a thousand
+        dependencies are one submission.
         """
-        lines: dict[tuple[str, Resources], dict[int, list[Item]]] = {}
+        lines: dict[tuple[str, Resources], dict[int, list[Task]]] = {}
         left = []
-        for item in ready:
-            jobs = [self._jobs[need] for need in item.needs]
+        for task in ready:
+            jobs = [self._jobs[need] for need in task.needs]
             array, _, index = jobs[0].partition("_") if len(jobs) == 1 else ("", "", "")
             if index:
-                line = lines.setdefault((array, asked[item.name]), {})
-                line.setdefault(int(index), []).append(item)
+                line = lines.setdefault((array, resources[task.name]), {})
+                line.setdefault(int(index), []).append(task)
             else:
-                left.append(item)
-        for (array, resources), line in lines.items():
+                left.append(task)
+        for (array, shared), line in lines.items():
             while line.get(0) and line.get(1):
-                places = 0
-                while line.get(places):
-                    places += 1
-                items = [line[place].pop(0) for place in range(places)]
-                self._send_array(items, resources, f"aftercorr:{array}")
-            left += [item for items in line.values() for item in items]
+                size = 0
+                while line.get(size):
+                    size += 1
+                tasks = [line[index].pop(0) for index in range(size)]
+                self._send_array(tasks, shared, f"aftercorr:{array}")
+            left += [task for tasks in line.values() for task in tasks]
         return left
 
-    def _send_array(self, items: Sequence[Item], resources: Resources, after: str) -> None:
-        """One array, or a shorter one if a user's or an account's limit leaves no room for it.
+    def _send_array(self, tasks: Sequence[Task], resources: Resources, after: str) -> None:
+        """Submit an array, in halves if a limit of the user or account does not allow all of it.
 
         Raises:
             InputError: SLURM refuses it, or the limit is reached.
         """
         try:
-            self._sbatch(items, resources, after)
+            self._sbatch(tasks, resources, after)
         except _LimitReachedError:
-            half = len(items) // 2
+            half = len(tasks) // 2
             if not half:
                 raise
-            self._send_array(items[:half], resources, after)
-            if after.startswith("aftercorr:"):  # those of the same number are sent, and only those
-                for item in items[half:]:
-                    jobs = ":".join(self._jobs[need] for need in item.needs)
-                    self._send_array([item], resources, f"afterok:{jobs}")
+            self._send_array(tasks[:half], resources, after)
+            if after.startswith("aftercorr:"):  # the first half has the same indices
+                for task in tasks[half:]:
+                    jobs = ":".join(self._jobs[need] for need in task.needs)
+                    self._send_array([task], resources, f"afterok:{jobs}")
             else:
-                self._send_array(items[half:], resources, after)
+                self._send_array(tasks[half:], resources, after)
 
-    def _sbatch(self, items: Sequence[Item], resources: Resources, after: str) -> None:
-        """One submission: a job, or an array of them.
+    def _sbatch(self, tasks: Sequence[Task], resources: Resources, after: str) -> None:
+        """Submit a job, or an array of jobs.
 
         Raises:
             InputError: SLURM refuses it.
         """
-        slurm, root = self._slurm, self._work.root
+        # Hydra imports every module below hydra_plugins when it starts, this one too.
+        import submitit  # noqa: PLC0415
+
+        slurm, root = self._slurm, self._workload.root
         name = f"widthopt-{uuid.uuid4().hex[:10]}"
         intent = root / "submissions" / f"{name}.json"
         with writing(intent.parent):
             intent.parent.mkdir(parents=True, exist_ok=True)
-        runs = [item.name for item in items]
-        written = {"name": name, "runs": runs, "code": self._code.name}
-        write_atomically(intent, json.dumps(written) + "\n")
+        content = {
+            "name": name, "runs": [task.name for task in tasks], "code": self._code.name,
+        }  # fmt: skip
+        write_atomically(intent, json.dumps(content) + "\n")
         executor = submitit.SlurmExecutor(
             folder=root.resolve() / "jobs" / name,
             max_num_timeout=0,
-            python=f"{_UNWARNED} {slurm.python or shlex.quote(sys.executable)}",
+            python=f"{_IGNORE_SIGUSR2} {slurm.python or shlex.quote(sys.executable)}",
         )
         flags = slurm.flags(resources, **({"dependency": after} if after else {}))
         executor.update_parameters(
@@ -390,84 +395,85 @@ class _Sender:
             srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
             additional_parameters={key: value or True for key, value in flags.items()},
         )
-        home = os.getcwd()  # noqa: PTH109 (as the user sees it)
+        home = os.getcwd()  # noqa: PTH109 (with symbolic links kept)
         orders = [
             Order(
-                spec=str(self._specs[item.name].resolve()),
-                perform=slurm.perform,
+                spec=str(self._specs[task.name].resolve()),
+                run_spec=slurm.run_spec,
                 home=home,
                 requeue=slurm.requeue,
                 max_requeues=slurm.max_requeues,
             )
-            for item in items
+            for task in tasks
         ]
         try:
-            with _clean_environment({"job-name": name, **flags}), _inside(self._code):
-                jobs = executor.map_array(work, orders)
+            with _clean_environment({"job-name": name, **flags}), chdir(self._code):
+                jobs = executor.map_array(run_order, orders)
         except submitit.core.utils.FailedJobError as error:
             intent.unlink()
-            full = "SubmitJob" in str(error)  # as in AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit
-            raise (_LimitReachedError if full else InputError)(
-                f"sbatch is given {' '.join(queue.words_for(flags))}, but SLURM refuses it "
-                f"({queue.words_of(str(error))}); {self._sent} runs were submitted before, and the "
+            # AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit and others
+            limit_reached = "SubmitJob" in str(error)
+            raise (_LimitReachedError if limit_reached else InputError)(
+                f"sbatch is given {' '.join(queue.to_arguments(flags))}, but SLURM refuses it "
+                f"({queue.error_text(str(error))}); {self._sent} runs were submitted before, and the "
                 "same command sends the rest"
             ) from error
-        self._sent += len(items)
-        for item, job in zip(items, jobs, strict=True):
-            self._jobs[item.name] = job.job_id
+        self._sent += len(tasks)
+        for task, job in zip(tasks, jobs, strict=True):
+            self._jobs[task.name] = job.job_id
             log = f"jobs/{name}/{job.job_id}"
-            self._work.submitted(item.name, job.job_id, code=self._code.name, log=log)
+            self._workload.record_job(task.name, job.job_id, code=self._code.name, log=log)
         intent.unlink()
-        logger.debug("%s: %d runs as %s %s", name, len(items), jobs[0].job_id, after)
+        logger.debug("%s: %d runs as %s %s", name, len(tasks), jobs[0].job_id, after)
 
 
 def file_system(folder: Path) -> str:
-    """The kind of file system that a folder is on, or that it would be made on."""
-    found = ("", "unknown")
+    """Return the type of the file system of a folder, which need not exist."""
+    mount = ("", "unknown")
     with suppress(OSError):
         for line in Path("/proc/self/mounts").read_text("utf-8").splitlines():
             _, place, kind = line.split()[:3]
-            if folder.resolve().is_relative_to(place) and len(place) >= len(found[0]):
-                found = (place, kind)
-    return found[1]
+            if folder.resolve().is_relative_to(place) and len(place) >= len(mount[0]):
+                mount = (place, kind)
+    return mount[1]
 
 
-def shared(folder: Path) -> bool:
-    """Whether other nodes can see a folder, as far as its kind of file system says."""
-    return file_system(folder) not in _UNSHARED
+def is_shared(folder: Path) -> bool:
+    """Return whether other nodes can see a folder, judged by its file system."""
+    return file_system(folder) not in _LOCAL
 
 
-def how_ended(root: Path, jobs: Collection[str]) -> dict[str, str]:
-    """How jobs ended that do not live any more, as far as SLURM still knows; by job.
+def explain_endings(root: Path, jobs: Collection[str]) -> dict[str, str]:
+    """Return how jobs ended, as far as SLURM still knows, by job.
 
     Args:
-        root: The folder that they were to write to; a job that failed without has not seen it.
-        jobs: As SLURM calls them.
+        root: The folder of runs. A failed job that wrote nothing to it did not see it.
+        jobs: Names of jobs that are no longer in the queue.
     """
-    found = queue.ended(jobs)
-    # Logs are called JOB_RANK_log.out.
+    endings = queue.job_endings(jobs)
+    # Logs are named JOB_RANK_log.out.
     seen = {path.name.rpartition("_log.")[0] for path in root.glob("jobs/*/*_0_log.*")}
-    for job, said in found.items():
-        if "FAILED" in said and f"{job}_0" not in seen:
-            found[job] = (
-                f"no node has written to {root}, which has to be on a file system that nodes see "
-                f"({said})"
+    for job, ending in endings.items():
+        if "FAILED" in ending and f"{job}_0" not in seen:
+            endings[job] = (
+                f"no node has written to {root}, which must be on a file system that nodes see "
+                f"({ending})"
             )
-    return found
+    return endings
 
 
 @contextmanager
-def _alone(root: Path, *, wait: bool = True) -> Iterator[None]:
-    """Submit alone: another process that wants to waits until this one has left.
+def _submission_lock(root: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock under which only one process submits.
 
     Raises:
-        BlockingIOError: Another one submits, and ``wait`` is off.
+        BlockingIOError: Another process submits, and ``wait`` is False.
     """
     with writing(root):
         lock = os.open(root / "submit.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with writing(root):  # some file systems have no locks
-            free = _locked(lock)
+            free = _try_lock(lock)
         if not free:
             if not wait:
                 raise BlockingIOError
@@ -478,7 +484,7 @@ def _alone(root: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(lock)
 
 
-def _locked(file: int) -> bool:
+def _try_lock(file: int) -> bool:
     """Whether a lock could be had at once; if so, it is."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -489,80 +495,75 @@ def _locked(file: int) -> bool:
 
 @contextmanager
 def _clean_environment(flags: Iterable[str]) -> Iterator[None]:
-    """Leave out what belongs to an enclosing job, but nothing that says where the cluster is.
+    """Remove variables of an enclosing job, and those that would override the batch file.
 
-    Nor a person's own settings for ``sbatch``, but those that would go before what it is given in
-    its file.
+    Variables that name the cluster stay, and so do a user's settings for other options of
+    ``sbatch``.
 
     Args:
-        flags: The names of the options that are given.
+        flags: Names of the options in the batch file.
     """
-    given = {
-        f"SBATCH_{_VARIABLES.get(one, one).upper().replace('-', '_')}" for one in (*flags, *_OURS)
+    overriding = {
+        f"SBATCH_{_VARIABLES.get(flag, flag).upper().replace('-', '_')}"
+        for flag in (*flags, *_RESERVED)
     }
-    taken = {
+    removed = {
         name: os.environ.pop(name)
         for name in list(os.environ)
-        if (name.startswith(_ENCLOSING) and name not in _KEPT) or name in _RANKS or name in given
+        if (name.startswith(_ENCLOSING) and name not in _KEPT)
+        or name in _RANKS
+        or name in overriding
     }
     try:
         yield
     finally:
-        os.environ.update(taken)
+        os.environ.update(removed)
 
 
-@contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    """Be in another folder: jobs start there, and Python looks there first."""
-    before = os.getcwd()  # noqa: PTH109
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def watch(work_of: Work) -> None:
-    """Wait until nothing of this sweep lives any more, and say how it ended.
+def watch(workload: Workload) -> None:
+    """Wait until no job of this sweep is in the queue, and show the progress.
 
     Raises:
-        Failed: Not all of it is done.
+        Failed: A task is not done.
     """
-    items = list(work_of.items())
-    with Progress(items) as progress:
-        going = {item.name: item for item in items}
+    tasks = list(workload.tasks())
+    with Progress(tasks) as progress:
+        active = {task.name: task for task in tasks}
         started: set[str] = set()
-        away = False
-        while going:
+        is_silent = False
+        while active:
             try:
-                live = queue.live()
-                away = False
-            except InputError as error:  # its jobs go on, and so does this
-                logger.log(logging.DEBUG if away else logging.WARNING, "%s; asking again", error)
-                away = True
+                live = queue.live_jobs()
+                is_silent = False
+            except InputError as error:  # the jobs continue without the controller
+                level = logging.DEBUG if is_silent else logging.WARNING
+                logger.log(level, "%s; trying again", error)
+                is_silent = True
                 time.sleep(POLL_SECONDS)
                 continue
-            for name, item in list(going.items()):
-                job = work_of.job(name)
+            for name, task in list(active.items()):
+                job = workload.job(name)
                 if live.get(job, "").startswith("RUNNING") and name not in started:
                     started.add(name)
-                    progress.start(item)
+                    progress.start(task)
                 if job in live:
                     continue
-                del going[name]
+                del active[name]
                 if name not in started:
-                    progress.start(item)
-                if work_of.done(name):
-                    progress.finish(item)
+                    progress.start(task)
+                if workload.is_done(name):
+                    progress.finish(task)
                 else:
                     progress.fail(
-                        item, work_of.failure(name) or how_ended(work_of.root, [job]).get(job, "")
+                        task,
+                        workload.failure(name)
+                        or explain_endings(workload.root, [job]).get(job, ""),
                     )
             progress.tick()
-            if going:
+            if active:
                 time.sleep(POLL_SECONDS)
     if progress.failed:
         raise Failed(
-            f"{progress.done} of {len(items)} runs are done and {progress.failed} are not; the "
+            f"{progress.done} of {len(tasks)} runs are done and {progress.failed} are not; the "
             "same command tries them again"
         )

@@ -1,4 +1,4 @@
-"""The points of a sweep, for Hydra's command line: every point before any work."""
+"""Hydra's sweeper: expands a command line into the points of a sweep."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,71 +22,71 @@ EXPERIMENT = "experiment"
 
 
 def check_once(overrides: Sequence[str]) -> None:
-    """Raise where one key is given two values.
+    """Check that no key has two values.
 
     Args:
-        overrides: As typed; flags among them are passed over.
+        overrides: The arguments as typed; flags are skipped.
 
     Raises:
         InputError: Two overrides contradict each other.
     """
-    given: dict[str, str] = {}
+    values: dict[str, str] = {}
     for word in overrides:
-        for key, value in _given(word):
-            if given.setdefault(key, value) != value:
+        for key, value in _assignments(word):
+            if values.setdefault(key, value) != value:
                 raise InputError(
-                    f"{key} is {given[key]} and {value}, but it has one value in one command; "
+                    f"{key} is {values[key]} and {value}, but it has one value in one command; "
                     "leave one of them out, or sweep over both with -m and a comma"
                 )
 
 
-def _given(word: str) -> Iterator[tuple[str, str]]:
-    """The keys that an override gives a value, each with its text; those inside of tables too."""
+def _assignments(word: str) -> Iterator[tuple[str, str]]:
+    """Yield each key that an override sets, and its value as text; keys inside mappings too."""
     key, equals, text = word.partition("=")
     if not equals or key.startswith("-"):
         return
     key = key.lstrip("+")
-    tables: list[Any] = []
+    mappings: list[Any] = []
     if "{" in text:
-        with suppress(HydraException):  # it says itself what it cannot read
+        with suppress(HydraException):  # Hydra reports what it cannot parse
             value = OverridesParser.create().parse_override(word).value()
-            tables = list(value.list) if isinstance(value, ChoiceSweep) else [value]
-    if not tables or not all(isinstance(one, dict) for one in tables):
+            mappings = list(value.list) if isinstance(value, ChoiceSweep) else [value]
+    if not mappings or not all(isinstance(mapping, dict) for mapping in mappings):
         yield key, text
         return
-    inside: dict[str, list[str]] = {}
-    for one in tables:
-        for name, value in _leaves(one, key):
-            inside.setdefault(name, []).append(value)
-    for name, values in inside.items():
+    nested: dict[str, list[str]] = {}
+    for mapping in mappings:
+        for name, value in _leaves(mapping, key):
+            nested.setdefault(name, []).append(value)
+    for name, values in nested.items():
         yield name, ",".join(values)
 
 
 def _values(config: DictConfig, group: str) -> Iterator[tuple[str, str]]:
-    """Every value of a group in a configuration, with its key, as it is written there."""
-    table = OmegaConf.to_container(config[group])
-    if isinstance(table, dict):
-        yield from _leaves(table, group)
+    """Yield each key of a group in a configuration, and its value as text."""
+    mapping = OmegaConf.to_container(config[group])
+    if isinstance(mapping, dict):
+        yield from _leaves(mapping, group)
 
 
-def _leaves(table: Mapping[Any, Any], key: str) -> Iterator[tuple[str, str]]:
-    """Every value of nested tables, with its key."""
-    for name, value in table.items():
+def _leaves(mapping: Mapping[Any, Any], key: str) -> Iterator[tuple[str, str]]:
+    """Yield each key of a nested mapping, and its value as text."""
+    for name, value in mapping.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{key}.{name}")
         else:
             yield f"{key}.{name}", str(value)
 
 
-def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
-    """The overrides of each point of a sweep.
+def expand_sweep(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each point of a sweep.
 
-    The values that an experiment sweeps over are those of its file, but where the command line
-    says otherwise. Several experiments are swept one after another.
+    An experiment's own sweep (``hydra.sweeper.params``) is used, except for keys that the command
+    line sets. Several experiments are swept one after another.
 
     Args:
-        loader: Hydra's.
-        words: As typed, without flags.
+        loader: Hydra's configuration loader.
+        words: The overrides as typed, without flags.
 
     Raises:
         InputError: The sweep has no points.
@@ -94,15 +94,16 @@ def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
     parser = OverridesParser.create(config_loader=loader)
     fixed = [word for word in words if word.lstrip("+~").startswith(("hydra.", "hydra/"))]
     rest = [word for word in words if word not in fixed]
-    chosen = [one for one in parser.parse_overrides(rest) if one.key_or_group == EXPERIMENT]
+    experiments = [o for o in parser.parse_overrides(rest) if o.key_or_group == EXPERIMENT]
     names: list[str | None] = [None]
-    if chosen:
-        one = chosen[-1]
-        value = str(one.input_line).partition("=")[2]
-        names = list(one.sweep_string_iterator()) if one.is_sweep_override() else [value]
+    if experiments:
+        override = experiments[-1]
+        value = str(override.input_line).partition("=")[2]
+        is_sweep = override.is_sweep_override()
+        names = list(override.sweep_string_iterator()) if is_sweep else [value]
         rest = [word for word in rest if word.partition("=")[0] != EXPERIMENT]
         if not names:
-            raise _empty(EXPERIMENT, value)
+            raise _no_values(EXPERIMENT, value)
     points: list[list[str]] = []
     for name in names:
         first = [] if name is None else [f"{EXPERIMENT}={name}"]
@@ -112,67 +113,68 @@ def expanded(loader: ConfigLoader, words: Sequence[str]) -> list[list[str]]:
         swept = config.hydra.sweeper.params or {}
         if not isinstance(swept, Mapping):
             raise InputError(
-                f"hydra.sweeper.params is {swept}, but it is a table of keys and their values; "
+                f"hydra.sweeper.params is {swept}, but it is a mapping of keys to values; "
                 "correct it"
             )
         params = [f"{key}={value}" for key, value in swept.items()]
         overrides = parser.parse_overrides([*params, *rest])
-        for one in overrides:
-            if one.is_sweep_override() and not list(one.sweep_string_iterator()):
-                raise _empty(str(one.key_or_group), str(one.input_line).partition("=")[2])
+        for override in overrides:
+            if override.is_sweep_override() and not list(override.sweep_string_iterator()):
+                value = str(override.input_line).partition("=")[2]
+                raise _no_values(str(override.key_or_group), value)
         (batch,) = BasicSweeper.split_arguments(overrides, None)
-        points += [[*fixed, *first, *one] for one in batch]
+        points += [[*fixed, *first, *point] for point in batch]
     return points
 
 
 def _check_choices(loader: ConfigLoader, config: DictConfig, typed: Sequence[Override]) -> None:
-    """Raise where an experiment has values of its own for a choice that was typed.
+    """Check that a typed choice does not lose against an experiment's own values.
 
-    An experiment's values go before those of any choice, so that what was typed would be another
-    thing than what is run.
+    The values of an experiment override those of any choice. So a typed choice would have values
+    that are not the ones used.
 
     Args:
-        loader: Hydra's.
-        config: The experiment's configuration, with nothing that was typed.
-        typed: The overrides that were.
+        loader: Hydra's configuration loader.
+        config: The experiment's configuration without the typed overrides.
+        typed: The typed overrides.
 
     Raises:
-        InputError: An experiment and a choice contradict each other.
+        InputError: An experiment has values of its own for a typed choice.
     """
-    chosen = config.hydra.runtime.choices
-    groups = [one for one in typed if one.key_or_group in chosen and not one.is_delete()]
+    choices = config.hydra.runtime.choices
+    groups = [o for o in typed if o.key_or_group in choices and not o.is_delete()]
     if not groups:
         return
-    same = [f"{one.key_or_group}={chosen[one.key_or_group]}" for one in groups]
+    same = [f"{override.key_or_group}={choices[override.key_or_group]}" for override in groups]
     without = loader.load_configuration(CONFIG_NAME, same, RunMode.MULTIRUN)
-    given = {key for one in typed for key, _ in _given(one.input_line or "")}
-    for one in groups:
-        group = one.key_or_group
-        its, usual = (dict(_values(made, group)) for made in (config, without))
-        own = sorted(key for key, value in its.items() if usual.get(key) != value)
-        if left := [key for key in own if key not in given]:
-            value = (one.input_line or "").partition("=")[2]
+    given = {key for override in typed for key, _ in _assignments(override.input_line or "")}
+    for override in groups:
+        group = override.key_or_group
+        values, defaults = (dict(_values(composed, group)) for composed in (config, without))
+        changed = sorted(key for key, value in values.items() if defaults.get(key) != value)
+        if left := [key for key in changed if key not in given]:
+            value = (override.input_line or "").partition("=")[2]
             raise InputError(
-                f"{group} is {value}, but experiment={chosen[EXPERIMENT]} has values of its own "
+                f"{group} is {value}, but experiment={choices[EXPERIMENT]} has values of its own "
                 f"for {', '.join(left)}; give values for these too, or leave {group}={value} out"
             )
 
 
-def _empty(key: str, value: str) -> InputError:
+def _no_values(key: str, value: str) -> InputError:
     return InputError(
         f"{key} is {value}, but nothing matches it and the sweep has no points; see widthopt --help"
     )
 
 
 class WidthoptSweeper(Sweeper):
-    """Hands all points to the launcher at once.
+    """Pass all points to the launcher in one call.
 
-    Hydra's own sweeper composes every point to see that it can be composed, and its launchers
-    do so again; ours plans all points before it starts any, so that once is enough.
+    Hydra's basic sweeper composes each point to validate it, and its launchers compose it again.
+    Our launchers plan all points before the first one starts, so one composition is enough.
     """
 
     def __init__(self, *, params: Mapping[str, str] | None) -> None:
-        """Args: params: What an experiment sweeps over; `expanded` reads it again."""
+        """Args: params: The sweep of an experiment, which `expand_sweep` reads."""
         self.params = params
         self.context: HydraContext | None = None
 
@@ -186,8 +188,8 @@ class WidthoptSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch the points of these arguments."""
+        """Launch the points of these overrides."""
         assert self.context is not None
         assert self.launcher is not None
-        points = expanded(self.context.config_loader, arguments)
+        points = expand_sweep(self.context.config_loader, arguments)
         return [self.launcher.launch(points, initial_job_idx=0)]

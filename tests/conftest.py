@@ -1,7 +1,3 @@
-import widthopt.operators  # noqa: F401 (before torchvision)
-
-
-# isort: split
 import functools
 import math
 import signal
@@ -15,8 +11,8 @@ from widthopt.networks import TorchvisionNetwork
 from widthopt.tracing import trace
 
 
-# A shell without job control starts what runs in the background with Ctrl-C ignored; the tests
-# that send it need what a terminal gives, and so do the processes that they start.
+# A shell without job control starts background processes with Ctrl-C ignored. Tests that send it,
+# and the processes that they start, need the handler of a terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
@@ -27,7 +23,7 @@ hypothesis.settings.load_profile("widthopt")
 @functools.cache
 def _traced(name, resolution, depth, classes):
     network = TorchvisionNetwork(name)
-    # RegNet's constructor computes with tensors, so it cannot run where there are no values.
+    # RegNet's constructor computes with tensors, so it cannot run on the meta device.
     with torch.device("cpu" if "regnet" in name else "meta"):
         model = network.build(depth=depth, classes=classes)
     return model, trace(model, resolution, stages=network.stages(model))
@@ -35,7 +31,7 @@ def _traced(name, resolution, depth, classes):
 
 @pytest.fixture(scope="session")
 def traced():
-    """A torchvision network, its weights unset, and its graph; each is made once."""
+    """Return a torchvision network without weights and its graph; both are cached."""
 
     def get(name, resolution=224, *, depth=1, classes=1000):
         return _traced(name, resolution, depth, classes)
@@ -45,7 +41,7 @@ def traced():
 
 @pytest.fixture(scope="session")
 def counted():
-    """Multiply-adds of a module by hooks on its layers: every weight, at every position."""
+    """Count the MACs of a module by hooks on its layers: every weight at every position."""
 
     def count(model, resolution):
         total = 0

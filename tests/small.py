@@ -1,6 +1,6 @@
-"""What the tests of searches share: a small network, images, real digits, a count of MACs."""
+"""Shared by tests: builders of settings and recipes, a small network, images, a count of MACs."""
 
-import copy
+import dataclasses
 import math
 import signal
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from widthopt.data.digits import Digits
-from widthopt.setting import Runtime
+from widthopt.networks import TorchvisionNetwork
+from widthopt.setting import Recipe, Runtime, Setting
 
 
 RUNTIME = Runtime(
@@ -21,14 +22,50 @@ RUNTIME = Runtime(
     backend="slice",
     progress=False,
 )
-"""On the CPU, with nothing left to a trial at the start."""
+"""On the CPU; every value is fixed, so that a supernet needs no timing trial."""
+
+RECIPE = Recipe(
+    batch_size=16,
+    accumulation=1,
+    epochs=3,
+    search_epochs=3,
+    learning_rate=1.6,  # a peak of 0.1 for 16 images
+    warmup_epochs=1,
+    momentum=0.9,
+    weight_decay=5e-5,
+    label_smoothing=0.1,
+    augmentation="none",
+)
+
+
+def make_runtime(**changes):
+    """Return `RUNTIME` with changes."""
+    return dataclasses.replace(RUNTIME, **changes)
+
+
+def make_recipe(**changes):
+    """Return `RECIPE` with changes."""
+    return dataclasses.replace(RECIPE, **changes)
+
+
+def make_setting(network=None, **changes):
+    """Return the setting of a network at 8 pixels with 4 classes, or with changes.
+
+    Args:
+        network: `SmallNetwork` by default; a string is the name of one of torchvision's networks.
+        changes: Other axes of the setting.
+    """
+    if isinstance(network, str):
+        network = TorchvisionNetwork(network)
+    axes = {"classes": 4, "width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
+    return Setting(network or SmallNetwork(), **(axes | changes))
 
 
 class Small(nn.Module):
     """A stem with a residual block, then a chain: strided, depthwise and pointwise.
 
-    Its variables: ``stem`` (a stream), ``inner`` (a shortcut goes around it), ``down`` (tied
-    to the depthwise layer) and ``wide``.
+    Its variables: ``stem`` (a residual stream), ``inner`` (inside a residual block), ``down``
+    (tied to the depthwise layer) and ``wide``.
     """
 
     def __init__(self, classes, start=None):
@@ -56,7 +93,7 @@ class Small(nn.Module):
         return self.head(x.mean((2, 3)))
 
     def reset_parameters(self):
-        """What fresh weights are; some tests start elsewhere."""
+        """Initialise the weights; `start` changes them afterwards."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -67,7 +104,7 @@ class Small(nn.Module):
 
 @dataclass(frozen=True)
 class SmallNetwork:
-    """The network above as a setting has it."""
+    """`Small` as the network of a setting."""
 
     start: object = None
     name: str = "small"
@@ -85,61 +122,77 @@ class SmallNetwork:
 
 
 class Synthetic:
-    """64 images of 4 classes, noise upon a pattern for each class, in a new order each epoch."""
+    """64 images of 4 classes: a pattern for each class plus noise, shuffled in each epoch.
+
+    Args:
+        batch_size: Images in a batch.
+        interrupt: The step before which Ctrl-C is pressed.
+        spoilt: The step whose first image is NaN.
+    """
 
     images, classes = 64, 4
 
-    def __init__(self, batch_size=16, interrupt=None):
+    def __init__(self, batch_size=16, interrupt=None, spoilt=None):
         random = torch.Generator().manual_seed(0)
         patterns = torch.randn(4, 3, 8, 8, generator=random)
         self.labels = torch.arange(64) % 4
         self.pixels = patterns[self.labels] + torch.randn(64, 3, 8, 8, generator=random)
         self.batch_size = batch_size
         self.steps_per_epoch = 64 // batch_size
-        self.interrupt = interrupt  # the step before which Ctrl-C is pressed
+        self.interrupt, self.spoilt = interrupt, spoilt
 
     def epoch(self, epoch, first_step=0, rank=0, ranks=1):
         order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
         part = slice(rank * self.batch_size // ranks, (rank + 1) * self.batch_size // ranks)
-        for step, chosen in enumerate(batch[part] for batch in order.split(self.batch_size)):
+        for step, indices in enumerate(batch[part] for batch in order.split(self.batch_size)):
             if step >= first_step:
-                if epoch * self.steps_per_epoch + step == self.interrupt:
+                number = epoch * self.steps_per_epoch + step
+                if number == self.interrupt:
                     signal.raise_signal(signal.SIGINT)
-                yield self.pixels[chosen], self.labels[chosen]
+                pixels = self.pixels[indices]
+                if number == self.spoilt:
+                    pixels[0] = torch.nan
+                yield pixels, self.labels[indices]
 
     def __iter__(self):
         return self.epoch(0)
 
     def part(self, rank, ranks):
-        mine = copy.copy(self)
-        mine.pixels, mine.labels = self.pixels[rank::ranks], self.labels[rank::ranks]
-        mine.__class__ = Part
-        return mine
+        return ListedBatches([(self.pixels[rank::ranks], self.labels[rank::ranks])])
 
     def sample(self, images, *, batch_size, seed):
         """As `EvaluationBatches.sample`: images in random order, in batches."""
         order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:images]
-        return Chunks((self.pixels[one], self.labels[one]) for one in order.split(batch_size))
+        batches = order.split(batch_size)
+        return ListedBatches((self.pixels[batch], self.labels[batch]) for batch in batches)
 
 
-class Chunks(list):
-    """Batches that several processes may share out."""
+class ListedBatches(list):
+    """Batches of images and labels in a list, for evaluation or for recalibration."""
+
+    @property
+    def images(self):
+        return sum(len(labels) for _, labels in self)
+
+    @property
+    def batch_size(self):
+        return len(self[0][1])
+
+    @property
+    def steps_per_epoch(self):
+        return len(self)
+
+    def epoch(self, _epoch, **_):
+        return iter(self)
 
     def share(self, rank, ranks):
-        return self[rank::ranks]
-
-
-class Part(Synthetic):
-    """Some of these images, once."""
-
-    def __iter__(self):
-        yield self.pixels, self.labels
+        return ListedBatches(self[rank::ranks])
 
 
 class Instrument:
-    """Multiply-adds of every convolution and linear layer that runs.
+    """Counts the MACs of every convolution and linear layer that runs.
 
-    A forward pass counts once; the gradient by its input and that by its weight once more each.
+    A forward pass counts once, the gradients of the input and of the weight once each.
     """
 
     def __enter__(self):

@@ -18,16 +18,17 @@ import pytest
 import torch
 from small import RUNTIME, SmallNetwork, Synthetic
 
-from widthopt import checkpoints
-from widthopt.algorithms import Conditions
-from widthopt.config import compose
+from widthopt.algorithms import SearchContext
+from widthopt.config.compose import compose
 from widthopt.data import Split
 from widthopt.errors import InputError
-from widthopt.pipeline import Point, run
-from widthopt.planning import Plan
+from widthopt.networks.resize import Blueprint
 from widthopt.records import from_json
+from widthopt.runs.execute import run_request
+from widthopt.runs.plan import Plan
+from widthopt.runs.point import SizedRequest
 from widthopt.setting import Setting
-from widthopt.surgery import Blueprint
+from widthopt.training import checkpoints
 
 
 CONF = Path(__file__).parents[1] / "conf" / "algorithm"
@@ -51,9 +52,11 @@ SMALL = (
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_algorithm_takes_a_request_from_search_to_record(name, tmp_path):
-    point = Point(compose([*SMALL, f"algorithm={name}", f"root={tmp_path}", "methods=[transfer]"]))
+    point = SizedRequest(
+        compose([*SMALL, f"algorithm={name}", f"root={tmp_path}", "methods=[transfer]"])
+    )
     assert set(Plan.of([point.request]).states().values()) == {"missing"}
-    (record,) = run(point)
+    (record,) = run_request(point)
     graph = point.target_blueprint.graph
     assert record.found.macs == graph.macs(record.found.channels) <= graph.macs()
     assert record.found.macs >= 0.99 * graph.macs()
@@ -61,7 +64,7 @@ def test_every_algorithm_takes_a_request_from_search_to_record(name, tmp_path):
         point.overhead_macs("transfer"), rel=0.25 if name == "autoslim" else 0.1
     )
     assert set(Plan.of([point.request]).states().values()) == {"done"}
-    again = run(Point(point.request))
+    again = run_request(SizedRequest(point.request))
     assert again == [record]
 
 
@@ -100,7 +103,7 @@ def test_a_supernet_is_trained_as_the_configuration_says(name, changed, tmp_path
             WHERE,
             Split(Synthetic(), Synthetic(), 4),
             budget_macs=Blueprint(WHERE).graph.macs(),
-            conditions=Conditions(recipe, RUNTIME, 0, folder),
+            context=SearchContext(recipe, RUNTIME, 0, folder),
         )
         tensors = checkpoints.newest(folder / "checkpoints").tensors
         weights.append(tensors["model.stem.weight"])
@@ -183,9 +186,9 @@ def search(name, folder):
         WHERE,
         Split(Synthetic(), Synthetic(), 4),
         budget_macs=Blueprint(WHERE).graph.macs(),
-        conditions=Conditions(recipe, RUNTIME, 0, folder),
+        context=SearchContext(recipe, RUNTIME, 0, folder),
     )
-    plain = dataclasses.asdict(found)
+    plain = found.to_plain()
     plain.pop("seconds")
     plain["details"].pop("slimming_seconds", None)
     (folder / "found.json").write_text(json.dumps(plain, sort_keys=True))

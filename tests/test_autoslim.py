@@ -9,18 +9,18 @@ import pytest
 import torch
 from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
 
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.autoslim import AutoSlim
 from widthopt.algorithms.greedy import path_macs, slim
 from widthopt.algorithms.sandwich import step_macs
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet, enlarge_channels
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import Supernet, enlarged
-from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted, train
+from widthopt.training.evaluation import evaluate
+from widthopt.training.loop import Interrupted, train
 
 
 RECIPE = Recipe(
@@ -45,7 +45,7 @@ DEFAULT = {
     "random_subnets": 2,
     "reduction": "sum",
     "validation_images": 10240,
-    "chunk": 2048,
+    "evaluation_batch_size": 2048,
     "calibration_images": 0,
 }
 SMALL = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
@@ -57,7 +57,7 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=SMALL, budget=None
         where,
         data or Split(Synthetic(), Synthetic(), 4),
         budget_macs=budget or Blueprint(where).graph.macs(),
-        conditions=Conditions(recipe, RUNTIME, seed, folder),
+        context=SearchContext(recipe, RUNTIME, seed, folder),
     )
 
 
@@ -73,13 +73,15 @@ def test_the_widths_found_meet_the_budget_and_the_network_before_them_does_not(t
         budget = round(share * BASE.macs())
         found = search(tmp_path / name, budget=budget)
         channels = found.details["channels"]
-        graph = Blueprint(SMALL).resized({key: round(1.5 * n) for key, n in BASE.channels.items()})
+        graph = Blueprint(SMALL).resize_graph(
+            {key: round(1.5 * n) for key, n in BASE.channels.items()}
+        )
         moves = found.details["moves"]
         assert graph.macs(channels) == moves[-1]["macs"] <= budget
         assert len(moves) > 1
         assert moves[-2]["macs"] > budget
         assert found.multipliers == {key: channels[key] / n for key, n in BASE.channels.items()}
-        assert found.flags == {"budget_reached": True}
+        assert found.diagnostics == {"budget_reached": True}
 
 
 def test_a_larger_budgets_widths_lie_on_the_path_to_a_smaller_ones(tmp_path):
@@ -194,7 +196,7 @@ def test_the_overhead_of_training_is_what_the_layers_did_and_slimming_is_added(t
     assert found.overhead_macs == watched.trained + slimming
 
 
-@pytest.mark.parametrize("options", [{}, {"calibration_images": 32, "chunk": 32}])
+@pytest.mark.parametrize("options", [{}, {"calibration_images": 32, "evaluation_batch_size": 32}])
 def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
     """Within a hundredth along the path that was taken; before it is known, within a fifth.
 
@@ -216,7 +218,7 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
     images = algorithm.images(counts.evaluation)
     slimmed = path_macs(
         graph, grids, path,
-        images=images, chunk=algorithm.chunk, calibration=algorithm.calibration_images,
+        images=images, chunk=algorithm.evaluation_batch_size, calibration=algorithm.calibration_images,
     )  # fmt: skip
     assert slimmed > trained / 4
     assert found.overhead_macs == pytest.approx(trained + slimmed, rel=0.01)
@@ -233,7 +235,10 @@ def test_the_overhead_is_that_of_the_closed_form(tmp_path, options):
         ({"least_bins": 10}, "algorithm.least_bins is 10, but it is a whole number from 0 up and"),
         ({"random_subnets": -1}, "algorithm.random_subnets is -1, but it is a whole number from 0"),
         ({"validation_images": 8}, "algorithm.validation_images is 8, but batch statistics need"),
-        ({"chunk": 8}, "algorithm.chunk is 8, but batch statistics need at least 32 images"),
+        (
+            {"evaluation_batch_size": 8},
+            "algorithm.evaluation_batch_size is 8, but batch statistics need at least 32 images",
+        ),
         ({"calibration_images": 8}, "algorithm.calibration_images is 8, but statistics need at"),
         ({"calibration_images": -1}, "algorithm.calibration_images is -1, but statistics need at"),
     ],
@@ -245,7 +250,7 @@ def test_values_out_of_range_are_refused(options, message):
 
 @pytest.mark.parametrize("grid", ["fraction", "step"])
 def test_a_divisor_that_no_layer_has_room_for_is_refused(grid):
-    graph = Blueprint(SMALL).resized(enlarged(BASE, 1.5))
+    graph = Blueprint(SMALL).resize_graph(enlarge_channels(BASE, 1.5))
     widest = max(graph.free[name].classes for name in graph.searchable)
     message = (
         rf"^algorithm.divisor is {widest + 1}, but no layer of the supernet has more than "
@@ -287,11 +292,11 @@ def test_too_few_validation_images_are_refused_before_and_in_a_search(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("held_out", "most", "chunk", "wanted"),
+    ("held_out", "most", "evaluation_batch_size", "wanted"),
     [(500, 10240, 2048, 500), (5000, 10240, 2048, 4096), (128_116, 10240, 2048, 10240)],
 )
 def test_chunks_are_whole(held_out, most, chunk, wanted):
-    algorithm = AutoSlim(**(DEFAULT | {"validation_images": most, "chunk": chunk}))
+    algorithm = AutoSlim(**(DEFAULT | {"validation_images": most, "evaluation_batch_size": chunk}))
     assert algorithm.images(held_out) == wanted
 
 

@@ -13,9 +13,9 @@ import pytest
 from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, widthopt
 from PIL import Image
 
-from widthopt.config import compose
+from widthopt.config.compose import compose
 from widthopt.records import from_json
-from widthopt.report import show_macs
+from widthopt.reporting.console import show_macs
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def results(folder):
             record.top1,
             record.train_loss,
             record.found.channels,
-            record.found.flags,
+            record.found.diagnostics,
             record.stages,
             weights(run / f"train-{record.found.method}-seed0"),
         )
@@ -188,7 +188,7 @@ def said_and_loaded(folder, *words):
     """What a command prints, and which of the modules that take long to import it has imported."""
     script = (
         f"import sys\nsys.argv = ['widthopt', *{words!r}]\n"
-        "from widthopt.__main__ import main\n"
+        "from widthopt.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
         f"print('loaded:', *(one for one in {HEAVY!r} if one in sys.modules))\n"
     )
@@ -347,7 +347,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, wh
     assert started.returncode == 130, said
     (line,) = (line for line in said.splitlines() if line.startswith("widthopt: "))
     assert line == said.splitlines()[-1]
-    assert "the same command goes on from" in line
+    assert "the same command continues from" in line
     assert not list(run_folder(folder).glob("record.json")) or when == "search"
 
     again = widthopt(*words, folder=folder)

@@ -10,11 +10,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from widthopt.config import compose, frozen
+from widthopt.config.compose import compose
+from widthopt.config.typed import to_plain
 from widthopt.errors import InputError
-from widthopt.pipeline import Point
+from widthopt.files import check_writable
+from widthopt.runs.point import SizedRequest
 from widthopt.setting import Recipe
-from widthopt.store import writable
 
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -105,7 +106,7 @@ def photos(tmp_path):
 def refused(*overrides, point=False):
     """The one line that these overrides earn; ``point`` goes on to sizes and images."""
     with pytest.raises(InputError) as caught:
-        Point(compose([*TINY, *overrides])) if point else compose(overrides)
+        SizedRequest(compose([*TINY, *overrides])) if point else compose(overrides)
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -132,7 +133,7 @@ def test_every_choice_becomes_typed_values(group, choice):
             continue
         value = getattr(typed, key)
         assert (list(value) if isinstance(value, tuple) else value) == written[key], key
-    frozen_values = frozen(request)[group]
+    frozen_values = to_plain(request)[group]
     assert {field.name for field in fields(typed)} == frozen_values.keys() - {"_target_"}
 
 
@@ -527,7 +528,7 @@ def test_a_width_that_rounds_a_variable_to_0_is_refused_with_one_that_does_not(o
     assert line == (
         f"{key}.width is 0.001, but it rounds the 64 channels of `conv1` to 0; use 0.008 or more"
     )
-    Point(compose([*TINY, f"{key}.width=0.008"]))
+    SizedRequest(compose([*TINY, f"{key}.width=0.008"]))
 
 
 @pytest.mark.parametrize(
@@ -548,7 +549,7 @@ def test_a_resolution_below_what_strides_allow_is_refused(custom, overrides, key
 
 
 def test_the_least_resolution_is_accepted(custom):
-    point = Point(compose([*TINY, *custom(Small), "target.width=1", "target.resolution=17"]))
+    point = SizedRequest(compose([*TINY, *custom(Small), "target.width=1", "target.resolution=17"]))
     assert point.target_blueprint.graph.resolution == 17
 
 
@@ -560,8 +561,8 @@ def test_a_depth_that_the_builder_cannot_make_is_refused(custom):
     )
     line = refused(*custom(Small), "target.width=1", "projection.depth=2", point=True)
     assert line == (
-        "projection.depth is 2, but networks_of_this_test.Small takes no argument `depth`; give "
-        "it one, or use depth 1"
+        "projection.depth is 2, but networks_of_this_test.Small takes no argument `depth`; add "
+        "the argument, or use depth 1"
     )
 
 
@@ -580,7 +581,7 @@ def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
         f"budget_macs is 500, but the narrowest network already takes {least:,} at resolution 24; "
         "raise the budget"
     )
-    Point(compose([*TINY, *custom(Small), "target.width=1", f"budget_macs={least}"]))
+    SizedRequest(compose([*TINY, *custom(Small), "target.width=1", f"budget_macs={least}"]))
 
 
 @pytest.mark.parametrize("algorithm", ["autoslim", "dmcp"])
@@ -589,7 +590,7 @@ def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
 )
 def test_a_budget_that_no_search_meets_is_not_told_as_if_it_had_been_typed(algorithm, typed, value):
     """It is the searched network's, which nobody typed; what is named has the value it has."""
-    point = Point(compose([*TINY, f"algorithm={algorithm}", typed, "methods=[transfer]"]))
+    point = SizedRequest(compose([*TINY, f"algorithm={algorithm}", typed, "methods=[transfer]"]))
     with pytest.raises(InputError, match=rf"^algorithm\.enlarge is {value}, but") as caught:
         point.overhead_macs("transfer")
     assert "budget_macs is" not in str(caught.value)
@@ -630,8 +631,8 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
         (
             "network",
             (
-                "network.factory is network, but a dotted name such as my_module.my_network is "
-                "needed; the module is looked for in the current folder too"
+                "network.factory is network, but it must be a dotted name such as "
+                "my_module.my_network; give the module too, which may be in the current folder"
             ),
         ),
         (
@@ -682,7 +683,7 @@ def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path
         "(dataset=image_folder can also skip it, with dataset.allow_unreadable=true)"
     )
     with pytest.warns(UserWarning, match=r"2 of 8 images cannot be read .*; they are skipped"):
-        point = Point(compose([*TINY, *chosen, "dataset.allow_unreadable=true"]))
+        point = SizedRequest(compose([*TINY, *chosen, "dataset.allow_unreadable=true"]))
     assert len(point.request.dataset.train().labels) == 6
 
 
@@ -699,7 +700,7 @@ def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_more(photos, c
         "projection.fraction is 0.1, but class bee is left with 1 image of 10 and a class needs "
         "2, one of them for validation; use 0.15 or more"
     )
-    Point(compose([*TINY, *chosen, "projection.fraction=0.15"]))
+    SizedRequest(compose([*TINY, *chosen, "projection.fraction=0.15"]))
 
 
 # Where results go.
@@ -709,7 +710,7 @@ def test_a_root_that_cannot_be_written_is_refused(tmp_path):
     root = tmp_path / "file"
     root.write_text("no folder")
     with pytest.raises(InputError) as caught:
-        writable(Path(compose([f"root={root / 'runs'}"]).root))
+        check_writable(Path(compose([f"root={root / 'runs'}"]).root))
     assert str(caught.value) == (
         f"root is {root / 'runs'}, but it cannot be written (Not a directory); name a folder you "
         "may write to"
@@ -718,5 +719,5 @@ def test_a_root_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_point_writes_nothing(tmp_path, monkeypatch, custom):
     monkeypatch.chdir(tmp_path)
-    Point(compose([*TINY, *custom(Small), "target.width=1"]))
+    SizedRequest(compose([*TINY, *custom(Small), "target.width=1"]))
     assert list(tmp_path.iterdir()) == []

@@ -13,10 +13,11 @@ import pytest
 from commands import NETWORK, TINY, command, one_line, widthopt
 from wandb_server import KEY, Server
 
-from widthopt.__main__ import PAPER
-from widthopt.config import compose
-from widthopt.dashboard import HEALTH, as_json, push, sections, workspace
-from widthopt.pipeline import Point, run
+from widthopt.cli import PAPER
+from widthopt.config.compose import compose
+from widthopt.reporting.dashboard import HEALTH, as_json, push, sections, workspace
+from widthopt.runs.execute import run
+from widthopt.runs.point import SizedRequest
 from widthopt.tracking.client import Kept
 from widthopt.tracking.lines import rows
 from widthopt.tracking.metrics import BY_STEP, CURVES, MEDIA, OUTCOME, PERFORMANCE, SEARCH, known
@@ -51,7 +52,7 @@ def tracked(tmp_path_factory):
     figures = tuple(compose(["experiment=fig3_width"]).figures)
     for name in ("morphnet", "autoslim", "dmcp"):
         asked = compose([*words, f"algorithm={name}", "tracking.every=10"])
-        run(Point(replace(asked, figures=figures)))
+        run(SizedRequest(replace(asked, figures=figures)))
     sys.path.remove(str(folder))
     return folder / "stages"
 
@@ -136,7 +137,7 @@ def test_a_figure_of_the_paper_has_its_panels_and_its_lines(figure, by, paper):
 
 def test_what_tells_lines_apart_is_in_a_runs_configuration(paper):
     words = ("target.depth=2", "projection.depth=1", "extrapolation=stack_last_block")
-    point = Point(compose([*words]), images=False)
+    point = SizedRequest(compose([*words]), images=False)
     config = point.about("train", "transfer", 0, point.train_stage("transfer", 0)).config
     keys = {panel.by for one in paper for panel in one.panels if panel.kind == "line"}
     assert keys == {"algorithm", "extrapolation"}
@@ -270,7 +271,7 @@ def test_a_workspace_is_remembered_although_its_report_is_refused(tmp_path, monk
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         with monkeypatch.context() as patched:
-            patched.setattr("widthopt.dashboard.report", refuse)
+            patched.setattr("widthopt.reporting.dashboard.report", refuse)
             with pytest.raises(ConnectionError):
                 push(HEALTH, project="width-transfer", entity="loop", kept=kept)
         push(HEALTH, project="width-transfer", entity="loop", kept=kept)

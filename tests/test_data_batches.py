@@ -10,21 +10,16 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-
-import widthopt.operators  # noqa: F401 (goes before torchvision)
-
-
-# isort: split
 from PIL import Image
 from torchvision import transforms
 
-from widthopt.config import compose
+from widthopt.config.compose import compose
 from widthopt.data import check, classes, search_split, target_split
-from widthopt.data.augmentation import CropDraws, crop_draws, cropped
+from widthopt.data.augmentation import CropDraws, crop_draws, crop_images
 from widthopt.data.batches import Placement
-from widthopt.data.choice import DatasetChoice
-from widthopt.data.images import ArrayImages, FileImages, reduced
-from widthopt.data.kept import KeptWholes, square, wholes
+from widthopt.data.cache import CachedFullImages, square, wholes
+from widthopt.data.dataset import DatasetChoice
+from widthopt.data.images import ArrayImages, FileImages, reduce_image
 from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime
 
@@ -214,7 +209,7 @@ def test_every_step_of_every_epoch_has_draws_of_its_own(augmentation):
 
 def test_the_same_image_is_augmented_differently_within_a_batch():
     dataset = noise(side=16)
-    augmentation = target(dataset, augmentation="paper").train._augmented  # noqa: SLF001
+    augmentation = target(dataset, augmentation="paper").train._augment  # noqa: SLF001
     twice = augmentation(np.array([5, 5, 5, 5]), part=slice(None), seed=0)
     assert len({image.tobytes() for image in twice}) > 1
 
@@ -413,7 +408,7 @@ def test_padded_crops_are_those_of_a_loop_over_pixels(padding):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 7, 7), dtype=np.uint8)
     draws = crop_draws(12, padding=padding, flip=True, seed=4)
     assert 0 < draws.mirrored.sum() < 12
-    found = cropped(pixels, draws, padding=padding)
+    found = crop_images(pixels, draws, padding=padding)
     assert np.array_equal(found, slow_crop(pixels, draws, padding))
 
 
@@ -431,7 +426,7 @@ def test_nothing_is_mirrored_where_a_mirror_image_changes_the_class():
     assert not crop_draws(1_000, padding=2, flip=False, seed=0).mirrored.any()
     draws = CropDraws(np.array([1]), np.array([1]), np.array([False]))
     pixels = np.arange(12, dtype=np.uint8).reshape(1, 3, 2, 2)
-    assert np.array_equal(cropped(pixels, draws, padding=1), pixels)
+    assert np.array_equal(crop_images(pixels, draws, padding=1), pixels)
 
 
 def test_the_papers_augmentation_mirrors_only_where_that_keeps_the_class():
@@ -521,10 +516,10 @@ def test_photographs_are_evaluated_as_torchvision_does_from_the_file(photos):
 
 
 def test_an_image_is_reduced_to_its_short_side_and_never_enlarged():
-    assert reduced(photo(200, 150), 75).size == (100, 75)
-    assert reduced(photo(150, 200), 75).size == (75, 100)
-    assert reduced(photo(200, 150), 150).size == (200, 150)
-    assert reduced(photo(8, 8), 32).size == (8, 8)
+    assert reduce_image(photo(200, 150), 75).size == (100, 75)
+    assert reduce_image(photo(150, 200), 75).size == (75, 100)
+    assert reduce_image(photo(200, 150), 150).size == (200, 150)
+    assert reduce_image(photo(8, 8), 32).size == (8, 8)
 
 
 def test_a_photograph_decoded_at_a_smaller_scale_looks_like_one_decoded_in_full(tmp_path):
@@ -532,7 +527,7 @@ def test_a_photograph_decoded_at_a_smaller_scale_looks_like_one_decoded_in_full(
     photo(401, 300).save(path, quality=95)
     images = FileImages(str(tmp_path), np.array([0]), ("a",), (str(path),))
     quick = np.asarray(images.image(0, short_side=30), dtype=int)
-    full = np.asarray(reduced(images.image(0), 30), dtype=int)
+    full = np.asarray(reduce_image(images.image(0), 30), dtype=int)
     assert quick.shape == full.shape == (30, 40, 3)
     assert abs(quick - full).mean() < 2  # of 255
 
@@ -540,7 +535,7 @@ def test_a_photograph_decoded_at_a_smaller_scale_looks_like_one_decoded_in_full(
 def test_photographs_in_memory_are_no_larger_than_the_resolution_needs(photos):
     train = photos().train()
     kept = wholes(train, np.arange(12), short_side=32, limit_bytes=1e9, progress=False)
-    assert isinstance(kept, KeptWholes)
+    assert isinstance(kept, CachedFullImages)
     assert kept(0).size == (39, 32)
     assert kept(3).size == (30, 30)
     assert kept.stored_bytes == sum(3 * kept(i).width * kept(i).height for i in range(12))
@@ -551,7 +546,7 @@ def test_the_memory_limit_holds_for_training_and_evaluation_together():
     room_for_one = target(noise(memory_limit_gb=30_000e-9))
     room_for_both = target(noise(memory_limit_gb=47_000e-9))
     stored = [
-        (split.train._augmented._images.stored_bytes, split.evaluation._squares.stored_bytes)  # noqa: SLF001
+        (split.train._augment._images.stored_bytes, split.evaluation._squares.stored_bytes)  # noqa: SLF001
         for split in (room_for_one, room_for_both)
     ]
     assert stored == [(23_040, 0), (23_040, 23_040)]

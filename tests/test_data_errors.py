@@ -13,11 +13,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
-
-import widthopt.operators  # noqa: F401 (goes before torchvision)
-
-
-# isort: split
 from torchvision import datasets
 
 from widthopt.data import check, classes

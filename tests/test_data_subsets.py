@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widthopt.data.digits import Digits
-from widthopt.data.subsets import fraction_of, held_out, smallest_fraction, stratified
+from widthopt.data.subsets import fraction_of, held_out, smallest_fraction, stratify
 
 
 COUNTS = st.lists(st.integers(2, 60), min_size=2, max_size=5)
@@ -40,7 +40,7 @@ def digits():
 def test_a_smaller_fraction_lies_within_a_larger_one(counts, seed, one, other):
     labels = shuffled_labels(counts, seed)
     small, large = (
-        stratified(labels, classes=len(counts), fraction=p / 100, seed=seed)
+        stratify(labels, classes=len(counts), fraction=p / 100, seed=seed)
         for p in sorted([one, other])
     )
     for inner, outer in zip(small, large, strict=True):
@@ -50,7 +50,7 @@ def test_a_smaller_fraction_lies_within_a_larger_one(counts, seed, one, other):
 @given(COUNTS, SEEDS, PER_CENT)
 def test_a_fraction_takes_the_same_part_of_every_class_to_the_nearest_image(counts, seed, part):
     labels = shuffled_labels(counts, seed)
-    drawn = stratified(labels, classes=len(counts), fraction=part / 100, seed=seed)
+    drawn = stratify(labels, classes=len(counts), fraction=part / 100, seed=seed)
     for label, (of_class, count) in enumerate(zip(drawn, counts, strict=True)):
         assert set(labels[of_class]) <= {label}
         assert len(set(of_class.tolist())) == len(of_class)
@@ -60,27 +60,27 @@ def test_a_fraction_takes_the_same_part_of_every_class_to_the_nearest_image(coun
 @given(COUNTS, SEEDS)
 def test_the_whole_takes_every_image_once(counts, seed):
     labels = shuffled_labels(counts, seed)
-    drawn = np.concatenate(stratified(labels, classes=len(counts), fraction=1.0, seed=seed))
+    drawn = np.concatenate(stratify(labels, classes=len(counts), fraction=1.0, seed=seed))
     assert sorted(drawn.tolist()) == list(range(len(labels)))
 
 
 def test_another_seed_draws_other_images():
     labels = shuffled_labels([50, 50], 0)
-    one, other = (stratified(labels, classes=2, fraction=0.2, seed=seed) for seed in (0, 1))
+    one, other = (stratify(labels, classes=2, fraction=0.2, seed=seed) for seed in (0, 1))
     assert sorted(one[0]) != sorted(other[0])
 
 
 def test_one_class_is_drawn_alike_whatever_the_others_are():
     """Adding images to one class changes nothing in another."""
-    few = stratified(np.repeat([0, 1], [40, 10]), classes=2, fraction=0.5, seed=3)
-    more = stratified(np.repeat([0, 1], [40, 30]), classes=2, fraction=0.5, seed=3)
+    few = stratify(np.repeat([0, 1], [40, 10]), classes=2, fraction=0.5, seed=3)
+    more = stratify(np.repeat([0, 1], [40, 30]), classes=2, fraction=0.5, seed=3)
     assert few[0].tolist() == more[0].tolist()
 
 
 @given(COUNTS, SEEDS, st.integers(1, 99))
 def test_what_is_held_out_and_what_trains_are_disjoint_and_together_all(counts, seed, part):
     labels = shuffled_labels(counts, seed)
-    drawn = stratified(labels, classes=len(counts), fraction=1.0, seed=seed)
+    drawn = stratify(labels, classes=len(counts), fraction=1.0, seed=seed)
     train, validate = held_out(drawn, validation=part / 100)
     assert sorted([*train, *validate]) == list(range(len(labels)))
     assert set(labels[train]) == set(labels[validate]) == set(range(len(counts)))

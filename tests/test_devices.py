@@ -1,10 +1,9 @@
-"""Gradients are right however images lie in memory, narrow as the layers may be.
+"""Gradients of narrow layers are correct in every memory format.
 
-What is wrong there may damage the heap, so that each case has a process of its own.
+A fault may corrupt the heap, so each case runs in a separate process.
 """
 
 import copy
-import dataclasses
 import os
 import subprocess
 import sys
@@ -12,36 +11,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import RUNTIME
+from small import make_runtime, make_setting
 from torch import nn
 
-from widthopt.devices import place
-from widthopt.networks import TorchvisionNetwork
-from widthopt.setting import Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
+from widthopt.training.devices import to_device
 
 
 NARROW = (3, 5, 6, 7, 8, 12, 16)
-"""Channels read: fewer than a vector of AVX2 (8) or of AVX-512 (16) holds, and as many."""
+"""Input channels: fewer than a vector of AVX2 (8) or AVX-512 (16) holds, and as many."""
 
 
-def check(found, expected, tolerance):
-    """Compare a gradient with that in double precision, by a part of its largest entry."""
-    error = (found - expected).abs().max() / expected.abs().max()
-    assert error < tolerance, (found.shape, float(error))
+def check(gradient, expected, tolerance):
+    """Compare a gradient with that in double precision, relative to its largest entry."""
+    error = (gradient - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, (gradient.shape, float(error))
 
 
-def placed():
-    """Convolutions with a stride, of one pixel and of several, as `place` leaves them."""
-    last = dataclasses.replace(RUNTIME, memory_format="channels_last")
+def moved():
+    """Check strided convolutions, 1x1 and larger, after `to_device`."""
+    last = make_runtime(memory_format="channels_last")
     for channels in NARROW:
         for kernel, stride in ((1, 2), (1, 3), (1, (2, 1)), (3, 2)):
             model = nn.Conv2d(channels, 12, kernel, stride, kernel // 2)
             exact = copy.deepcopy(model).double()
-            _, layout = place(model, last)
-            place(model, last)  # as a search and a training do
-            assert len(model._forward_pre_hooks) <= 1  # noqa: SLF001 (nothing else tells)
+            _, layout = to_device(model, last)
+            to_device(model, last)  # twice, as a search and its training do
+            assert len(model._forward_pre_hooks) <= 1  # noqa: SLF001 (no public API)
             for images in torch.randn(3, 16, channels, 16, 16):
                 model.zero_grad()
                 model(images.contiguous(memory_format=layout)).square().mean().backward()
@@ -51,47 +48,44 @@ def placed():
 
 
 def mixed():
-    """Subnets of a ResNet whose shortcuts read a few channels, in mixed formats."""
-    network = TorchvisionNetwork("resnet18")
-    plan = Blueprint(
-        Setting(network=network, classes=5, width=0.25, depth=1, resolution=64, fraction=1.0)
-    )
+    """Check subnets of a ResNet whose shortcuts read few channels, in mixed formats."""
+    plan = Blueprint(make_setting("resnet18", classes=5, width=0.25, resolution=64))
     supernet, exact = (Supernet(plan, enlarge=1.0, seed=0) for _ in range(2))
     exact.model.double()
     supernet.mixed = True
     for count in NARROW:
         channels = dict.fromkeys(supernet.graph.free, count)
         images = torch.randn(8, 3, 64, 64)
-        for one, pixels in ((supernet, images), (exact, images.double())):
-            one.model.zero_grad(set_to_none=True)
-            subnet = one.subnet(channels)
+        for network, pixels in ((supernet, images), (exact, images.double())):
+            network.model.zero_grad(set_to_none=True)
+            subnet = network.subnet(channels)
             subnet(pixels).square().mean().backward()
             subnet.collect()
         for stage in (2, 3, 4):
             name = f"layer{stage}.0.downsample.0.weight"
-            found, expected = (
-                dict(one.model.named_parameters())[name].grad for one in (supernet, exact)
+            gradient, expected = (
+                network.model.get_parameter(name).grad for network in (supernet, exact)
             )
-            check(found, expected, 1e-2)
+            check(gradient, expected, 1e-2)
 
 
 @pytest.mark.parametrize(("threads", "instructions"), [(1, "AVX2"), (2, "DEFAULT")])
-@pytest.mark.parametrize("case", ["placed", "mixed"])
-def test_gradients_of_narrow_layers_are_right_in_channels_last(case, threads, instructions):
-    """oneDNN's are not, of convolutions of one pixel with a stride: they come out otherwise.
+@pytest.mark.parametrize("case", ["moved", "mixed"])
+def test_gradients_of_narrow_layers_are_correct_in_channels_last(case, threads, instructions):
+    """oneDNN's gradients of strided 1x1 convolutions are wrong in channels last.
 
-    On some processors with AVX-512 only where it is held to older instructions.
+    On some processors with AVX-512 only if oneDNN is limited to older instructions.
     """
     code = f"import torch, test_devices; torch.manual_seed(0); torch.set_num_threads({threads}); "
     code += f"test_devices.{case}()"
-    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(  # noqa: S603 (our own code)
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(  # noqa: S603 (a fixed command)
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
         env={
             **os.environ,
             "ONEDNN_MAX_CPU_ISA": instructions,
-            "PYTHONPATH": os.pathsep.join(filter(None, places)),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         },
         capture_output=True,
         text=True,

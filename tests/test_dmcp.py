@@ -12,17 +12,17 @@ from small import RUNTIME, Instrument, SmallNetwork, Synthetic, digits
 from torch import nn
 from torch.nn import functional
 
-from widthopt import checkpoints
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.dmcp import DMCP, _Architecture
 from widthopt.algorithms.markov import AlphaSGD, regulariser_slope, schedule
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted, Loop
+from widthopt.training import checkpoints
+from widthopt.training.loop import Interrupted, Loop
 
 
 RECIPE = Recipe(
@@ -63,7 +63,7 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=None, budget=None,
         where,
         data or Split(Synthetic(), Synthetic(), 4),
         budget_macs=budget or Blueprint(where).graph.macs(),
-        conditions=Conditions(recipe, RUNTIME, seed, folder),
+        context=SearchContext(recipe, RUNTIME, seed, folder),
     )
 
 
@@ -316,7 +316,7 @@ def test_a_short_search_starts_above_its_budget_unless_told_to_start_at_a_half(t
     with caplog.at_level(logging.WARNING, logger="widthopt"):
         found = search(tmp_path / "zero", alpha_init="zero")
     assert found.details["part_of_budget_at_start"] < 0.4
-    assert found.flags == {"budget_reached": False}
+    assert found.diagnostics == {"budget_reached": False}
     told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
     assert "may be too few: the regulariser alone would go from" in told[0]
     assert told[1].startswith("the search ended at ")
@@ -342,7 +342,7 @@ def test_a_budget_is_reached_up_to_1_02_of_it(tmp_path, part, reached):
     still = {"learning_rate": 1e-9, "final_learning_rate": 0.0, "alpha_init": "budget"}
     found = search(tmp_path, budget=budget, **still)
     assert found.details["expected_part_of_budget"] == pytest.approx(part, abs=1e-4)
-    assert found.flags == {"budget_reached": reached}
+    assert found.diagnostics == {"budget_reached": reached}
 
 
 def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regulariser_alone_does():
@@ -350,7 +350,7 @@ def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regularise
     chains, budget = objective.chains, BASE.macs()
     chains.start_at(1.25 * budget)
     before = chains.alpha.clone()
-    end = objective.simulated()
+    end = objective.simulate_regulariser()
     assert torch.equal(chains.alpha, before)
     alone = AlphaSGD(chains, mu=0.9)
     for step in range(60):
@@ -367,12 +367,12 @@ def test_a_search_reaches_its_budget_and_says_so(tmp_path):
     for name, share in (("less", 0.6), ("whole", 1.0)):
         budget = round(share * BASE.macs())
         found = search(tmp_path / name, recipe=recipe, budget=budget)
-        assert found.flags == {"budget_reached": True}
+        assert found.diagnostics == {"budget_reached": True}
         channels = found.details["expected_channels"]
         assert found.multipliers == {
             key: pytest.approx(channels[key] / n) for key, n in BASE.channels.items()
         }
-        supernet = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)).resized(
+        supernet = Blueprint(Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)).resize_graph(
             {key: round(1.5 * n) for key, n in BASE.channels.items()}
         )
         part = supernet.macs(channels) / budget
@@ -409,12 +409,12 @@ def test_the_papers_networks_reach_their_budget_on_digits(tmp_path, network, wid
     found = search(
         tmp_path, recipe=recipe, data=data, where=where, alpha_init="budget", least=least
     )
-    assert found.flags == {"budget_reached": True}
+    assert found.diagnostics == {"budget_reached": True}
     assert found.details["part_of_budget_at_start"] == pytest.approx(1.25, rel=1e-6)
     assert 0.95 <= found.details["expected_part_of_budget"] <= 1.02
     graph = Blueprint(where).graph
     rounded = {name: round(count) for name, count in found.details["expected_channels"].items()}
-    assert Blueprint(where).resized(rounded).macs() == pytest.approx(graph.macs(), rel=0.05)
+    assert Blueprint(where).resize_graph(rounded).macs() == pytest.approx(graph.macs(), rel=0.05)
     steps = found.details["steps_by_side_of_budget"]
     assert steps["within"] > steps["above"] > 0
 
@@ -512,7 +512,7 @@ def test_the_overhead_is_what_the_layers_did(tmp_path, backend):
             Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0),
             Split(Watched(instrument), Synthetic(), 4),
             budget_macs=BASE.macs(),
-            conditions=Conditions(
+            context=SearchContext(
                 RECIPE, dataclasses.replace(RUNTIME, backend=backend), 0, tmp_path
             ),
         )

@@ -13,10 +13,10 @@ from PIL import Image
 
 from widthopt import report
 from widthopt.errors import InputError
-from widthopt.figures import channels, savings, similarity
-from widthopt.figures.style import COLOURS, MARKERS, RC
-from widthopt.figures.summary import short, table
-from widthopt.records import METHODS, Found, Record, to_json
+from widthopt.records import METHODS, Record, WidthResult, to_json
+from widthopt.reporting.figures import channels, savings, similarity
+from widthopt.reporting.figures.style import COLOURS, MARKERS, RC
+from widthopt.reporting.figures.summary import short, table
 
 
 NAMES = ("conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
@@ -34,7 +34,7 @@ OVERHEAD = {"uniform": (0, 0), "direct": (2_000_000, 2_000_000), "transfer": (20
 
 def record(method, seed):
     counts = COUNTS[method, seed]
-    found = Found(
+    found = WidthResult(
         method=method,
         seed=seed,
         channels=dict(zip(NAMES, counts, strict=True)),
@@ -47,7 +47,7 @@ def record(method, seed):
         direct_overhead_macs=0 if method == "uniform" else 2_000_000,
         nominal_saving=320.0 if method == "transfer" else 1.0,
         search_seconds=0.0 if method == "uniform" else 10.0 + 4 * seed,
-        flags={},
+        diagnostics={},
         searched=dict.fromkeys(NAMES, 1.0),
     )
     return Record(
@@ -255,7 +255,7 @@ def test_widths_are_compared_between_seeds_with_direct_ones_and_with_uniform_one
         found = replace(
             one.found,
             multipliers=dict(zip(NAMES, map(float, values), strict=True)),
-            flags={"budget_reached": one.found.method == "direct" or one.found.seed == 1},
+            diagnostics={"budget_reached": one.found.method == "direct" or one.found.seed == 1},
         )
         records.append(replace(one, found=found))
     direct, transfer = rows(similarity.table(records))
@@ -333,14 +333,14 @@ def test_counts_are_short_with_their_unit(count, words):
 
 
 def test_what_went_wrong_in_a_search_is_said():
-    flags = {
+    diagnostics = {
         "valid": False,
         "masked_accuracy_gap": 3.25,
         "cut": ["conv1"],
         "collapsed": ["conv1", "conv2"],
         "budget_reached": False,
     }
-    one = replace(RECORDS[1], found=replace(RECORDS[1].found, flags=flags))
+    one = replace(RECORDS[1], found=replace(RECORDS[1].found, diagnostics=diagnostics))
     assert report._complaints([one]) == [  # noqa: SLF001 (what a person reads below the table)
         (
             "direct, seed 0: the search is not valid: removing its dead channels cost 3.2 points; "
@@ -353,8 +353,8 @@ def test_what_went_wrong_in_a_search_is_said():
 
 
 def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(tmp_path, capsys):
-    flags = {"unchanged": True}
-    bad = [replace(one, found=replace(one.found, flags=flags)) for one in OPTIMISED]
+    diagnostics = {"unchanged": True}
+    bad = [replace(one, found=replace(one.found, diagnostics=diagnostics)) for one in OPTIMISED]
     folders = [
         run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
         run_folder(tmp_path, "b", kept(bad, "b"), **STRONG),

@@ -4,16 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from small import Small, SmallNetwork, Synthetic
+from small import Small, Synthetic, make_runtime, make_setting
 
-from widthopt.algorithms import Conditions
-from widthopt.config import compose
+from widthopt.algorithms import SearchContext
+from widthopt.config.compose import compose
 from widthopt.data import Split
-from widthopt.setting import Runtime, Setting
-from widthopt.surgery import Blueprint
+from widthopt.networks.resize import Blueprint
 from widthopt.tracking import About, tracked
 from widthopt.tracking.lines import rows
-from widthopt.training import train
+from widthopt.training.loop import train
 
 
 pytestmark = [
@@ -21,40 +20,33 @@ pytestmark = [
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator"),
 ]
 
-RUNTIME = Runtime(
-    device="auto",
-    workers=0,
-    precision="float32",
-    memory_format="auto",
-    backend="slice",
-    progress=False,
-)
-WHERE = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+RUNTIME = make_runtime(device="auto", memory_format="auto")
+SETTING = make_setting()
 
 
 def search(folder, name, **runtime):
     request = compose([f"algorithm={name}", "recipe=smoke", "recipe.batch_size=16"])
     recipe = dataclasses.replace(request.recipe, search_epochs=6)
     return request.algorithm.search(
-        WHERE,
+        SETTING,
         Split(Synthetic(), Synthetic(), 4),
-        budget_macs=Blueprint(WHERE).graph.macs(),
-        conditions=Conditions(recipe, dataclasses.replace(RUNTIME, **runtime), 0, folder),
+        budget_macs=Blueprint(SETTING).graph.macs(),
+        context=SearchContext(recipe, dataclasses.replace(RUNTIME, **runtime), 0, folder),
     )
 
 
 @pytest.mark.parametrize("name", ["dmcp", "autoslim", "morphnet"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_search_on_the_accelerator_costs_what_it_costs_on_the_cpu(tmp_path, name, precision):
-    here = search(tmp_path / "here", name, precision=precision)
-    there = search(tmp_path / "there", name, device="cpu")
-    assert here.multipliers.keys() == there.multipliers.keys()
-    assert here.overhead_macs == pytest.approx(there.overhead_macs, rel=0.1)
+    result = search(tmp_path / "accelerator", name, precision=precision)
+    expected = search(tmp_path / "cpu", name, device="cpu")
+    assert result.multipliers.keys() == expected.multipliers.keys()
+    assert result.overhead_macs == pytest.approx(expected.overhead_macs, rel=0.1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA tells of its memory")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA reports its memory")
 def test_the_memory_in_a_trainings_rows_is_its_own_peak(tmp_path):
-    """At least its weights, their gradients and momenta; not what was in use before it."""
+    """At least its weights, their gradients and momenta; not memory that was in use before."""
     torch.empty(2**30, dtype=torch.uint8, device="cuda")
     request = compose(["recipe=smoke", "recipe.batch_size=16", "tracking=disabled"])
     axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
@@ -67,7 +59,7 @@ def test_the_memory_in_a_trainings_rows_is_its_own_peak(tmp_path):
         train(
             model, Synthetic(), recipe=request.recipe, epochs=1, seed=0, runtime=RUNTIME, log=log
         )  # fmt: skip
-    weights = sum(one.nbytes for one in model.parameters())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert 3 * weights / 2**30 < row["perf/gpu_memory_gib"] < 1
 

@@ -14,9 +14,9 @@ from widthopt.algorithms import greedy
 from widthopt.algorithms.greedy import assumed_path, path_macs, slim
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Runtime, Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
 
 
 RUNTIME = Runtime(
@@ -727,7 +727,9 @@ def test_a_damaged_log_counts_as_none_with_a_warning(tmp_path, caplog, damage):
 def test_the_expected_macs_are_those_of_the_specification(name, passes):
     """Section 4.2: with ten bins, in passes of the network that is to be matched."""
     plan = blueprint(name, resolution=224)
-    graph = plan.resized({name: round(1.5 * count) for name, count in plan.graph.channels.items()})
+    graph = plan.resize_graph(
+        {name: round(1.5 * count) for name, count in plan.graph.channels.items()}
+    )
     grids = {
         name: [round(k * count / 10) for k in range(1, 11)]
         for name, count in graph.channels.items()

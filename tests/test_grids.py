@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision import models
 
-from widthopt.algorithms.grids import binned, grids, grouped
+from widthopt.algorithms.grids import bin_grid, grids, group_grid
 from widthopt.networks import TorchvisionNetwork
-from widthopt.supernet import enlarged
-from widthopt.surgery import resize
+from widthopt.networks.resize import resize
+from widthopt.networks.supernet import enlarge_channels
 from widthopt.tracing import trace
-from widthopt.widths import scaled
+from widthopt.widths import scale_channels
 
 
 PUBLISHED = {"bins": 12, "divisor": 8, "least_bins": 0, "kind": "step"}
@@ -73,7 +73,7 @@ def test_a_published_list_costs_what_was_published(wide, name):
 def test_a_published_list_lies_on_the_step_grid_as_many_moves_down_as_it_took(wide, name):
     _, graph = wide
     counts, moves, _, _ = LISTS[name]
-    options = grids(graph, lambda count: binned(count, **PUBLISHED))
+    options = grids(graph, lambda count: bin_grid(count, **PUBLISHED))
     taken = 0
     for variable, count in named(graph, counts).items():
         grid = options[variable]
@@ -94,7 +94,7 @@ def test_the_published_lists_are_nested():
     ],
 )  # fmt: skip
 def test_published_steps_are_a_twelfth_in_multiples_of_8_with_halves_to_even(count, step):
-    grid = binned(count, **PUBLISHED)
+    grid = bin_grid(count, **PUBLISHED)
     assert grid == list(range(count, 0, -step))[::-1]
 
 
@@ -117,7 +117,7 @@ def test_published_steps_are_a_twelfth_in_multiples_of_8_with_halves_to_even(cou
     ],
 )
 def test_bins_are_those_of_hand_arithmetic(count, options, grid):
-    assert binned(count, **(USUAL | options)) == grid
+    assert bin_grid(count, **(USUAL | options)) == grid
 
 
 COUNTS = st.integers(1, 4000)
@@ -134,7 +134,7 @@ def test_a_grid_ascends_without_duplicates_from_its_least_bins_to_the_count(
     count, bins, divisor, kind, data
 ):
     least = data.draw(st.integers(0, bins - 1))
-    grid = binned(count, bins=bins, divisor=divisor, least_bins=least, kind=kind)
+    grid = bin_grid(count, bins=bins, divisor=divisor, least_bins=least, kind=kind)
     assert grid == sorted(set(grid))
     assert grid[0] >= 1
     assert grid[-1] == count
@@ -160,7 +160,7 @@ def test_a_greater_least_takes_entries_from_below_only(count, bins, data):
     least = data.draw(st.integers(1, bins - 1))
     for kind in ("fraction", "step"):
         every, some = (
-            binned(count, bins=bins, divisor=1, least_bins=one, kind=kind) for one in (0, least)
+            bin_grid(count, bins=bins, divisor=1, least_bins=one, kind=kind) for one in (0, least)
         )
         assert every[-len(some) :] == some
 
@@ -179,7 +179,7 @@ def test_a_greater_least_takes_entries_from_below_only(count, bins, data):
     ],
 )  # fmt: skip
 def test_groups_are_those_of_dmcps_tables(count, size, kept):
-    grid = grouped(count, **PAPER, kind="reference")
+    grid = group_grid(count, **PAPER, kind="reference")
     assert grid == [kept + number * size for number in range(15)]
     assert grid[-1] == count
 
@@ -189,9 +189,9 @@ def test_groups_are_those_of_dmcps_tables(count, size, kept):
 def test_fourteen_groups_and_what_is_kept_make_up_every_supernet_of_the_paper(traced, name, width):
     """T2, in whole numbers: a group is a fifteenth, and narrower variables have none."""
     _, graph = traced(name)
-    graph = graph.resized(scaled(graph, width))
-    graph = graph.resized(enlarged(graph, 1.5))
-    options = grids(graph, lambda count: grouped(count, **PAPER, kind="reference"))
+    graph = graph.resize_graph(scale_channels(graph, width))
+    graph = graph.resize_graph(enlarge_channels(graph, 1.5))
+    options = grids(graph, lambda count: group_grid(count, **PAPER, kind="reference"))
     assert options.keys() == graph.free.keys()
     for variable, count in graph.channels.items():
         size = count // 15
@@ -205,7 +205,7 @@ def test_fourteen_groups_and_what_is_kept_make_up_every_supernet_of_the_paper(tr
 @given(count=st.integers(1, 6000))
 def test_floating_point_loses_no_group(count):
     """(1.5 - 0.1) / 0.1 is below 14 in floating point, and 0.1 * count / 1.5 below count // 15."""
-    grid = grouped(count, **PAPER, kind="reference")
+    grid = group_grid(count, **PAPER, kind="reference")
     size = count // 15
     assert grid == ([count] if size == 0 else [count - size * j for j in range(14, -1, -1)])
 
@@ -221,12 +221,12 @@ def test_floating_point_loses_no_group(count):
     ],
 )
 def test_even_groups_are_those_of_hand_arithmetic(count, grid):
-    assert grouped(count, **PAPER, kind="even") == grid
+    assert group_grid(count, **PAPER, kind="even") == grid
 
 
 @given(count=st.integers(1, 6000))
 def test_even_boundaries_ascend_to_the_count_and_lie_within_half_of_their_place(count):
-    grid = grouped(count, **PAPER, kind="even")
+    grid = group_grid(count, **PAPER, kind="even")
     assert grid == sorted(set(grid))
     assert grid[-1] == count
     assert grid[0] == max(1, round(count / 15))
@@ -239,7 +239,7 @@ def test_even_boundaries_ascend_to_the_count_and_lie_within_half_of_their_place(
 @given(count=st.integers(1, 6000))
 def test_the_automatic_grid_is_the_references_but_even_where_that_has_no_groups(count):
     kind = "even" if count < 15 else "reference"
-    assert grouped(count, **PAPER, kind="auto") == grouped(count, **PAPER, kind=kind)
+    assert group_grid(count, **PAPER, kind="auto") == group_grid(count, **PAPER, kind=kind)
 
 
 @given(
@@ -253,7 +253,7 @@ def test_groups_of_any_size_keep_at_least_one_channel_and_reach_the_count(
     count, enlarge, least, kind, data
 ):
     step = data.draw(st.floats(0.02, enlarge - least))
-    grid = grouped(count, step=step, least=least, enlarge=enlarge, kind=kind)
+    grid = group_grid(count, step=step, least=least, enlarge=enlarge, kind=kind)
     assert grid == sorted(set(grid))
     assert grid[0] >= 1
     assert grid[-1] == count
@@ -264,10 +264,10 @@ def test_groups_of_any_size_keep_at_least_one_channel_and_reach_the_count(
 
 
 RULES = {
-    "AutoSlim": lambda count: binned(count, **USUAL),
-    "AutoSlim, published": lambda count: binned(count, **PUBLISHED),
-    "DMCP": lambda count: grouped(count, **PAPER, kind="reference"),
-    "DMCP, even": lambda count: grouped(count, **PAPER, kind="even"),
+    "AutoSlim": lambda count: bin_grid(count, **USUAL),
+    "AutoSlim, published": lambda count: bin_grid(count, **PUBLISHED),
+    "DMCP": lambda count: group_grid(count, **PAPER, kind="reference"),
+    "DMCP, even": lambda count: group_grid(count, **PAPER, kind="even"),
 }
 
 
@@ -275,7 +275,7 @@ RULES = {
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "efficientnet_b0"])
 def test_the_cost_rises_with_every_entry_and_every_entry_can_be_built(traced, name, rule):
     _, graph = traced(name)
-    graph = graph.resized(enlarged(graph, 1.5))
+    graph = graph.resize_graph(enlarge_channels(graph, 1.5))
     options = grids(graph, RULES[rule])
     assert list(options) == list(graph.free)
     narrowest = {variable: grid[0] for variable, grid in options.items()}
@@ -290,7 +290,7 @@ def test_the_cost_rises_with_every_entry_and_every_entry_can_be_built(traced, na
 def test_grouped_channels_come_in_the_grid_of_their_groups(traced, rule):
     """ResNeXt-50, 1.5 times as wide: 48 groups of 4 to 32 channels."""
     _, graph = traced("resnext50_32x4d")
-    graph = graph.resized(enlarged(graph, 1.5))
+    graph = graph.resize_graph(enlarge_channels(graph, 1.5))
     options = grids(graph, RULES[rule])
     several = {name: one.unit for name, one in graph.free.items() if one.unit > 1}
     assert sorted(set(several.values())) == [4, 8, 16, 32]

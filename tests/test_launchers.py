@@ -11,19 +11,22 @@ import time
 from pathlib import Path
 
 import pytest
+from file_workload import FileWork
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from work import FileWork
 
-import launchers
-from launchers.launcher import WidthoptInProcessLauncher, WidthoptLocalLauncher
-from launchers.local import TICK_SECONDS, Pool
-from launchers.progress import Progress
-from launchers.sweeper import expanded
-from launchers.work import Failed, Item
+import hydra_plugins.widthopt_launchers as launchers
+from hydra_plugins.widthopt_launchers.launcher import (
+    WidthoptInProcessLauncher,
+    WidthoptLocalLauncher,
+)
+from hydra_plugins.widthopt_launchers.local import TICK_SECONDS, Pool
+from hydra_plugins.widthopt_launchers.progress import Progress
+from hydra_plugins.widthopt_launchers.sweeper import expand_sweep
+from hydra_plugins.widthopt_launchers.workload import Failed, Task
 from widthopt.errors import InputError
 
 
@@ -54,7 +57,7 @@ class Told:
 
 def pooled(folder, table, *, parallel=2, **options):
     told = Told()
-    Pool("work.perform", max_parallel=parallel, threads=1).run(
+    Pool("file_workload.run_spec", max_parallel=parallel, threads=1).run(
         FileWork(folder, table, **options), told
     )
     return told
@@ -80,7 +83,7 @@ def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
     told = pooled(tmp_path, CHAIN)
     assert sorted(told.of("finish")) == ["a", "d", "of_a"]
     assert sorted(told.of("fail")) == ["b", "c"]
-    assert sorted(told.of("wait_for_ever")) == ["of_b", "of_c", "of_of_b"]
+    assert sorted(told.of("block")) == ["of_b", "of_c", "of_of_b"]
     why = {word[1]: word[2] for word in told.words if word[0] == "fail"}
     assert why == {"b": "it was to fail", "c": "its process was ended by SIGKILL"}
 
@@ -89,7 +92,7 @@ def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
 def test_what_needs_something_that_cannot_be_done_is_not_begun(tmp_path, order):
     told = pooled(tmp_path, {name: CHAIN[name] for name in order})
     assert told.of("start") == ["b"]
-    assert sorted(told.of("wait_for_ever")) == ["of_b", "of_of_b"]
+    assert sorted(told.of("block")) == ["of_b", "of_of_b"]
 
 
 def test_what_is_needed_comes_before_what_needs_it(tmp_path):
@@ -128,19 +131,19 @@ def test_a_failure_leaves_its_traceback_in_the_log(tmp_path):
 def test_a_process_that_ends_well_without_a_result_has_failed(tmp_path):
     told = pooled(tmp_path, {"x": ([], "lies"), "of_x": (["x"], "well")})
     assert told.of("fail") == ["x"]
-    assert told.of("wait_for_ever") == ["of_x"]
+    assert told.of("block") == ["of_x"]
 
 
 @pytest.mark.parametrize("parallel", [0, -1, "two"])
 def test_no_run_at_a_time_is_refused(parallel):
     with pytest.raises(InputError, match=rf"^hydra.launcher.max_parallel is {parallel}, but"):
-        Pool("work.perform", max_parallel=parallel, threads=None)
+        Pool("file_workload.run_spec", max_parallel=parallel, threads=None)
 
 
 def test_processors_are_shared_out_unless_said():
     processors = len(os.sched_getaffinity(0))
-    assert Pool("work.perform", max_parallel=1, threads=None)._threads == processors  # noqa: SLF001
-    assert Pool("work.perform", max_parallel=999, threads=None)._threads == 1  # noqa: SLF001
+    assert Pool("file_workload.run_spec", max_parallel=1, threads=None)._threads == processors  # noqa: SLF001
+    assert Pool("file_workload.run_spec", max_parallel=999, threads=None)._threads == 1  # noqa: SLF001
 
 
 def test_what_takes_long_to_import_is_imported_once_for_all_items(tmp_path):
@@ -148,13 +151,13 @@ def test_what_takes_long_to_import_is_imported_once_for_all_items(tmp_path):
     code = f"""
     import sys
     sys.path[:0] = [{str(Path(__file__).parent)!r}]
-    from work import FileWork
-    from launchers.local import Pool
-    from launchers.progress import Progress
+    from file_workload import FileWork
+    from hydra_plugins.widthopt_launchers.local import Pool
+    from hydra_plugins.widthopt_launchers.progress import Progress
     if __name__ == "__main__":
-        work = FileWork({str(tmp_path)!r}, {table!r})
-        with Progress(work.items()) as progress:
-            Pool("work.perform", max_parallel=2, threads=1).run(work, progress)
+        workload = FileWork({str(tmp_path)!r}, {table!r})
+        with Progress(workload.tasks()) as progress:
+            Pool("file_workload.run_spec", max_parallel=2, threads=1).run(workload, progress)
         assert "mailbox" not in sys.modules
     """
     script = tmp_path / "script.py"  # since a process has one that it forks from
@@ -168,14 +171,14 @@ def test_ctrl_c_is_passed_on_once_and_waited_for(tmp_path):
     code = f"""
     import sys
     sys.path[:0] = [{str(Path(__file__).parent)!r}]
-    from work import FileWork
-    from launchers.local import Pool
-    from launchers.progress import Progress
+    from file_workload import FileWork
+    from hydra_plugins.widthopt_launchers.local import Pool
+    from hydra_plugins.widthopt_launchers.progress import Progress
     if __name__ == "__main__":
         table = {{name: ([], "well") for name in "abcd"}}
-        work = FileWork({str(tmp_path)!r}, table, seconds=30)
-        with Progress(work.items()) as progress:
-            Pool("work.perform", max_parallel=2, threads=1).run(work, progress)
+        workload = FileWork({str(tmp_path)!r}, table, seconds=30)
+        with Progress(workload.tasks()) as progress:
+            Pool("file_workload.run_spec", max_parallel=2, threads=1).run(workload, progress)
     """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(code))
@@ -201,13 +204,13 @@ def test_items_end_with_a_sweep_that_is_killed(tmp_path):
     code = f"""
     import sys
     sys.path[:0] = [{str(Path(__file__).parent)!r}]
-    from work import FileWork
-    from launchers.local import Pool
-    from launchers.progress import Progress
+    from file_workload import FileWork
+    from hydra_plugins.widthopt_launchers.local import Pool
+    from hydra_plugins.widthopt_launchers.progress import Progress
     if __name__ == "__main__":
-        work = FileWork({str(tmp_path)!r}, {{name: ([], "well") for name in "ab"}}, seconds=60)
-        with Progress(work.items()) as progress:
-            Pool("work.perform", max_parallel=2, threads=1).run(work, progress)
+        workload = FileWork({str(tmp_path)!r}, {{name: ([], "well") for name in "ab"}}, seconds=60)
+        with Progress(workload.tasks()) as progress:
+            Pool("file_workload.run_spec", max_parallel=2, threads=1).run(workload, progress)
     """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(code))
@@ -260,7 +263,12 @@ def named_here(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", [WidthoptInProcessLauncher, WidthoptLocalLauncher])
 def test_a_launcher_does_what_it_can_and_says_what_it_could_not(named_here, kind):
     options = {"max_parallel": 2, "threads": 1} if kind is WidthoptLocalLauncher else {}
-    launcher = kind(work="work_of_this_test.Planned", perform="work.perform", sure=True, **options)
+    launcher = kind(
+        workload="work_of_this_test.Planned",
+        run_spec="file_workload.run_spec",
+        assume_yes=True,
+        **options,
+    )
     launcher.context = type("Context", (), {"config_loader": None})()
     with pytest.raises(
         Failed, match=r"^4 of 9 runs are done, 2 failed and 3 wait for those; the s"
@@ -271,14 +279,16 @@ def test_a_launcher_does_what_it_can_and_says_what_it_could_not(named_here, kind
     assert all((named_here / name / "done").exists() for name in ("a", "of_a", "d", "more"))
 
 
-@pytest.mark.parametrize("sure", ["maybe", "false", 1, None])
-def test_whether_a_sweep_is_meant_is_a_truth_value(named_here, sure):
+@pytest.mark.parametrize("assume_yes", ["maybe", "false", 1, None])
+def test_whether_a_sweep_is_meant_is_a_truth_value(named_here, assume_yes):
     launcher = WidthoptInProcessLauncher(
-        work="work_of_this_test.Planned", perform="work.perform", sure=sure
+        workload="work_of_this_test.Planned",
+        run_spec="file_workload.run_spec",
+        assume_yes=assume_yes,
     )
     launcher.context = type("Context", (), {"config_loader": None})()
     with pytest.raises(
-        InputError, match=rf"^hydra.launcher.sure is {sure}, but it must be true or"
+        InputError, match=rf"^hydra.launcher.assume_yes is {assume_yes}, but it must be true or"
     ):
         launcher.launch([[]], 0)
     assert not (named_here / "began").exists()
@@ -296,7 +306,7 @@ class Failing(FileWork):
 def test_a_failure_that_blocks_nothing_is_one_nevertheless(named_here, monkeypatch):
     monkeypatch.setattr(Failing, "folder_of_all", named_here)
     launcher = WidthoptInProcessLauncher(
-        work="work_of_this_test.Failing", perform="work.perform", sure=True
+        workload="work_of_this_test.Failing", run_spec="file_workload.run_spec", assume_yes=True
     )
     launcher.context = type("Context", (), {"config_loader": None})()
     with pytest.raises(Failed, match=r"^1 of 2 runs are done, 1 failed and 0 wait for those;"):
@@ -306,12 +316,12 @@ def test_a_failure_that_blocks_nothing_is_one_nevertheless(named_here, monkeypat
 # ---------------------------------------------------------------------------------- progress
 
 
-ITEMS = [Item(name, f"the item {name}", (), weight) for name, weight in (("a", 1), ("b", 3))]
+ITEMS = [Task(name, f"the item {name}", (), weight) for name, weight in (("a", 1), ("b", 3))]
 
 
 def test_the_time_left_follows_from_the_work_that_is_left(monkeypatch, caplog):
     now = [100.0]
-    monkeypatch.setattr("launchers.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hydra_plugins.widthopt_launchers.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(logging.getLogger("widthopt"), "propagate", True)
     with caplog.at_level(logging.INFO, "widthopt"), Progress(ITEMS) as progress:
         progress.start(ITEMS[0])
@@ -333,17 +343,17 @@ def test_the_time_left_is_that_of_small_items_too(monkeypatch, caplog, at_once, 
     By their weights they would take 25 s in all.
     """
     now = [0.0]
-    monkeypatch.setattr("launchers.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hydra_plugins.widthopt_launchers.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(logging.getLogger("widthopt"), "propagate", True)
-    items = [Item(str(one), "an item", (), 200 if one < 20 else 1) for one in range(100)]
+    items = [Task(str(one), "an item", (), 200 if one < 20 else 1) for one in range(100)]
     with caplog.at_level(logging.INFO, "widthopt"), Progress(items) as progress:
         for first in range(0, 50, at_once):
             together = items[first : first + at_once]
-            for item in together:
-                progress.start(item)
+            for task in together:
+                progress.start(task)
             now[0] += 100 if first < 20 else 50
-            for item in together:
-                progress.finish(item)
+            for task in together:
+                progress.finish(task)
         assert f"50 of 100 done, {left} left" in caplog.text
 
 
@@ -361,7 +371,7 @@ def test_registering_again_changes_nothing():
 
 def points(*words):
     with initialize_config_module("conf", version_base="1.3"):
-        return expanded(GlobalHydra.instance().config_loader(), list(words))
+        return expand_sweep(GlobalHydra.instance().config_loader(), list(words))
 
 
 def test_points_are_the_product_of_what_is_swept():
@@ -398,8 +408,12 @@ def test_every_choice_of_a_launcher_can_be_made(name):
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("config", [f"hydra/launcher={name}"], _multirun())
-    assert config.hydra.launcher._target_.startswith("hydra_plugins.widthopt.Widthopt")
-    assert config.hydra.sweeper._target_ == "hydra_plugins.widthopt.WidthoptSweeper"
+    assert config.hydra.launcher._target_.startswith(
+        "hydra_plugins.widthopt_launchers.launcher.Widthopt"
+    )
+    assert (
+        config.hydra.sweeper._target_ == "hydra_plugins.widthopt_launchers.sweeper.WidthoptSweeper"
+    )
 
 
 def _multirun():

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from widthopt.algorithms.grids import grids, grouped
+from widthopt.algorithms.grids import grids, group_grid
 from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regulariser_slope, schedule
-from widthopt.surgery import resize
+from widthopt.networks.resize import resize
 from widthopt.tracing import trace
 
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def reference(count):
-    return grouped(count, step=0.1, least=0.1, enlarge=1.5, kind="reference")
+    return group_grid(count, step=0.1, least=0.1, enlarge=1.5, kind="reference")
 
 
 class Plain(nn.Module):
@@ -93,7 +93,7 @@ def enlarged_network(name):
         base = trace(torchvision.models.get_model(name), 224)
         if name == "mobilenet_v2":
             return trace(torchvision.models.mobilenet_v2(width_mult=1.5), 224), base.macs()
-        return base.resized({key: 3 * n // 2 for key, n in base.channels.items()}), base.macs()
+        return base.resize_graph({key: 3 * n // 2 for key, n in base.channels.items()}), base.macs()
 
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=14))
@@ -347,7 +347,7 @@ def test_a_start_is_found_at_any_share_of_the_budget(name):
 def test_rounded_expectations_cost_about_what_is_expected(name, width, within):
     """Within what is seen of random chains, and within what half a channel can do (T10)."""
     graph, _ = enlarged_network(name)
-    graph = graph.resized({key: max(1, round(width * n)) for key, n in graph.channels.items()})
+    graph = graph.resize_graph({key: max(1, round(width * n)) for key, n in graph.channels.items()})
     options = grids(graph, reference)
     places = [one.name for one in graph.variables]
     for seed in range(5):

@@ -14,20 +14,20 @@ from small import Instrument, Small, SmallNetwork, Synthetic, digits
 from torch import nn
 from torch.nn import functional
 
-from widthopt import checkpoints
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.morphnet import MorphNet, _Pruning
 from widthopt.algorithms.penalty import Penalty
 from widthopt.algorithms.uniform import Uniform
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate, recalibrate
 from widthopt.networks import TorchvisionNetwork
+from widthopt.networks.resize import Blueprint
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime, Setting
-from widthopt.surgery import Blueprint
 from widthopt.tracing import trace
-from widthopt.training import Interrupted, Loop, learning_rate, train
+from widthopt.training import checkpoints
+from widthopt.training.evaluation import evaluate, recalibrate
+from widthopt.training.loop import Interrupted, Loop, learning_rate, train
 from widthopt.widths import match_macs
 
 
@@ -86,7 +86,7 @@ def search(folder, *, recipe=RECIPE, data=None, network=None, seed=0, where=None
     if data is None:
         data = Split(Synthetic(), Synthetic(), 4)
     return MorphNet(**(DEFAULT | options)).search(
-        where, data, budget_macs=1, conditions=Conditions(recipe, RUNTIME, seed, folder)
+        where, data, budget_macs=1, context=SearchContext(recipe, RUNTIME, seed, folder)
     )
 
 
@@ -195,7 +195,7 @@ def test_without_strength_a_search_is_a_plain_training_bit_for_bit(tmp_path):
     searched, trained = weights(tmp_path / "search"), weights(tmp_path / "train")
     assert len(trained) > 40
     assert all(torch.equal(searched[name], one) for name, one in trained.items())
-    assert found.flags["unchanged"]
+    assert found.diagnostics["unchanged"]
     assert found.multipliers == dict.fromkeys(("stem", "inner", "down", "wide"), 1.0)
     assert found.details["alive_macs"] == 1
 
@@ -400,8 +400,8 @@ def test_the_direction_is_what_is_alive_of_each_variable(tmp_path):
     alive = 64 * 9 * (3 * 6 + 6 * 6 + 6 * 6) + 16 * 9 * (6 * 9 + 9) + 16 * 9 * 10 + 10 * 4
     assert found.details["alive_macs"] == alive / F0
     assert found.details["mixed_classes"] == 4 + 1 + 9  # alive in one norm, dead in the other
-    assert not found.flags["unchanged"]
-    assert found.flags["collapsed"] == []
+    assert not found.diagnostics["unchanged"]
+    assert found.diagnostics["collapsed"] == []
 
 
 @pytest.mark.parametrize("alive", [0, 1, 2])
@@ -409,9 +409,9 @@ def test_every_variable_keeps_two_classes(tmp_path, alive):
     """P18: a variable with fewer falls back on its largest ones, and is flagged."""
     found = still(tmp_path, scales(bn1=[1.0] * alive + [0.001] * (6 - alive)))
     assert found.multipliers == {"stem": 1.0, "inner": 2 / 6, "down": 1.0, "wide": 1.0}
-    assert found.flags["collapsed"] == (["inner"] if alive < 2 else [])
+    assert found.diagnostics["collapsed"] == (["inner"] if alive < 2 else [])
     assert found.details["channels_alive"]["inner"] == alive
-    assert found.flags["cut"] == []  # a shortcut goes around it
+    assert found.diagnostics["cut"] == []  # a shortcut goes around it
     blueprint = Blueprint(setting())
     match = match_macs(blueprint.graph, found.multipliers, budget_macs=F0)
     model = blueprint.build(match.channels, seed=0)
@@ -431,10 +431,10 @@ def test_the_floor_is_counted_after_what_is_alive(tmp_path, floor):
 def test_a_variable_with_fewer_classes_than_the_floor_has_not_collapsed(tmp_path):
     """All of it is alive: nothing fell."""
     found = still(tmp_path, None, floor=7)
-    assert found.flags["collapsed"] == []
+    assert found.diagnostics["collapsed"] == []
     assert found.multipliers["inner"] == 1
     found = still(tmp_path / "dead", scales(bn1=[1.0] * 5 + [0.0]), floor=7)
-    assert found.flags["collapsed"] == ["inner"]
+    assert found.diagnostics["collapsed"] == ["inner"]
     assert found.multipliers["inner"] == 1
 
 
@@ -449,8 +449,8 @@ def test_a_variable_with_fewer_classes_than_the_floor_has_not_collapsed(tmp_path
 def test_a_search_that_cuts_the_network_is_not_valid(tmp_path, caplog, start, variable):
     with caplog.at_level(logging.WARNING, "widthopt"):
         found = still(tmp_path, start)
-    assert found.flags["collapsed"] == found.flags["cut"] == [variable]
-    assert not found.flags["valid"]
+    assert found.diagnostics["collapsed"] == found.diagnostics["cut"] == [variable]
+    assert not found.diagnostics["valid"]
     assert f"the search cut the network at {variable}: not valid" in caplog.text
 
 
@@ -514,8 +514,8 @@ def test_a_layer_that_works_at_a_small_scale_is_suspect(tmp_path, trained):
         model.bn2.momentum = 1.0  # it has seen the new scale after one batch
 
     found = still(tmp_path, start)
-    assert found.flags["collapsed"] == found.flags["suspect"] == ["inner"]
-    assert found.flags["cut"] == []
+    assert found.diagnostics["collapsed"] == found.diagnostics["suspect"] == ["inner"]
+    assert found.diagnostics["cut"] == []
     assert found.multipliers["inner"] == 2 / 6
     assert found.details["multipliers_relative"]["inner"] == 1
     assert found.details["top1_before_truncation"] > 90
@@ -525,8 +525,8 @@ def test_a_layer_that_works_at_a_small_scale_is_suspect(tmp_path, trained):
 
 def test_a_layer_that_is_truly_dead_is_not_suspect(tmp_path):
     found = still(tmp_path, scales(bn1=0.0))
-    assert found.flags["collapsed"] == ["inner"]
-    assert found.flags["suspect"] == []
+    assert found.diagnostics["collapsed"] == ["inner"]
+    assert found.diagnostics["suspect"] == []
 
 
 def test_removing_channels_that_work_is_not_valid(tmp_path, caplog, trained):
@@ -542,11 +542,11 @@ def test_removing_channels_that_work_is_not_valid(tmp_path, caplog, trained):
     with caplog.at_level(logging.WARNING, "widthopt"):
         found = still(tmp_path, start)
     before, after = (found.details[f"top1_{one}_truncation"] for one in ("before", "after"))
-    assert found.flags["collapsed"] == found.flags["cut"] == []
+    assert found.diagnostics["collapsed"] == found.diagnostics["cut"] == []
     assert before > 60
     assert after == 25  # the first class for every image
-    assert found.flags["masked_accuracy_gap"] == before - after
-    assert not found.flags["valid"]
+    assert found.diagnostics["masked_accuracy_gap"] == before - after
+    assert not found.diagnostics["valid"]
     assert "removing the dead channels cost" in caplog.text
 
 
@@ -559,8 +559,8 @@ def test_removing_channels_that_do_nothing_is_valid(tmp_path, trained):
 
     found = still(tmp_path, start)
     assert found.multipliers["wide"] == 7 / 10
-    assert found.flags["masked_accuracy_gap"] == 0
-    assert found.flags["valid"]
+    assert found.diagnostics["masked_accuracy_gap"] == 0
+    assert found.diagnostics["valid"]
 
 
 def test_whole_groups_of_a_grouped_convolution_are_kept():
@@ -605,7 +605,7 @@ def test_a_schedule_too_short_to_prune_says_which_variables(tmp_path, caplog):
     recipe = dataclasses.replace(RECIPE, search_epochs=1, learning_rate=0.01)
     with caplog.at_level(logging.WARNING, "widthopt"):
         found = search(tmp_path, recipe=recipe)
-    assert found.flags["fixed"] == ["stem", "inner", "down", "wide"]
+    assert found.diagnostics["fixed"] == ["stem", "inner", "down", "wide"]
     assert (
         "this schedule is too short for the penalty to prune 4 of 4 width variables (from stem "
         "on): more epochs or images, or a larger algorithm.strength, would" in caplog.text
@@ -622,7 +622,7 @@ def test_a_stream_needs_as_many_times_the_reach_as_it_has_members(tmp_path):
     found = search(tmp_path / "2", recipe=recipe, strength=factor)
     assert found.details["reach"] == pytest.approx(reach)
     expected = [n for n, k in (("stem", 2), ("inner", 1), ("down", 2), ("wide", 1)) if reach[n] < k]
-    assert found.flags["fixed"] == expected
+    assert found.diagnostics["fixed"] == expected
     assert "stem" in expected
 
 
@@ -684,7 +684,7 @@ def test_the_uniform_network_costs_nothing_to_find(tmp_path):
         setting(),
         Split(Synthetic(), Synthetic(), 4),
         budget_macs=1,
-        conditions=Conditions(RECIPE, RUNTIME, 0, tmp_path),
+        context=SearchContext(RECIPE, RUNTIME, 0, tmp_path),
     )
     assert found.multipliers == dict.fromkeys(("stem", "inner", "down", "wide"), 1.0)
     assert found.overhead_macs == 0
@@ -723,7 +723,7 @@ def test_a_stronger_penalty_leaves_fewer_macs_on_real_digits(tmp_path):
             )
             left.append(found.details["alive_macs"])
             if strength == 0:
-                assert found.flags["unchanged"]
+                assert found.diagnostics["unchanged"]
                 assert found.details["top1_before_truncation"] > 90
         assert left[0] == 1
         assert all(after <= before + 0.03 for before, after in itertools.pairwise(left))

@@ -5,13 +5,13 @@ import uuid
 
 import pytest
 import torch
+from small import make_setting
 from torch import nn
 from torchvision import models
 
 from widthopt.errors import InputError
 from widthopt.networks import CustomNetwork, TorchvisionNetwork
-from widthopt.setting import Setting
-from widthopt.surgery import Blueprint
+from widthopt.networks.resize import Blueprint
 
 
 def stages(name, depth=1):
@@ -45,7 +45,7 @@ def test_macs_at_a_depth_multiplier_are_the_published_ones(traced, name, depth, 
 def test_a_network_has_as_many_width_variables_as_its_depth_makes(
     traced, name, depth, fixed, repeated
 ):
-    """AutoSlim's specification, property 5."""
+    """docs/algorithms/autoslim.md, property 5."""
     assert len(traced(name, depth=depth)[1].free) == fixed + repeated * depth
 
 
@@ -58,11 +58,11 @@ def test_a_network_has_as_many_width_variables_as_its_depth_makes(
     ],
 )
 def test_macs_and_parameters_at_a_width_are_the_published_ones(name, width, macs, parameters):
-    """AutoSlim's specification, 3.3."""
-    network = Blueprint(Setting(TorchvisionNetwork(name), 1000, width, 1, 224, 1.0))
+    """docs/algorithms/autoslim.md, 3.3."""
+    network = Blueprint(make_setting(name, classes=1000, width=width, resolution=224))
     assert network.graph.macs() == macs
     model = network.build(network.graph.channels, seed=0)
-    assert sum(one.numel() for one in model.parameters()) == parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 def test_the_first_and_last_stage_of_mobilenet_v2_are_not_repeated():
@@ -107,7 +107,7 @@ def test_each_stage_has_its_blocks_times_the_depth_multiplier(name, blocks, dept
         ("inception_v3", []),
     ],
 )
-def test_stages_are_found_where_the_topology_has_them(name, blocks):
+def test_a_network_has_stages_only_if_its_topology_has_them(name, blocks):
     assert stages(name)[1] == blocks
 
 
@@ -116,8 +116,8 @@ def test_stages_name_modules_in_forward_order(name):
     network = TorchvisionNetwork(name)
     model = network.build(depth=1, classes=10)
     order = [module for module, _ in model.named_modules()]
-    found = [block for _, blocks in network.stages(model) for block in blocks]
-    assert found == sorted(found, key=order.index)
+    names = [block for _, blocks in network.stages(model) for block in blocks]
+    assert names == sorted(names, key=order.index)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_stages_name_modules_in_forward_order(name):
         ("densenet121", lambda model: model.features.conv0.out_channels == 64),
         ("convnext_tiny", lambda model: model.features[1][5].stochastic_depth.p > 0),
     ],
-    ids=lambda one: one if isinstance(one, str) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_deeper_network_keeps_all_else_of_its_constructor(name, kept):
+def test_a_deeper_network_keeps_the_constructor_arguments_besides_its_depth(name, kept):
     shallow, deep = stages(name)[0], stages(name, 2)[0]
     assert type(deep) is type(shallow)
     assert kept(deep)
@@ -141,7 +141,7 @@ def test_a_deeper_network_keeps_all_else_of_its_constructor(name, kept):
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_large", "vgg11", "shufflenet_v2_x1_0", "alexnet"])
-def test_a_network_that_takes_no_depths_says_so(name):
+def test_a_depth_is_refused_for_a_network_without_depths(name):
     with pytest.raises(
         InputError,
         match=rf"^depth is 2, but torchvision's builder of {name} takes no depths; use depth 1, or "
@@ -150,7 +150,7 @@ def test_a_network_that_takes_no_depths_says_so(name):
         TorchvisionNetwork(name).build(depth=2, classes=10)
 
 
-def test_a_constructor_is_itself_again_after_a_deeper_build():
+def test_a_constructor_is_restored_after_a_deeper_build():
     original = models.ResNet.__init__
     TorchvisionNetwork("resnet18").build(depth=2, classes=10)
     assert models.ResNet.__init__ is original
@@ -160,7 +160,7 @@ def test_a_constructor_is_itself_again_after_a_deeper_build():
     ("name", "choice"),
     [("resnet17", "resnet101, resnet152, resnet18"), ("lenet", "alexnet"), ("vit_b_16", "alexnet")],
 )
-def test_an_unknown_name_is_answered_with_those_there_are(name, choice):
+def test_an_unknown_name_is_refused_with_a_list_of_names(name, choice):
     with pytest.raises(
         InputError,
         match=f"^network.name is {name}, but torchvision has no such classification CNN; choose "
@@ -227,7 +227,7 @@ def keeps(call):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """The name of a module of the user's on the path."""
+    """Write a module into a folder on the path; return its name."""
     name = f"user_{uuid.uuid4().hex[:8]}"
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(SOURCE))
     monkeypatch.syspath_prepend(tmp_path)
@@ -239,7 +239,7 @@ def custom(factory, *, arguments=None, stages_in=(), rules_for=None):
     return CustomNetwork("tower", factory, arguments or {}, stages_in, rules_for or {})
 
 
-def test_a_network_of_the_users_is_found_and_built(module):
+def test_a_custom_network_is_imported_and_built(module):
     model = custom(f"{module}.Tower", arguments={"width": 6}).build(depth=1, classes=4)
     assert isinstance(model, nn.Module)
     assert model.stem.out_channels == 6
@@ -251,17 +251,16 @@ def test_a_factory_that_takes_a_depth_gets_it(module):
     assert len(network.build(depth=3, classes=4).body) == 6
 
 
-def test_a_network_of_the_users_is_sized_by_its_rules_and_its_stages(module, counted):
+def test_a_custom_network_is_resized_by_its_rules_and_has_its_stages(module, counted):
     network = custom(
         f"{module}.Tower",
         arguments={"width": 6},
         stages_in=["body"],
         rules_for={f"{module}.Twice": f"{module}.keeps"},
     )
-    setting = Setting(network, classes=4, width=0.5, depth=2, resolution=8, fraction=1.0)
-    plan = Blueprint(setting)
+    plan = Blueprint(make_setting(network, width=0.5, depth=2))
     assert plan.graph.channels == {"stem": 3}
-    assert [(one.name, one.blocks) for one in plan.graph.stages] == [
+    assert [(stage.name, stage.blocks) for stage in plan.graph.stages] == [
         ("body", ("body.0", "body.1", "body.2", "body.3"))
     ]
     # 6 x 6 positions: 3 -> 3, four times 3 -> 3, and the classifier.
@@ -269,10 +268,10 @@ def test_a_network_of_the_users_is_sized_by_its_rules_and_its_stages(module, cou
     assert counted(plan.build({"stem": 5}, seed=0), 8) == plan.graph.macs({"stem": 5})
 
 
-def test_without_its_rule_such_a_network_is_refused(module):
+def test_a_custom_network_without_its_rule_is_refused(module):
     network = custom(f"{module}.Tower", arguments={"width": 6})
     with pytest.raises(InputError, match=r"^network is Tower, but torch\.fx cannot trace it"):
-        Blueprint(Setting(network, 4, 1.0, 1, 8, 1.0))
+        Blueprint(make_setting(network))
 
 
 def test_no_stages_and_no_rules_are_the_default(module):
@@ -282,25 +281,25 @@ def test_no_stages_and_no_rules_are_the_default(module):
 
 
 def user_errors():
-    """Each: what goes wrong, given the module's name; and the message."""
+    """Return pairs of a function with an error, called with the module's name, and its message."""
     return [
         (
             lambda m: custom(f"{m}.shallow").build(depth=2, classes=4),
-            "depth is 2, but {m}.shallow takes no argument `depth`; give it one, or use depth 1",
+            (
+                "depth is 2, but {m}.shallow takes no argument `depth`; add the argument, or use "
+                "depth 1"
+            ),
         ),
         (
             lambda m: custom(f"{m}.shallow", arguments={"wide": 3}).build(depth=1, classes=4),
             (
                 "network.factory is {m}.shallow, but it cannot be called with num_classes, wide "
-                "(*); it takes num_classes and network.arguments"
+                "(*); make it accept num_classes and network.arguments"
             ),
         ),
         (
             lambda m: custom(f"{m}.nothing").build(depth=1, classes=4),
-            (
-                "network.factory is {m}.nothing, but it returned a int; it must return a "
-                "torch.nn.Module"
-            ),
+            ("network.factory is {m}.nothing, but it returned int; return a torch.nn.Module"),
         ),
         (
             lambda m: custom(f"{m}.shalow").build(depth=1, classes=4),
@@ -316,15 +315,15 @@ def user_errors():
         (
             lambda _: custom("net").build(depth=1, classes=4),
             (
-                "network.factory is net, but a dotted name such as my_module.my_network is needed; "
-                "the module is looked for in the current folder too"
+                "network.factory is net, but it must be a dotted name such as "
+                "my_module.my_network; give the module too, which may be in the current folder"
             ),
         ),
         (
             lambda _: custom("./my net.py").build(depth=1, classes=4),
             (
-                "network.factory is ./my net.py, but a dotted name such as my_module.my_network is "
-                "needed; the module is looked for in the current folder too"
+                "network.factory is ./my net.py, but it must be a dotted name such as "
+                "my_module.my_network; give the module too, which may be in the current folder"
             ),
         ),
         (
@@ -344,14 +343,14 @@ def user_errors():
 
 
 @pytest.mark.parametrize("number", range(len(user_errors())))
-def test_what_is_wrong_with_a_network_of_the_users_is_said(module, number):
-    fault, message = user_errors()[number]
+def test_an_error_in_a_custom_network_is_one_line(module, number):
+    call, message = user_errors()[number]
     pattern = re.escape(message.replace("{m}", module)).replace(r"\*", ".*")
     with pytest.raises(InputError, match=f"^{pattern}$"):
-        fault(module)
+        call(module)
 
 
-def test_an_error_inside_the_users_code_keeps_its_traceback(module, tmp_path):
+def test_an_error_inside_a_custom_factory_keeps_its_traceback(module, tmp_path):
     (tmp_path / f"{module}_broken.py").write_text("def net(num_classes):\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
         custom(f"{module}_broken.net").build(depth=1, classes=4)

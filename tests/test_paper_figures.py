@@ -14,15 +14,15 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation, Text
 
-from widthopt.figures.average import AverageWidths
-from widthopt.figures.cosine import PairwiseCosine
-from widthopt.figures.grid import Grid
-from widthopt.figures.groups import groups, source_words
-from widthopt.figures.page import Section, page
-from widthopt.figures.style import PRINTED_INCHES, RC, SERIES, SMALL, series_style
-from widthopt.figures.table1 import Table1
-from widthopt.figures.transfer import BASELINE, LABEL_GAP, Transfer, _spread
-from widthopt.records import Found, Record
+from widthopt.records import Record, WidthResult
+from widthopt.reporting.figures.average import AverageWidths
+from widthopt.reporting.figures.cosine import PairwiseCosine
+from widthopt.reporting.figures.grid import TextTable
+from widthopt.reporting.figures.groups import groups, source_words
+from widthopt.reporting.figures.page import Section, page
+from widthopt.reporting.figures.style import PRINTED_INCHES, RC, SERIES, SMALL, series_style
+from widthopt.reporting.figures.table1 import Table1
+from widthopt.reporting.figures.transfer import BASELINE, LABEL_GAP, Transfer, _spread
 
 
 AXES = ("width", "depth", "resolution", "fraction")
@@ -34,9 +34,9 @@ HALF = 0.5**0.5
 def record(
     method="transfer", seed=0, *, algorithm="dmcp", network="resnet18", dataset="imagenet",
     target=TARGET, proxy=None, extrapolation="", top1=70.0, overhead=1000, seconds=100.0,
-    multipliers=(1.0, 1.0, 1.0), channels=(10, 20, 40), flags=None,
+    multipliers=(1.0, 1.0, 1.0), channels=(10, 20, 40), diagnostics=None,
 ):  # fmt: skip
-    found = Found(
+    found = WidthResult(
         method=method,
         seed=seed,
         channels=dict(zip(NAMES, channels, strict=True)),
@@ -49,7 +49,7 @@ def record(
         direct_overhead_macs=0 if method == "uniform" else 1000,
         nominal_saving=4.0 if proxy else 1.0,
         search_seconds=0.0 if method == "uniform" else seconds,
-        flags=flags or {},
+        diagnostics=diagnostics or {},
         searched=dict.fromkeys(NAMES, 1.0),
     )
     return Record(
@@ -74,8 +74,8 @@ RECORDS = [
     record("uniform", 0, top1=70.0),
     record("uniform", 1, top1=72.0),
     # The target itself, once by the method's name and once by its setting.
-    record("direct", 0, top1=74.0, flags={"budget_reached": True}),
-    record("transfer", 1, top1=76.0, flags={"budget_reached": False}),
+    record("direct", 0, top1=74.0, diagnostics={"budget_reached": True}),
+    record("transfer", 1, top1=76.0, diagnostics={"budget_reached": False}),
     record(proxy=NARROW, seed=0, top1=71.0, overhead=50, seconds=30.0),
     record(proxy=NARROW, seed=1, top1=72.0, overhead=70, seconds=30.0),
     record(proxy=WIDE, seed=0, top1=74.0, overhead=250, seconds=40.0),
@@ -391,12 +391,12 @@ def test_without_direct_uniform_or_a_second_seed_it_is_said_that_nothing_is_know
 
 
 def test_flags_say_how_many_searches_went_well_and_what_went_wrong():
-    flags = [
+    diagnostics = [
         {"valid": True, "budget_reached": True, "unchanged": False, "collapsed": []},
         {"valid": False, "budget_reached": False, "unchanged": True, "collapsed": ["stem"]},
         {"valid": True, "budget_reached": False, "unchanged": False, "collapsed": []},
     ]
-    records = [record("direct", seed, flags=one) for seed, one in enumerate(flags)]
+    records = [record("direct", seed, diagnostics=one) for seed, one in enumerate(diagnostics)]
     assert [row["flags"] for row in table(KIND, records)] == [
         "valid 2 of 3; budget reached 1 of 3; pruned nothing 1 of 3; fell to the floor 1 of 3"
     ]
@@ -732,7 +732,7 @@ def test_records_of_other_networks_are_left_out():
 # Grids.
 
 
-GRID = Grid(
+GRID = TextTable(
     "A <title> & more",
     ("name", "value, %"),
     (("a|b", "<b>1"), ('say "x"', "-"), ("two\nlines", "+1.5")),
@@ -755,7 +755,7 @@ def test_markdown_keeps_columns_and_opens_no_tags():
 
 def test_a_row_has_a_cell_for_each_column():
     with pytest.raises(AssertionError):
-        Grid("", ("one", "two"), (("alone",),))
+        TextTable("", ("one", "two"), (("alone",),))
 
 
 class Reader(HTMLParser):

@@ -15,7 +15,7 @@ from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.setting import Recipe
 from widthopt.tracing import trace
-from widthopt.training import learning_rate
+from widthopt.training.loop import learning_rate
 
 
 PAPER = Recipe(

@@ -14,11 +14,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import widthopt
-from widthopt.config import compose, search
+from widthopt.config.compose import compose, search
 from widthopt.errors import InputError
-from widthopt.pipeline import Point, found, run
-from widthopt.planning import Plan
 from widthopt.records import from_json
+from widthopt.runs.execute import run_request, search_widths
+from widthopt.runs.plan import Plan
+from widthopt.runs.point import SizedRequest
 
 
 class Tiny(nn.Module):
@@ -69,16 +70,16 @@ BASE = (
 
 
 def point(*overrides):
-    return Point(compose([*BASE, *overrides]))
+    return SizedRequest(compose([*BASE, *overrides]))
 
 
 def unsearched(*overrides):
     """The same with an algorithm that finds nothing, quickly."""
     base = [one for one in BASE if not one.startswith("algorithm")]
-    return Point(compose([*base, "algorithm=uniform", *overrides]))
+    return SizedRequest(compose([*base, "algorithm=uniform", *overrides]))
 
 
-def stages(root, kind):
+def entries(root, kind):
     return sorted(path.name for path in (Path(root) / "stages").glob(f"{kind}-*"))
 
 
@@ -86,7 +87,7 @@ def stages(root, kind):
 def ran(tmp_path_factory):
     """A run of all three methods: its point and its records."""
     one = point(f"root={tmp_path_factory.mktemp('runs')}")
-    return one, run(one)
+    return one, run_request(one)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_no_method_costs_more_than_the_budget_and_what_is_left_over_is_said(ran)
         macs = one.target_blueprint.graph.macs(record.found.channels)
         assert record.found.macs == macs <= record.found.budget_macs
         left = 1 - macs / record.found.budget_macs
-        assert record.found.flags["budget_shortfall"] == pytest.approx(left)
+        assert record.found.diagnostics["budget_shortfall"] == pytest.approx(left)
         said = f"{record.found.method}: {100 * left:.2f} % of the budget is left over"
         assert (said in (one.folder / "run.log").read_text()) is (left > 0.005)
 
@@ -131,7 +132,7 @@ def test_a_network_of_the_usual_size_is_within_half_a_per_cent_of_its_budget(par
         "projection.width=0.1",
         f"root={tmp_path}",
     )
-    full = Point(compose(overrides)).budget_macs
+    full = SizedRequest(compose(overrides)).budget_macs
     budget = round(part * full)
     taken = search(*overrides, f"budget_macs={budget}")
     assert 0.995 * budget <= taken.macs <= budget == taken.budget_macs
@@ -223,17 +224,17 @@ def test_what_is_done_is_not_done_again(ran):
     files = {path: path.stat().st_mtime_ns for path in one.store.root.rglob("result.json")}
     written = (one.folder / "record.json").read_bytes()
     shown = []
-    assert run(point(f"root={one.request.root}"), show=shown.append) == records
+    assert run_request(point(f"root={one.request.root}"), show=shown.append) == records
     assert shown == ["uniform, seed 0", "direct, seed 0", "transfer, seed 0"]
     assert {path: path.stat().st_mtime_ns for path in one.store.root.rglob("result.json")} == files
     assert (one.folder / "record.json").read_bytes() == written
 
 
 def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
-    again = run(point(f"root={tmp_path}", "methods=[transfer]"))[0]
+    again = run_request(point(f"root={tmp_path}", "methods=[transfer]"))[0]
     before = ran[1][2]
     assert again.found.channels == before.found.channels
-    assert again.found.flags == before.found.flags
+    assert again.found.diagnostics == before.found.diagnostics
     assert (again.top1, again.train_loss) == (before.top1, before.train_loss)
     assert again.stages == before.stages
 
@@ -244,44 +245,44 @@ def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
 def test_a_training_is_named_before_its_channels_are_known(tmp_path):
     """By where they come from; two ways to the same channels are two trainings, and alike."""
     one = unsearched(f"root={tmp_path}", "recipe.epochs=1")
-    names = [one.train_stage(method, 0).folder.name for method in ("uniform", "direct", "transfer")]
-    records = run(one)
+    names = [one.train_entry(method, 0).folder.name for method in ("uniform", "direct", "transfer")]
+    records = run_request(one)
     assert [record.stages["train"] for record in records] == names
     assert len({tuple(record.found.channels.items()) for record in records}) == 1
-    assert stages(tmp_path, "train") == sorted(names)
-    assert len(stages(tmp_path, "search")) == 2
+    assert entries(tmp_path, "train") == sorted(names)
+    assert len(entries(tmp_path, "search")) == 2
     assert len({record.top1 for record in records}) == 1
 
 
 def test_direct_and_transfer_without_a_projection_share_one_search(tmp_path):
     one = point(f"root={tmp_path}", "projection=none", "projection.width=null",
                 "projection.fraction=null")  # fmt: skip
-    assert one.search_stage("direct", 0).folder == one.search_stage("transfer", 0).folder
+    assert one.search_entry("direct", 0).folder == one.search_entry("transfer", 0).folder
     again = point("projection.width=1", "projection.fraction=1.0")
-    assert again.search_stage("transfer", 0).key == one.search_stage("transfer", 0).key
-    assert one.train_stage("direct", 0).key == again.train_stage("transfer", 0).key
-    records = run(one)
+    assert again.search_entry("transfer", 0).key == one.search_entry("transfer", 0).key
+    assert one.train_entry("direct", 0).key == again.train_entry("transfer", 0).key
+    records = run_request(one)
     assert [record.found.method for record in records] == ["uniform", "direct", "transfer"]
-    assert len(stages(tmp_path, "search")) == 1
-    assert len(stages(tmp_path, "train")) == 2
+    assert len(entries(tmp_path, "search")) == 1
+    assert len(entries(tmp_path, "train")) == 2
     assert records[2].found.saved == 0
 
 
 def test_seeds_share_nothing():
     one = point("seeds=[0,1]")
-    assert one.search_stage("direct", 0).key != one.search_stage("direct", 1).key
+    assert one.search_entry("direct", 0).key != one.search_entry("direct", 1).key
     for method in ("uniform", "direct", "transfer"):
-        assert one.train_stage(method, 0).key != one.train_stage(method, 1).key
+        assert one.train_entry(method, 0).key != one.train_entry(method, 1).key
 
 
 @functools.cache
 def search_key(*overrides):
-    return point(*overrides).search_stage("transfer", 0).key
+    return point(*overrides).search_entry("transfer", 0).key
 
 
 @functools.cache
 def train_key(*overrides, method="transfer"):
-    return point(*overrides).train_stage(method, 0).key
+    return point(*overrides).train_entry(method, 0).key
 
 
 @pytest.mark.parametrize(
@@ -351,12 +352,12 @@ def test_strategies_share_no_training_where_the_target_is_deeper():
              "projection.depth=1", "target.resolution=24", "target.width=0.125",
              "projection.width=0.125")  # fmt: skip
     one, other = (
-        Point(compose([*words, f"extrapolation={name}"]))
+        SizedRequest(compose([*words, f"extrapolation={name}"]))
         for name in ("stack_last_block", "stack_average_block")
     )
-    assert one.search_stage("transfer", 0).key == other.search_stage("transfer", 0).key
-    assert one.train_stage("transfer", 0).key != other.train_stage("transfer", 0).key
-    assert one.train_stage("direct", 0).key == other.train_stage("direct", 0).key
+    assert one.search_entry("transfer", 0).key == other.search_entry("transfer", 0).key
+    assert one.train_entry("transfer", 0).key != other.train_entry("transfer", 0).key
+    assert one.train_entry("direct", 0).key == other.train_entry("direct", 0).key
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ def test_a_given_budget_is_met_by_all_and_shared_out_to_the_proxy(part, tmp_path
     budget = round(part * full.budget_macs)
     one = unsearched(f"root={tmp_path}", f"budget_macs={budget}")
     for method in ("uniform", "direct", "transfer"):
-        match = found(one.request, method=method)
+        match = search_widths(one.request, method=method)
         assert match.budget_macs == budget
         assert 0.97 * budget <= match.macs <= budget
     assert one.search_budget("direct") == budget

@@ -10,14 +10,17 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from launchers.sweeper import check_once, expanded
-from widthopt.__main__ import _plan
-from widthopt.config import NEUTRAL, compose, compose_sweep, frozen, request, requests
+from hydra_plugins.widthopt_launchers.sweeper import check_once, expand_sweep
+from widthopt.cli import _plan
+from widthopt.config.compose import build_requests, compose, compose_sweep
+from widthopt.config.typed import NON_IDENTITY_KEYS, build_request, to_plain
 from widthopt.errors import InputError
-from widthopt.pipeline import Point
-from widthopt.planning import GPU_MACS_PER_SECOND, Cost, Manifest, Plan
-from widthopt.report import show_plan
-from widthopt.sweeps import Sweep, draw
+from widthopt.reporting.console import show_plan
+from widthopt.reporting.sweeps import draw
+from widthopt.runs.manifest import Manifest
+from widthopt.runs.plan import GPU_MACS_PER_SECOND, Cost, Plan
+from widthopt.runs.point import SizedRequest
+from widthopt.sweeps.workload import Sweep
 
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -100,8 +103,8 @@ def test_a_sweeps_items_name_the_search_that_a_training_needs(tmp_path):
     words = ["recipe=smoke", f"root={tmp_path}", "seeds=[0]", "methods=[uniform,transfer]"]
     with initialize_config_module("conf", version_base="1.3"):
         sweep = Sweep(GlobalHydra.instance().config_loader(), [words])
-    sweep.begin(sure=True)
-    search, *trainings = sweep.items()
+    sweep.begin(assume_yes=True)
+    search, *trainings = sweep.tasks()
     assert (search.name[:7], search.needs) == ("search-", ())
     needs = {"un-optimised" in one.what: one.needs for one in trainings}
     assert needs == {True: (), False: (search.name,)}
@@ -193,7 +196,7 @@ def test_the_number_of_points_is_the_one_that_stands_in_the_file(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     said = int(text.lower().partition("points: ")[2].split()[0])
     with initialize_config_module("conf", version_base="1.3"):
-        points = expanded(GlobalHydra.instance().config_loader(), [f"experiment={name}"])
+        points = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={name}"])
     assert len(points) == said
 
 
@@ -210,7 +213,9 @@ def test_the_miniature_has_every_figure_of_the_paper(name):
 def first(experiment):
     """The first value of everything that an experiment sweeps over."""
     with initialize_config_module("conf", version_base="1.3"):
-        words = expanded(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[0]
+        words = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[
+            0
+        ]
     return [word for word in words if not word.startswith("experiment=")]
 
 
@@ -275,8 +280,8 @@ def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
     """The oracle is Hydra's own composition of the same words, every 17th point."""
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        points = expanded(loader, [f"experiment={name}"])[::17]
-        together = requests(loader, points)
+        points = expand_sweep(loader, [f"experiment={name}"])[::17]
+        together = build_requests(loader, points)
     for words, one in zip(points, together, strict=True):
         alone = compose(words)
         assert one.fields == alone.fields
@@ -286,7 +291,9 @@ def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
 def test_the_values_of_one_point_do_not_reach_the_next():
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        one, other = requests(loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]])
+        one, other = build_requests(
+            loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]]
+        )
     assert (one.projection.width, one.seeds, one.target.depth) == (0.7, (3,), 1)
     assert other.fields == compose(["target.depth=2"]).fields
 
@@ -295,7 +302,7 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
     calls = []
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        points = expanded(loader, ["experiment=fig3_width"])
+        points = expand_sweep(loader, ["experiment=fig3_width"])
         compose_one = loader.load_configuration
 
         def counted(*args, **kwargs):
@@ -303,14 +310,14 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
             return compose_one(*args, **kwargs)
 
         monkeypatch.setattr(loader, "load_configuration", counted)
-        assert len(requests(loader, points)) == 108
+        assert len(build_requests(loader, points)) == 108
     assert len(calls) == 2 * 3  # networks and algorithms
 
 
 def test_requests_that_are_frozen_are_the_same_again():
     words = ["root=elsewhere", "runtime.workers=3", *first("fig6_compound")]
     one = compose(["experiment=fig6_compound", *words])
-    again = request(_config(json.loads(json.dumps(frozen(one)))))
+    again = build_request(_config(json.loads(json.dumps(to_plain(one)))))
     assert again.fields == one.fields
     assert (again.root, again.runtime) == (one.root, one.runtime)
 
@@ -326,7 +333,7 @@ def test_one_is_one_however_it_is_typed(value):
     here = compose([f"projection.width={value}", f"algorithm.strength={value}"])
     there = compose(["projection.width=1.0", "algorithm.strength=1.0"])
     assert here.fields == there.fields
-    keys = [Point(one).search_stage("transfer", 0).key for one in (here, there)]
+    keys = [SizedRequest(one).search_entry("transfer", 0).key for one in (here, there)]
     assert keys[0] == keys[1]
 
 
@@ -342,10 +349,10 @@ def test_what_is_no_number_is_refused(value):
 def test_the_keys_of_the_papers_first_runs_never_change():
     """Pinned: a change here makes every result that anybody has a stranger."""
     words = ["experiment=fig3_width", *first("fig3_width")]
-    point = Point(compose(words), images=False)
-    assert point.search_stage("transfer", 0).folder.name == PINNED["search"]
-    assert point.train_stage("transfer", 0).folder.name == PINNED["train"]
-    assert point.train_stage("uniform", 0).folder.name == PINNED["uniform"]
+    point = SizedRequest(compose(words), images=False)
+    assert point.search_entry("transfer", 0).folder.name == PINNED["search"]
+    assert point.train_entry("transfer", 0).folder.name == PINNED["train"]
+    assert point.train_entry("uniform", 0).folder.name == PINNED["uniform"]
 
 
 PINNED = {
@@ -431,14 +438,14 @@ def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
     depth = 2 if group == "projection" else 1  # as deep as the deepest proxy
     words = [f"{group}={choice}", "target.resolution=224", f"target.depth={depth}"]
     one = compose([*words, *NEEDED.get(choice, ())])
-    point = Point(one, images=False)
+    point = SizedRequest(one, images=False)
 
     def names(fields):
         point.request = dataclasses.replace(one, fields=fields)
         return {
-            "search": point.search_stage("transfer", 0).key,
-            "train": point.train_stage("transfer", 0).key,
-            "uniform": point.train_stage("uniform", 0).key,
+            "search": point.search_entry("transfer", 0).key,
+            "train": point.train_entry("transfer", 0).key,
+            "uniform": point.train_entry("uniform", 0).key,
         }
 
     before, silent = names(one.fields), {kind: set() for kind in NOT_OF}
@@ -458,9 +465,9 @@ def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
 
 
 def test_where_and_how_it_runs_is_no_part_of_a_name():
-    assert set(NEUTRAL) == {"root", "runtime", "resources", "figures", "tracking"}
+    assert set(NON_IDENTITY_KEYS) == {"root", "runtime", "resources", "figures", "tracking"}
     one = compose([])
-    assert one.fields.keys() & set(NEUTRAL) == set()
+    assert one.fields.keys() & set(NON_IDENTITY_KEYS) == set()
 
 
 # -------------------------------------------------------------------------------------- cost
@@ -513,11 +520,11 @@ def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
     assert len(again.points) == 48
     store = plan.points[0].point.store
     assert {
-        name: stage.folder for name, stage in again.stages(store).items() if name in plan.runs
+        name: stage.folder for name, stage in again.entries(store).items() if name in plan.runs
     } == {name: run.stage.folder for name, run in plan.runs.items()}
     assert set(again.states(store).values()) == {"missing"}
     assert [figure["_target_"] for figure in again.figures.values()] == [
-        "widthopt.figures.transfer.Transfer"
+        "widthopt.reporting.figures.transfer.Transfer"
     ]
     del tmp_path
 
@@ -729,7 +736,7 @@ def test_a_plan_sees_contradictions_and_takes_the_flag_of_a_sweep(capsys):
 
 
 FIGURE = """figures:
-  - _target_: widthopt.figures.average.AverageWidths
+  - _target_: widthopt.reporting.figures.average.AverageWidths
     title: ""
     claim: ""
     panels: {}
@@ -754,7 +761,10 @@ def test_an_experiment_file_that_is_no_table_is_one_line(tmp_path, content):
         ("projection:\n  widht: 1\n", "projection.widht"),
         ("wrong: [1\n", "mine.yaml"),
         ("hydra:\n  sweeper:\n    params:\n      projection.widht: 1,2\n", "projection.widht"),
-        ("figures:\n  - _target_: widthopt.figures.nothing.Kind\n", "figures[0]._target_"),
+        (
+            "figures:\n  - _target_: widthopt.reporting.figures.nothing.FigureSpec\n",
+            "figures[0]._target_",
+        ),
         ("figures: 3\n", "figures is 3, but it is a list"),
         (
             "hydra:\n  sweeper:\n    params: 3\n",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launchers import queue
+from hydra_plugins.widthopt_launchers import queue
 from widthopt.errors import InputError
 
 
@@ -24,14 +24,14 @@ def test_what_can_never_start_does_not_live(answers):
         "squeue",
         "CLUSTER: here\n5|PENDING|DependencyNeverSatisfied\n6_1|PENDING|Priority\n7|RUNNING|None",
     )
-    assert queue.live() == {"6_1": "PENDING (Priority)", "7": "RUNNING"}
+    assert queue.live_jobs() == {"6_1": "PENDING (Priority)", "7": "RUNNING"}
 
 
 def test_how_many_jobs_ended_is_asked_for_in_portions_that_the_system_takes(answers):
     answers("sacct", "1234567_89|TIMEOUT|0:0")
     answers("scontrol", "", code=1)
     jobs = [f"1234567_{index}" for index in range(30_000)]
-    assert queue.ended(jobs)["1234567_89"] == "SLURM: TIMEOUT, exit code 0:0"
+    assert queue.job_endings(jobs)["1234567_89"] == "SLURM: TIMEOUT, exit code 0:0"
 
 
 def test_a_controller_that_is_away_is_one_line_with_its_words(answers):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from widthopt.errors import InputError
 from widthopt.records import (
     FORMAT,
-    Found,
     Record,
     Summary,
+    WidthResult,
     by_method,
     from_json,
     read_channels,
@@ -19,7 +19,7 @@ from widthopt.records import (
 )
 
 
-FOUND = Found(
+FOUND = WidthResult(
     method="transfer",
     seed=3,
     channels={"conv1": 5, "layer1.0": 7},
@@ -32,7 +32,7 @@ FOUND = Found(
     direct_overhead_macs=100,
     nominal_saving=8.0,
     search_seconds=2.5,
-    flags={"collapsed": ["conv1"], "valid": False, "masked_accuracy_gap": 0.1},
+    diagnostics={"collapsed": ["conv1"], "valid": False, "masked_accuracy_gap": 0.1},
     searched={"conv1": 0.4, "layer1.0": 0.3},
 )
 RECORD = Record(

@@ -13,20 +13,20 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.grids import grids
 from widthopt.algorithms.sandwich import (
     Sandwich,
     check_budget,
     distillation,
-    prepared,
+    prepare_supernet,
     step_macs,
 )
 from widthopt.errors import InputError
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import Supernet
-from widthopt.surgery import Blueprint
-from widthopt.training import Interrupted, Loop, train
+from widthopt.training.loop import Interrupted, Loop, train
 
 
 RECIPE = Recipe(
@@ -672,10 +672,10 @@ def passes():
 
 
 def prepare(folder, *, seed=0, **runtime):
-    conditions = Conditions(
+    context = SearchContext(
         recipe=RECIPE, runtime=dataclasses.replace(RUNTIME, **runtime), seed=seed, folder=folder
     )
-    return prepared(BLUEPRINT, conditions, enlarge=1.5, batch_size=16)
+    return prepare_supernet(BLUEPRINT, context, enlarge=1.5, batch_size=16)
 
 
 WAYS = [

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from launchers import snapshot as module
-from launchers.snapshot import snapshot
+from hydra_plugins.widthopt_launchers import snapshot as module
+from hydra_plugins.widthopt_launchers.snapshot import snapshot
 from widthopt.errors import InputError
 
 
-PACKAGES = ("widthopt", "launchers", "conf")
+PACKAGES = ("widthopt", "widthopt.conf", "hydra_plugins.widthopt_launchers")
 
 
 @pytest.fixture
@@ -68,23 +68,25 @@ def test_the_same_code_is_copied_once_and_other_code_beside_it(mine, tmp_path):
 
 def test_python_runs_from_a_copy_alone(mine, tmp_path):
     copy = snapshot(PACKAGES, [str(mine)], into=tmp_path)
+    modules = (
+        "widthopt.conf", "data.script", "hydra_plugins.widthopt_launchers.worker", "my_network",
+        "widthopt.runs.store",
+    )  # fmt: skip
     script = (
-        "import conf, data.script, launchers.worker, my_network, widthopt.store as store\n"
-        "print(conf.__file__, launchers.worker.__file__, my_network.__file__, store.__file__,"
-        "data.script.__file__)"
+        f"import {', '.join(modules)}\nprint({', '.join(f'{name}.__file__' for name in modules)})"
     )
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", script], cwd=copy, capture_output=True, text=True, check=True
     )
     assert all(word.startswith(str(copy)) for word in done.stdout.split()), done.stdout
-    assert (copy / "conf" / "config.yaml").exists()
+    assert (copy / "widthopt" / "conf" / "config.yaml").exists()
 
 
 def test_a_package_comes_before_a_users_module_of_its_name(mine, tmp_path):
-    (mine / "conf").mkdir()
-    (mine / "conf" / "__init__.py").write_text("raise ValueError")
+    (mine / "widthopt").mkdir()
+    (mine / "widthopt" / "__init__.py").write_text("raise ValueError")
     copy = snapshot(PACKAGES, [str(mine)], into=tmp_path)
-    assert "raise" not in (copy / "conf" / "__init__.py").read_text()
+    assert "raise ValueError" not in (copy / "widthopt" / "__init__.py").read_text()
 
 
 def test_a_folder_that_is_no_code_is_refused(mine, tmp_path, monkeypatch):

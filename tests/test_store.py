@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widthopt.errors import InputError
-from widthopt.store import Store, Taken, blocked, this_job, writable, write_atomically
+from widthopt.files import check_writable, write_atomically
+from widthopt.runs.states import current_job, mark_blocked
+from widthopt.runs.store import Store, Taken
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,28 +37,28 @@ def python(script, *arguments, **options):
 
 
 @pytest.fixture
-def stage(tmp_path):
-    return Store(tmp_path / "runs").stage("search", {"width": 0.5})
+def entry(tmp_path):
+    return Store(tmp_path / "runs").entry("search", {"width": 0.5})
 
 
-def test_a_stage_has_a_folder_named_by_kind_and_content(stage, tmp_path):
-    assert stage.folder == tmp_path / "runs" / f"search-{stage.key}"
-    assert Store(tmp_path / "runs").stage("search", {"width": 0.7}).folder != stage.folder
-    assert not stage.folder.exists()
+def test_a_stage_has_a_folder_named_by_kind_and_content(entry, tmp_path):
+    assert entry.folder == tmp_path / "runs" / f"search-{entry.key}"
+    assert Store(tmp_path / "runs").entry("search", {"width": 0.7}).folder != entry.folder
+    assert not entry.folder.exists()
 
 
-def test_a_finished_stage_has_its_result_and_an_unfinished_one_has_none(stage, tmp_path):
-    with stage.claim():
-        assert stage.result() is None
-        stage.finish({"top1": 70.25, "multipliers": {"conv1": 1.5}})
-    again = Store(tmp_path / "runs").stage("search", {"width": 0.5})
+def test_a_finished_stage_has_its_result_and_an_unfinished_one_has_none(entry, tmp_path):
+    with entry.claim():
+        assert entry.result() is None
+        entry.finish({"top1": 70.25, "multipliers": {"conv1": 1.5}})
+    again = Store(tmp_path / "runs").entry("search", {"width": 0.5})
     assert again.result() == {"top1": 70.25, "multipliers": {"conv1": 1.5}}
 
 
-def test_a_claim_writes_down_what_names_the_stage(stage):
-    with stage.claim():
+def test_a_claim_writes_down_what_names_the_stage(entry):
+    with entry.claim():
         pass
-    written = json.loads((stage.folder / "fields.json").read_text())
+    written = json.loads((entry.folder / "fields.json").read_text())
     assert written == {"kind": "search", "fields": {"width": 0.5}}
 
 
@@ -64,19 +66,19 @@ NOT_WHOLE = [b"", b'{"top1": 70.2', b"\xff\xfe", b"{}}", b"null", b"\0" * 300, b
 
 
 @pytest.mark.parametrize("content", NOT_WHOLE, ids=range(len(NOT_WHOLE)))
-def test_a_result_that_is_not_whole_is_not_believed(stage, caplog, content):
-    stage.finish({"top1": 70.25})
-    (stage.folder / "result.json").write_bytes(content)
-    assert stage.result() is None
+def test_a_result_that_is_not_whole_is_not_believed(entry, caplog, content):
+    entry.finish({"top1": 70.25})
+    (entry.folder / "result.json").write_bytes(content)
+    assert entry.result() is None
     assert "result.json is not whole; it is treated as missing" in caplog.text
-    assert stage.state() == "missing"
+    assert entry.state() == "missing"
 
 
-def test_a_result_says_itself_whose_it_is_and_whether_it_is_whole(stage):
-    stage.finish({"top1": 70.25, "flags": []})
-    assert json.loads((stage.folder / "result.json").read_text()) == {
+def test_a_result_says_itself_whose_it_is_and_whether_it_is_whole(entry):
+    entry.finish({"top1": 70.25, "flags": []})
+    assert json.loads((entry.folder / "result.json").read_text()) == {
         "format": 1,
-        "key": stage.key,
+        "key": entry.key,
         "sha256": hashlib.sha256(b'{"flags":[],"top1":70.25}').hexdigest(),
         "result": {"top1": 70.25, "flags": []},
     }
@@ -97,83 +99,83 @@ def test_a_result_says_itself_whose_it_is_and_whether_it_is_whole(stage):
         ('"result": {', '"note": 1, "result": {'),
     ],
 )
-def test_a_result_that_was_changed_is_neither_believed_nor_overwritten(stage, before, after):
-    stage.finish({"top1": 70.25})
-    path = stage.folder / "result.json"
+def test_a_result_that_was_changed_is_neither_believed_nor_overwritten(entry, before, after):
+    entry.finish({"top1": 70.25})
+    path = entry.folder / "result.json"
     text = path.read_text()
     assert text.count(before) == 1
     path.write_text(text.replace(before, after))
-    for ask in (stage.result, stage.state):
+    for ask in (entry.result, entry.state):
         with pytest.raises(InputError) as caught:
             ask()
         assert str(caught.value) == (
-            f"root is {stage.folder.parent}, but {path} was changed after it was written; "
+            f"root is {entry.folder.parent}, but {path} was changed after it was written; "
             "restore it, or delete it to do the work again"
         )
 
 
-def test_a_result_of_another_stage_is_not_believed(stage, tmp_path):
-    other = Store(tmp_path / "runs").stage("search", {"width": 0.7})
+def test_a_result_of_another_stage_is_not_believed(entry, tmp_path):
+    other = Store(tmp_path / "runs").entry("search", {"width": 0.7})
     other.finish({"top1": 1.0})
-    stage.finish({"top1": 70.25})
-    shutil.copy(other.folder / "result.json", stage.folder)
+    entry.finish({"top1": 70.25})
+    shutil.copy(other.folder / "result.json", entry.folder)
     with pytest.raises(InputError, match="was changed after it was written"):
-        stage.result()
+        entry.result()
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"top1": 70.25}', '{"result": 3}', "3"])
-def test_whole_json_that_is_no_result_was_changed(stage, content):
-    stage.finish({"top1": 70.25})
-    (stage.folder / "result.json").write_text(content)
+def test_whole_json_that_is_no_result_was_changed(entry, content):
+    entry.finish({"top1": 70.25})
+    (entry.folder / "result.json").write_text(content)
     with pytest.raises(InputError, match="restore it, or delete it to do the work again"):
-        stage.result()
+        entry.result()
 
 
-def test_a_result_laid_out_anew_is_the_same_result(stage):
-    stage.finish({"top1": 70.25})
-    path = stage.folder / "result.json"
+def test_a_result_laid_out_anew_is_the_same_result(entry):
+    entry.finish({"top1": 70.25})
+    path = entry.folder / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text())))
-    assert stage.result() == {"top1": 70.25}
+    assert entry.result() == {"top1": 70.25}
 
 
-def test_a_result_that_cannot_be_read_is_one_line(stage):
-    (stage.folder / "result.json").mkdir(parents=True)
+def test_a_result_that_cannot_be_read_is_one_line(entry):
+    (entry.folder / "result.json").mkdir(parents=True)
     with pytest.raises(InputError, match=r"result\.json cannot be read \(Is a directory\); name a"):
-        stage.result()
+        entry.result()
 
 
 @given(st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)))
 def test_numbers_come_back_to_the_last_bit(tmp_path_factory, result):
-    stage = Store(tmp_path_factory.mktemp("runs")).stage("a", 1)
-    stage.finish(result)
-    found = stage.result()
+    entry = Store(tmp_path_factory.mktemp("runs")).entry("a", 1)
+    entry.finish(result)
+    found = entry.result()
     assert {name: number.hex() for name, number in found.items()} == {
         name: number.hex() for name, number in result.items()
     }
 
 
-def test_a_result_that_is_not_a_number_is_not_written(stage):
+def test_a_result_that_is_not_a_number_is_not_written(entry):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        stage.finish({"top1": float("nan")})
-    assert stage.result() is None
+        entry.finish({"top1": float("nan")})
+    assert entry.result() is None
 
 
 WORK = """
     import logging, sys, time
     from pathlib import Path
-    from widthopt.store import Store
+    from widthopt.runs.store import Store
     logging.basicConfig(format="%(message)s")
     root, go = Path(sys.argv[1]), Path(sys.argv[2])
-    stage = Store(root).stage("search", {"width": 0.5})
+    entry = Store(root).entry("search", {"width": 0.5})
     print("ready", flush=True)
-    with stage.claim():
-        if stage.result() is None:
+    with entry.claim():
+        if entry.result() is None:
             print("working", flush=True)
             for _ in range(2000):
                 if go.exists():
                     break
                 time.sleep(0.01)
-            stage.finish({"top1": 1.0})
+            entry.finish({"top1": 1.0})
         else:
             print("found", flush=True)
 """
@@ -191,13 +193,13 @@ def test_two_processes_claim_a_stage_and_only_one_works(tmp_path):
     assert second.communicate(timeout=20)[0] == "found\n"
 
 
-def test_a_claim_ends_with_a_process_that_is_killed(tmp_path, stage):
+def test_a_claim_ends_with_a_process_that_is_killed(tmp_path, entry):
     first = python(WORK, tmp_path / "runs", tmp_path / "never")
     assert [first.stdout.readline(), first.stdout.readline()] == ["ready\n", "working\n"]
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=20)
-    with stage.claim():
-        assert stage.result() is None
+    with entry.claim():
+        assert entry.result() is None
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
@@ -213,7 +215,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from widthopt.store import write_atomically
+        from widthopt.files import write_atomically
         os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
         write_atomically(Path(sys.argv[1]), "new" * 1000)
         """,
@@ -267,19 +269,20 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, 
 def test_a_read_only_file_system_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refusing(errno.EROFS))
     with pytest.raises(InputError, match=r"\(Read-only file system\); name a folder you may"):
-        writable(tmp_path)
+        check_writable(tmp_path)
 
 
 READ_ONLY = """
     import os, sys
     from pathlib import Path
     from widthopt.errors import InputError
-    from widthopt.store import Store, writable
+    from widthopt.runs.store import Store
+    from widthopt.files import check_writable
     if os.geteuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
     root = Path(sys.argv[1])
-    for attempt in (lambda: writable(root), lambda: Store(root).stage("a", 1).claim().__enter__()):
+    for attempt in (lambda: check_writable(root), lambda: Store(root).entry("a", 1).claim().__enter__()):
         try:
             attempt()
         except InputError as error:
@@ -299,96 +302,96 @@ def test_a_read_only_folder_is_one_line_before_any_work(tmp_path):
 def test_a_root_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match=r"root is .*/runs, but it cannot be written \(File exis"):
-        writable(tmp_path / "runs")
+        check_writable(tmp_path / "runs")
 
 
 def test_a_writable_root_is_made_and_left_empty(tmp_path):
-    writable(tmp_path / "new" / "runs")
+    check_writable(tmp_path / "new" / "runs")
     assert list((tmp_path / "new" / "runs").iterdir()) == []
 
 
 # Claims.
 
 
-def test_a_claim_says_who_works_and_goes_when_they_leave(stage):
-    with stage.claim(job="7_1"):
-        claim = json.loads((stage.folder / "claim.json").read_text())
+def test_a_claim_says_who_works_and_goes_when_they_leave(entry):
+    with entry.claim(job="7_1"):
+        claim = json.loads((entry.folder / "claim.json").read_text())
         assert abs(claim.pop("started") - time.time()) < 60
         assert claim == {"host": os.uname().nodename, "process": os.getpid(), "job": "7_1"}
-    assert sorted(path.name for path in stage.folder.iterdir()) == ["fields.json", "lock"]
+    assert sorted(path.name for path in entry.folder.iterdir()) == ["fields.json", "lock"]
 
 
-def test_a_claim_without_a_job_says_so(stage):
-    with stage.claim():
-        assert json.loads((stage.folder / "claim.json").read_text())["job"] == ""
+def test_a_claim_without_a_job_says_so(entry):
+    with entry.claim():
+        assert json.loads((entry.folder / "claim.json").read_text())["job"] == ""
 
 
-def test_a_claim_goes_with_an_error(stage):
-    with pytest.raises(KeyError), stage.claim():
+def test_a_claim_goes_with_an_error(entry):
+    with pytest.raises(KeyError), entry.claim():
         raise KeyError
-    assert not (stage.folder / "claim.json").exists()
-    with stage.claim(wait=False):
+    assert not (entry.folder / "claim.json").exists()
+    with entry.claim(wait=False):
         pass
 
 
-def test_who_does_not_wait_is_told_who_works(stage, tmp_path):
-    other = Store(tmp_path / "runs").stage("search", {"width": 0.5})
-    with stage.claim(job="7"):
+def test_who_does_not_wait_is_told_who_works(entry, tmp_path):
+    other = Store(tmp_path / "runs").entry("search", {"width": 0.5})
+    with entry.claim(job="7"):
         with pytest.raises(Taken, match=rf"process {os.getpid()}, host .*, job 7\)"):
             other.claim(wait=False).__enter__()
-        assert (stage.folder / "claim.json").exists()
+        assert (entry.folder / "claim.json").exists()
         assert other.state() == "running"
     with other.claim(wait=False):
         pass
 
 
-def test_whoever_asks_for_the_state_does_not_seem_to_work(stage):
-    with stage.claim():
+def test_whoever_asks_for_the_state_does_not_seem_to_work(entry):
+    with entry.claim():
         pass
-    with stage._at_rest() as rests:  # noqa: SLF001 (what `state` does for a moment)
+    with entry._at_rest() as rests:  # noqa: SLF001 (what `state` does for a moment)
         assert rests
-        assert stage.state() == "missing"
+        assert entry.state() == "missing"
         with pytest.raises(Taken):  # nobody begins meanwhile
-            stage.claim(wait=False).__enter__()
-    with stage.claim(wait=False):
+            entry.claim(wait=False).__enter__()
+    with entry.claim(wait=False):
         pass
 
 
-def test_a_claim_that_cannot_be_removed_stops_nobody(stage, monkeypatch, caplog):
-    with monkeypatch.context() as patch, stage.claim():
-        stage.finish({"top1": 1.0})
+def test_a_claim_that_cannot_be_removed_stops_nobody(entry, monkeypatch, caplog):
+    with monkeypatch.context() as patch, entry.claim():
+        entry.finish({"top1": 1.0})
         patch.setattr(os, "unlink", refusing(errno.EIO))
     assert "claim.json is left; it stops nobody" in caplog.text
-    assert stage.state() == "done"
-    with stage.claim(wait=False):
+    assert entry.state() == "done"
+    with entry.claim(wait=False):
         pass
 
 
-def test_a_claim_is_removed_while_nobody_else_can_have_one(stage, monkeypatch):
+def test_a_claim_is_removed_while_nobody_else_can_have_one(entry, monkeypatch):
     unlink, seen = os.unlink, []
 
     def removing(path, **options):
         if Path(path).name == "claim.json":
-            seen.append(stage.state())
+            seen.append(entry.state())
         return unlink(path, **options)
 
-    with stage.claim():
+    with entry.claim():
         monkeypatch.setattr(os, "unlink", removing)
     assert seen == ["running"]
 
 
-def test_a_stage_deleted_while_someone_waits_is_still_worked_on_by_one(tmp_path, stage):
+def test_a_stage_deleted_while_someone_waits_is_still_worked_on_by_one(tmp_path, entry):
     with ExitStack() as deleted:
-        deleted.enter_context(stage.claim())
+        deleted.enter_context(entry.claim())
         waits = python(WORK, tmp_path / "runs", tmp_path)
         assert waits.stdout.readline() == "ready\n"
         assert "another process works on" in waits.stderr.readline()
-        shutil.rmtree(stage.folder)
-        with stage.claim(wait=False):
+        shutil.rmtree(entry.folder)
+        with entry.claim(wait=False):
             deleted.close()  # what was waited for
             assert "another process works on" in waits.stderr.readline()
     assert waits.communicate(timeout=20)[0] == "working\n"
-    assert stage.result() == {"top1": 1.0}
+    assert entry.result() == {"top1": 1.0}
 
 
 # Failures and states.
@@ -398,18 +401,18 @@ def broken():
     raise OSError(5, "no such\ndevice")
 
 
-def failing(stage, job=""):
-    with stage.claim(job=job):
+def failing(entry, job=""):
+    with entry.claim(job=job):
         try:
             broken()
         except OSError as error:
-            stage.fail(error)
+            entry.fail(error)
 
 
-def test_a_failure_says_what_happened_and_where(stage):
-    assert stage.failure() is None
-    failing(stage, job="7")
-    failure = stage.failure()
+def test_a_failure_says_what_happened_and_where(entry):
+    assert entry.failure() is None
+    failing(entry, job="7")
+    failure = entry.failure()
     assert abs(failure.pop("time") - time.time()) < 60
     assert "in broken" in failure.pop("traceback")
     assert failure == {
@@ -420,14 +423,14 @@ def test_a_failure_says_what_happened_and_where(stage):
         "rank": 0,
         "job": "7",
     }
-    assert stage.result() is None
+    assert entry.result() is None
 
 
-def test_of_processes_that_fail_together_the_first_is_kept(stage):
-    with stage.claim():
-        stage.fail(ValueError("the cause"), rank=3)
-        stage.fail(RuntimeError("connection closed by peer"))
-        assert (stage.failure()["message"], stage.failure()["rank"]) == ("the cause", 3)
+def test_of_processes_that_fail_together_the_first_is_kept(entry):
+    with entry.claim():
+        entry.fail(ValueError("the cause"), rank=3)
+        entry.fail(RuntimeError("connection closed by peer"))
+        assert (entry.failure()["message"], entry.failure()["rank"]) == ("the cause", 3)
 
 
 @pytest.mark.parametrize(
@@ -444,62 +447,62 @@ def test_a_job_is_called_what_the_queue_calls_it(environment, job, monkeypatch):
         monkeypatch.delenv(f"SLURM_{name}", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert this_job() == job
+    assert current_job() == job
 
 
-def test_a_failure_is_forgotten_when_work_begins_again(stage):
-    failing(stage)
-    assert stage.state() == "failed"
-    with stage.claim():
-        assert (stage.failure(), stage.state()) == (None, "running")
-    assert stage.state() == "missing"
+def test_a_failure_is_forgotten_when_work_begins_again(entry):
+    failing(entry)
+    assert entry.state() == "failed"
+    with entry.claim():
+        assert (entry.failure(), entry.state()) == (None, "running")
+    assert entry.state() == "missing"
 
 
-def test_a_failure_is_forgotten_when_the_work_is_done(stage):
-    with stage.claim():
-        stage.fail(KeyError("a"))
-        stage.finish({})
-    assert (stage.failure(), stage.state()) == (None, "done")
+def test_a_failure_is_forgotten_when_the_work_is_done(entry):
+    with entry.claim():
+        entry.fail(KeyError("a"))
+        entry.finish({})
+    assert (entry.failure(), entry.state()) == (None, "done")
 
 
-def test_asking_writes_nothing(stage, tmp_path):
+def test_asking_writes_nothing(entry, tmp_path):
     store = Store(tmp_path / "runs")
-    assert stage.state() == "missing"
-    assert (stage.result(), stage.failure(), list(store.stages())) == (None, None, [])
+    assert entry.state() == "missing"
+    assert (entry.result(), entry.failure(), list(store.entries())) == (None, None, [])
     store.check(write=False)
     assert list(tmp_path.iterdir()) == []
-    stage.submitted("7")
-    assert stage.state() == "stale"
-    assert stage.result() is None
-    left = sorted(path.name for path in stage.folder.iterdir())
+    entry.record_job("7")
+    assert entry.state() == "stale"
+    assert entry.result() is None
+    left = sorted(path.name for path in entry.folder.iterdir())
     assert left == ["fields.json", "submission.json"]
 
 
-def test_a_submitted_stage_is_queued_while_its_job_lives(stage):
-    stage.submitted("7")
-    assert json.loads((stage.folder / "submission.json").read_text()) == {"job": "7"}
-    assert stage.state(live={"7"}) == "queued"
-    assert stage.state(live={"8"}) == stage.state() == "stale"
-    with stage.claim(job="7"):
-        assert stage.state(live={"7"}) == "running"
-        stage.finish({})
-    assert stage.state(live={"7"}) == stage.state() == "done"
+def test_a_submitted_stage_is_queued_while_its_job_lives(entry):
+    entry.record_job("7")
+    assert json.loads((entry.folder / "submission.json").read_text()) == {"job": "7"}
+    assert entry.state(live={"7"}) == "queued"
+    assert entry.state(live={"8"}) == entry.state() == "stale"
+    with entry.claim(job="7"):
+        assert entry.state(live={"7"}) == "running"
+        entry.finish({})
+    assert entry.state(live={"7"}) == entry.state() == "done"
 
 
-def test_a_failed_stage_that_is_submitted_again_is_queued(stage):
-    stage.submitted("7")
-    failing(stage, job="7")
-    assert stage.state() == "failed"
-    stage.submitted("8")
-    assert stage.state(live=["8"]) == "queued"
+def test_a_failed_stage_that_is_submitted_again_is_queued(entry):
+    entry.record_job("7")
+    failing(entry, job="7")
+    assert entry.state() == "failed"
+    entry.record_job("8")
+    assert entry.state(live=["8"]) == "queued"
 
 
-def test_a_claim_whose_job_lives_runs_even_if_no_lock_is_seen(stage):
-    with stage.claim(job="7"):
-        claim = (stage.folder / "claim.json").read_text()
-    (stage.folder / "claim.json").write_text(claim)
-    assert stage.state(live={"7"}) == "running"
-    assert stage.state(live={"8"}) == "stale"
+def test_a_claim_whose_job_lives_runs_even_if_no_lock_is_seen(entry):
+    with entry.claim(job="7"):
+        claim = (entry.folder / "claim.json").read_text()
+    (entry.folder / "claim.json").write_text(claim)
+    assert entry.state(live={"7"}) == "running"
+    assert entry.state(live={"8"}) == "stale"
 
 
 def test_what_needs_a_failure_is_blocked():
@@ -514,32 +517,32 @@ def test_what_needs_a_failure_is_blocked():
     }
     needs = {"b": ["a"], "c": ["b", "elsewhere"], "d": ["a"], "e": ["d"], "f": ["a"], "g": ["f"]}
     before = dict(states)
-    assert blocked(states, needs) == {**states, "b": "blocked", "c": "blocked"}
+    assert mark_blocked(states, needs) == {**states, "b": "blocked", "c": "blocked"}
     assert states == before
 
 
 def test_stages_that_need_each_other_are_no_endless_loop():
     needs = {"a": ["b"], "b": ["a", "c"]}
     states = {"a": "missing", "b": "missing", "c": "failed"}
-    assert blocked(states, needs) == {"a": "blocked", "b": "blocked", "c": "failed"}
-    assert blocked({**states, "c": "done"}, needs) == {**states, "c": "done"}
+    assert mark_blocked(states, needs) == {"a": "blocked", "b": "blocked", "c": "failed"}
+    assert mark_blocked({**states, "c": "done"}, needs) == {**states, "c": "done"}
 
 
 def test_a_long_chain_is_blocked_to_its_end():
     needs = {str(place): [str(place - 1)] for place in range(1, 5000)}
     states = dict.fromkeys(needs, "missing")
-    assert set(blocked({"0": "blocked", **states}, needs).values()) == {"blocked"}
+    assert set(mark_blocked({"0": "blocked", **states}, needs).values()) == {"blocked"}
 
 
 def test_the_states_of_a_thousand_stages_take_less_than_a_second(tmp_path):
     store = Store(tmp_path)
     result = {"channels": {f"layer{n}": 64 + n for n in range(20)}, "top1": 70.25}
-    first = store.stage("search", {"seed": 0})
+    first = store.entry("search", {"seed": 0})
     with first.claim():
         first.finish(result)
     done = json.loads((first.folder / "result.json").read_text())
     for seed in range(1, 1000):
-        other = store.stage("search", {"seed": seed})
+        other = store.entry("search", {"seed": seed})
         other.folder.mkdir()
         for name in ("fields.json", "lock"):
             shutil.copy(first.folder / name, other.folder)
@@ -547,7 +550,7 @@ def test_the_states_of_a_thousand_stages_take_less_than_a_second(tmp_path):
             text = json.dumps({**done, "key": other.key})
             (other.folder / "result.json").write_text(text)
     before = time.process_time()
-    states = [store.stage("search", {"seed": seed}).state() for seed in range(1000)]
+    states = [store.entry("search", {"seed": seed}).state() for seed in range(1000)]
     assert time.process_time() - before < 1
     assert (states.count("done"), states.count("missing")) == (500, 500)
 
@@ -598,16 +601,16 @@ def test_a_full_disk_is_found_before_any_work(tmp_path, monkeypatch):
 def test_the_stages_on_the_disk_are_found_by_what_names_them(tmp_path):
     store = Store(tmp_path)
     store.check()
-    made = [store.stage("search", {"width": 0.5}), store.stage("train", [1, 2.0, "a", None])]
+    made = [store.entry("search", {"width": 0.5}), store.entry("train", [1, 2.0, "a", None])]
     made[0].finish({"top1": 1.0})
-    made[1].submitted("7")
+    made[1].record_job("7")
     (tmp_path / "resnet18-run").mkdir()
-    store.stage("search", "killed before it was named").folder.mkdir()
-    found = list(store.stages())
+    store.entry("search", "killed before it was named").folder.mkdir()
+    found = list(store.entries())
     assert [(one.kind, one.fields) for one in found] == [(one.kind, one.fields) for one in made]
     assert [one.folder for one in found] == [one.folder for one in made]
     assert [one.state() for one in found] == ["done", "stale"]
-    assert [one.kind for one in store.stages("train")] == ["train"]
+    assert [one.kind for one in store.entries("train")] == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -622,17 +625,17 @@ def test_the_stages_on_the_disk_are_found_by_what_names_them(tmp_path):
         "[]",
     ],
 )
-def test_a_folder_named_by_something_else_is_passed_over(stage, caplog, content):
-    stage.finish({})
-    (stage.folder / "fields.json").write_text(content)
-    assert list(Store(stage.folder.parent).stages()) == []
+def test_a_folder_named_by_something_else_is_passed_over(entry, caplog, content):
+    entry.finish({})
+    (entry.folder / "fields.json").write_text(content)
+    assert list(Store(entry.folder.parent).entries()) == []
     assert "fields.json does not name its folder; the folder is passed over" in caplog.text
-    with stage.claim():
+    with entry.claim():
         pass
-    assert [one.key for one in Store(stage.folder.parent).stages()] == [stage.key]
+    assert [one.key for one in Store(entry.folder.parent).entries()] == [entry.key]
 
 
 def test_a_root_that_cannot_be_listed_is_one_line(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match=r"cannot be read \(Not a directory\); name a folder you"):
-        list(Store(tmp_path / "runs").stages())
+        list(Store(tmp_path / "runs").entries())

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from widthopt.errors import InputError
-from widthopt.store import Store, write_atomically
+from widthopt.files import write_atomically
+from widthopt.runs.store import Store
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,30 +24,31 @@ NAMES = ["open", "write", "fsync", "rename", "replace", "unlink", "mkdir"]
 OLD, NEW = {"top1": 1.0}, {"top1": 0.1 + 0.2}
 YEARS = 20 * 365 * 86_400
 
-# Works on a stage: one step of the store's, by name.
+# Works on a entry: one step of the store's, by name.
 STEPS = """
 import os
-from widthopt.store import Store, write_atomically
+from widthopt.runs.store import Store
+from widthopt.files import write_atomically
 
 NEW = {"top1": 0.1 + 0.2}
 
 def perform(step, root):
     store = Store(root)
-    stage = store.stage("search", {"width": 0.5})
+    entry = store.entry("search", {"width": 0.5})
     if step == "write":
         write_atomically(store.root / "a", "new" * 1000)
     elif step == "check":
         store.check()
     elif step == "submit":
-        stage.submitted("8")
+        entry.record_job("8")
     elif step == "finish unclaimed":
-        stage.finish(NEW)
+        entry.finish(NEW)
     else:
-        with stage.claim(job="8"):
+        with entry.claim(job="8"):
             if step == "finish":
-                stage.finish(NEW)
+                entry.finish(NEW)
             elif step == "fail":
-                stage.fail(ValueError("new"))
+                entry.fail(ValueError("new"))
 """
 
 # For each line "number, how, step, root" it forks a child that dies at that system call.
@@ -112,27 +114,27 @@ def kill():
 
 
 def prepare(root, before):
-    """A root with the file ``a`` and one stage, which has come as far as ``before`` says."""
+    """A root with the file ``a`` and one entry, which has come as far as ``before`` says."""
     root.mkdir()
     (root / "a").write_text("old")
-    stage = Store(root).stage("search", {"width": 0.5})
+    entry = Store(root).entry("search", {"width": 0.5})
     if before == "failed":
-        stage.submitted("7")
-        with stage.claim(job="7"):
-            stage.fail(ValueError("old"))
+        entry.record_job("7")
+        with entry.claim(job="7"):
+            entry.fail(ValueError("old"))
     elif before == "done":
-        with stage.claim(job="7"):
-            stage.finish(OLD)
+        with entry.claim(job="7"):
+            entry.finish(OLD)
     elif before == "killed":
-        leave_claim(stage)
-    return stage
+        leave_claim(entry)
+    return entry
 
 
-def leave_claim(stage, **said):
+def leave_claim(entry, **said):
     """What a claim leaves whose process is killed."""
-    with stage.claim():
-        claim = json.loads((stage.folder / "claim.json").read_text())
-    (stage.folder / "claim.json").write_text(json.dumps({**claim, **said}) + "\n")
+    with entry.claim():
+        claim = json.loads((entry.folder / "claim.json").read_text())
+    (entry.folder / "claim.json").write_text(json.dumps({**claim, **said}) + "\n")
 
 
 def files(root):
@@ -152,7 +154,7 @@ CLAIMED = {"missing": {"stale"}, "failed": {"stale"}, "killed": {"missing"}}
 
 
 def between(step, before):
-    """The states that a stage may be in when a step was cut off."""
+    """The states that a entry may be in when a step was cut off."""
     if before == "done":
         return {"done"}
     states = {STATE[before], AFTER.get(step, STATE[before])}
@@ -161,26 +163,26 @@ def between(step, before):
     return states - ({"missing"} if before == "failed" else set())
 
 
-def check_whole(stage, step, before):
+def check_whole(entry, step, before):
     """Nothing is believed that is not whole: the old or the new is there."""
     # The claim names the job 8 until the process is gone; the queue has it as gone.
     live = {"8"} if step == "submit" else set()
-    state = stage.state(live)
+    state = entry.state(live)
     assert state in between(step, before)
-    result, failure = stage.result(), stage.failure()
+    result, failure = entry.result(), entry.failure()
     old = OLD if before == "done" else None
     assert result in ([old, NEW] if step.startswith("finish") else [old])
     assert (state == "done") == (result is not None)
     if failure is not None:
         messages = {"old"} if before == "failed" else set()
         assert failure["message"] in messages | ({"new"} if step == "fail" else set())
-    written = (stage.folder.parent / "a").read_text()
+    written = (entry.folder.parent / "a").read_text()
     assert written in ({"old", "new" * 1000} if step == "write" else {"old"})
 
 
-def check_repeat(stage, step, before, caplog):
+def check_repeat(entry, step, before, caplog):
     """The same again comes to the same end as if nothing had happened."""
-    root = stage.folder.parent
+    root = entry.folder.parent
     perform(step, root)
     assert caplog.text == ""
     live = {"8"} if step == "submit" else set()
@@ -189,15 +191,15 @@ def check_repeat(stage, step, before, caplog):
     elif step == "check":
         assert json.loads((root / "store.json").read_text()) == {"format": 2}
     elif before == "done":
-        assert stage.result() == (NEW if step.startswith("finish") else OLD)
+        assert entry.result() == (NEW if step.startswith("finish") else OLD)
     elif step == "claim" and before == "failed":
-        assert stage.state() == "stale"  # of its submission, whose job is gone
+        assert entry.state() == "stale"  # of its submission, whose job is gone
     elif not (step == "submit" and before == "killed"):
-        assert stage.state(live) == AFTER[step]
+        assert entry.state(live) == AFTER[step]
     if step in ("claim", "finish", "fail"):
-        assert not (stage.folder / "claim.json").exists()
+        assert not (entry.folder / "claim.json").exists()
         for name in ("claim", "failed", "result"):
-            assert not [*stage.folder.glob(f".{name}.json.*")]
+            assert not [*entry.folder.glob(f".{name}.json.*")]
 
 
 CASES = [(step, before) for step in ["claim", "finish", "fail", "submit"] for before in BEFORE]
@@ -215,12 +217,12 @@ def test_a_process_killed_at_any_system_call_leaves_the_old_or_the_new(
         number += 1
         for how in ("before", "halfway"):
             root = tmp_path / f"{number}{how}"
-            stage = prepare(root, before)
+            entry = prepare(root, before)
             killed = kill(number, how, step, root)
-            check_whole(stage, step, before)
+            check_whole(entry, step, before)
             assert caplog.text == ""
             assert killed or not [*root.rglob("*.part")]
-            check_repeat(stage, step, before, caplog)
+            check_repeat(entry, step, before, caplog)
     assert number > 5  # open, write, fsync, replace, open and fsync of the folder
 
 
@@ -258,7 +260,7 @@ def test_a_disk_that_fills_up_at_any_system_call_leaves_the_old_or_the_new(
     while refused:
         number += 1
         root = tmp_path / str(number)
-        stage = prepare(root, before)
+        entry = prepare(root, before)
         error = None
         with monkeypatch.context() as patch:
             calls = Refusing(patch, number, how)
@@ -273,10 +275,10 @@ def test_a_disk_that_fills_up_at_any_system_call_leaves_the_old_or_the_new(
             assert error.startswith(f"root is {root}")
             assert "cannot be written (No space left on device); make room and run" in error
             assert "\n" not in error
-        check_whole(stage, step, before)
+        check_whole(entry, step, before)
         assert not [*root.rglob("*.part")]
         caplog.clear()
-        check_repeat(stage, step, before, caplog)
+        check_repeat(entry, step, before, caplog)
     assert number > 5
 
 
@@ -284,20 +286,20 @@ def test_a_disk_that_fills_up_at_any_system_call_leaves_the_old_or_the_new(
 def test_a_disk_that_takes_one_byte_at_a_time_gets_all_of_them(
     tmp_path, monkeypatch, step, before, caplog
 ):
-    stage = prepare(tmp_path / "runs", before)
+    entry = prepare(tmp_path / "runs", before)
     with monkeypatch.context() as patch:
         write = os.write
         patch.setattr(os, "write", lambda file, data: write(file, data[:1]))
         perform(step, tmp_path / "runs")
-    check_whole(stage, step, before)
-    check_repeat(stage, step, before, caplog)
+    check_whole(entry, step, before)
+    check_repeat(entry, step, before, caplog)
 
 
 @pytest.mark.parametrize("before", ["missing", "failed", "done"])
 def test_what_has_a_name_is_on_the_disk_and_a_failure_outlives_the_claim(
     tmp_path, monkeypatch, before
 ):
-    stage = prepare(tmp_path / "runs", before)
+    entry = prepare(tmp_path / "runs", before)
     dirty, events = set(), []
     real = {name: getattr(os, name) for name in NAMES}
 
@@ -323,7 +325,7 @@ def test_what_has_a_name_is_on_the_disk_and_a_failure_outlives_the_claim(
         for call in (write, fsync, replace, unlink):
             patch.setattr(os, call.__name__, call)
         perform("finish", tmp_path / "runs")
-    folder = ("fsync", stage.folder.stat().st_ino)
+    folder = ("fsync", entry.folder.stat().st_ino)
     for place, event in enumerate(events):
         if event[0] == "replace":
             assert events[place + 1] == folder, "the folder is synced after the name is there"
@@ -341,7 +343,7 @@ def test_what_has_a_name_is_on_the_disk_and_a_failure_outlives_the_claim(
 WORKING = """
 import os, random, sys, time
 from pathlib import Path
-from widthopt.store import Store
+from widthopt.runs.store import Store
 
 root, me = Path(sys.argv[1]), sys.argv[2]
 log = os.open(root / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -349,19 +351,19 @@ order = list(range(20))
 random.Random(me).shuffle(order)
 sys.stdin.readline()
 for number in order:
-    stage = Store(root).stage("search", number)
-    with stage.claim():
-        if stage.result() is None:
+    entry = Store(root).entry("search", number)
+    with entry.claim():
+        if entry.result() is None:
             os.write(log, f"worked {number} {me}\\n".encode())
             time.sleep(0.003)  # so that most of the time goes into work
-            stage.finish({"number": number, "by": me})
+            entry.finish({"number": number, "by": me})
             os.write(log, f"finished {number} {me}\\n".encode())
 print("through", flush=True)
 """
 
 
 def race(root, count, spoil=lambda _workers: None):
-    """Let processes work on twenty stages at once; what they logged, by what it says."""
+    """Let processes work on twenty entries at once; what they logged, by what it says."""
     root.mkdir()
     workers = [python(WORKING, root, me) for me in range(count)]
     for worker in workers:
@@ -375,12 +377,12 @@ def race(root, count, spoil=lambda _workers: None):
     for line in (root / "log").read_text().splitlines():
         what, number, who = line.split()
         log[what].append((int(number), int(who)))
-    stages = list(Store(root).stages())
-    assert sorted(stage.fields for stage in stages) == list(range(20))
-    assert {stage.state() for stage in stages} == {"done"}
-    for stage in stages:
-        assert stage.result()["number"] == stage.fields
-        assert (stage.fields, int(stage.result()["by"])) in log["worked"]
+    entries = list(Store(root).entries())
+    assert sorted(entry.fields for entry in entries) == list(range(20))
+    assert {entry.state() for entry in entries} == {"done"}
+    for entry in entries:
+        assert entry.result()["number"] == entry.fields
+        assert (entry.fields, int(entry.result()["by"])) in log["worked"]
     return log
 
 
@@ -418,56 +420,56 @@ def killed_at_work(root):
     """A process that was killed while it worked; its id."""
     script = f"{STEPS}\nimport sys, time\n" + textwrap.dedent(
         """
-        with Store(sys.argv[1]).stage("search", {"width": 0.5}).claim(job="7"):
+        with Store(sys.argv[1]).entry("search", {"width": 0.5}).claim(job="7"):
             print("working", flush=True)
             time.sleep(60)
         """
     )
     with python(script, root) as worker:
         assert worker.stdout.readline() == "working\n"
-        state = Store(root).stage("search", {"width": 0.5}).state()
+        state = Store(root).entry("search", {"width": 0.5}).state()
         worker.kill()
     assert state == "running"
     return worker.pid
 
 
 def test_the_claim_of_a_killed_process_is_stale_and_free_at_once(tmp_path):
-    stage = Store(tmp_path).stage("search", {"width": 0.5})
+    entry = Store(tmp_path).entry("search", {"width": 0.5})
     process = killed_at_work(tmp_path)
-    assert json.loads((stage.folder / "claim.json").read_text())["process"] == process
-    assert stage.state() == "stale"
-    assert stage.state(live={"7"}) == "running"  # the queue starts the job again
-    with stage.claim(wait=False, job="8"):
-        assert json.loads((stage.folder / "claim.json").read_text())["process"] == os.getpid()
-        assert stage.state() == "running"
-        stage.finish(NEW)
-    assert (stage.state(), stage.result()) == ("done", NEW)
+    assert json.loads((entry.folder / "claim.json").read_text())["process"] == process
+    assert entry.state() == "stale"
+    assert entry.state(live={"7"}) == "running"  # the queue starts the job again
+    with entry.claim(wait=False, job="8"):
+        assert json.loads((entry.folder / "claim.json").read_text())["process"] == os.getpid()
+        assert entry.state() == "running"
+        entry.finish(NEW)
+    assert (entry.state(), entry.result()) == ("done", NEW)
 
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_claim_from_another_host_is_stale_without_its_lock(tmp_path, locked):
-    stage = Store(tmp_path).stage("search", {"width": 0.5})
+    entry = Store(tmp_path).entry("search", {"width": 0.5})
     if locked:
-        leave_claim(stage, host="node17", process=os.getpid())
+        leave_claim(entry, host="node17", process=os.getpid())
     else:  # a folder that was copied without its lock
-        stage.folder.mkdir()
+        entry.folder.mkdir()
         text = json.dumps({"host": "node17", "process": 1, "job": "7", "started": 0})
-        (stage.folder / "claim.json").write_text(text)
-    assert stage.state() == "stale"
-    with stage.claim(wait=False):
-        assert json.loads((stage.folder / "claim.json").read_text())["host"] != "node17"
-    assert stage.state() == "missing"
+        (entry.folder / "claim.json").write_text(text)
+    assert entry.state() == "stale"
+    with entry.claim(wait=False):
+        assert json.loads((entry.folder / "claim.json").read_text())["host"] != "node17"
+    assert entry.state() == "missing"
 
 
 # Clocks.
 
 
-def turn(stage, seconds):
-    """Set every file of a stage, and what it says of time, off by so much."""
-    for path in [*stage.folder.iterdir(), stage.folder]:
+def turn(entry, seconds):
+    """Set every file of a entry, and what it says of time, off by so much."""
+    for path in [*entry.folder.iterdir(), entry.folder]:
         os.utime(path, (time.time() + seconds,) * 2)
     for name, field in (("claim.json", "started"), ("failed.json", "time")):
-        path = stage.folder / name
+        path = entry.folder / name
         if path.exists():
             said = json.loads(path.read_text())
             path.write_text(json.dumps({**said, field: said[field] + seconds}))
@@ -477,22 +479,22 @@ def turn(stage, seconds):
 @pytest.mark.parametrize("seconds", [-YEARS, YEARS])
 def test_no_state_depends_on_a_clock(tmp_path, monkeypatch, seconds):
     now = time.time
-    stages = {before: prepare(tmp_path / before, before) for before in BEFORE}
-    stages["queued"] = prepare(tmp_path / "queued", "failed")
-    stages["queued"].submitted("8")
+    entries = {before: prepare(tmp_path / before, before) for before in BEFORE}
+    entries["queued"] = prepare(tmp_path / "queued", "failed")
+    entries["queued"].record_job("8")
     expected = {**STATE, "queued": "queued"}
-    for before, stage in stages.items():
-        with_clock = stage.state({"8"})
+    for before, entry in entries.items():
+        with_clock = entry.state({"8"})
         assert with_clock == expected[before]
-        if stage.folder.exists():
-            turn(stage, seconds)
-        assert stage.state({"8"}) == with_clock
+        if entry.folder.exists():
+            turn(entry, seconds)
+        assert entry.state({"8"}) == with_clock
         monkeypatch.setattr(time, "time", lambda: now() - seconds)
-        assert stage.state({"8"}) == with_clock
-        with stage.claim():
-            turn(stage, seconds)
-            assert stage.state({"8"}) == ("done" if before == "done" else "running")
-            assert stage.failure() is None
+        assert entry.state({"8"}) == with_clock
+        with entry.claim():
+            turn(entry, seconds)
+            assert entry.state({"8"}) == ("done" if before == "done" else "running")
+            assert entry.failure() is None
         monkeypatch.setattr(time, "time", now)
 
 
@@ -502,27 +504,27 @@ CUT = ["result.json", "claim.json", "failed.json", "submission.json", "fields.js
 
 
 def full(root):
-    """A stage with every file that one can have, and their contents."""
-    stage = Store(root).stage("search", {"width": 0.5})
-    stage.submitted("7")
-    leave_claim(stage, job="7")
-    stage.finish(NEW)
-    stage.fail(ValueError("old"))
-    return stage, {name: (stage.folder / name).read_bytes() for name in CUT}
+    """A entry with every file that one can have, and their contents."""
+    entry = Store(root).entry("search", {"width": 0.5})
+    entry.record_job("7")
+    leave_claim(entry, job="7")
+    entry.finish(NEW)
+    entry.fail(ValueError("old"))
+    return entry, {name: (entry.folder / name).read_bytes() for name in CUT}
 
 
-def alone(stage, name, content):
-    """Leave one file of a stage, with this content."""
+def alone(entry, name, content):
+    """Leave one file of a entry, with this content."""
     for other in CUT:
-        (stage.folder / other).unlink(missing_ok=True)
-    (stage.folder / name).write_bytes(content)
+        (entry.folder / other).unlink(missing_ok=True)
+    (entry.folder / name).write_bytes(content)
 
 
-def state_of(stage, name, live):
-    """What a stage is taken for that has one file alone."""
+def state_of(entry, name, live):
+    """What a entry is taken for that has one file alone."""
     if name == "fields.json":
-        return ["missing", "named"][len(list(Store(stage.folder.parent).stages()))]
-    return stage.state(live)
+        return ["missing", "named"][len(list(Store(entry.folder.parent).entries()))]
+    return entry.state(live)
 
 
 BELIEVED = {"result.json": "done", "claim.json": "running", "failed.json": "failed"}
@@ -531,22 +533,22 @@ BELIEVED |= {"submission.json": "queued", "fields.json": "named"}
 
 @pytest.mark.parametrize("name", CUT)
 def test_a_file_cut_short_anywhere_is_not_believed(tmp_path, name, caplog):
-    stage, contents = full(tmp_path)
+    entry, contents = full(tmp_path)
     whole = contents[name]
-    alone(stage, name, whole)
-    assert state_of(stage, name, {"7"}) == BELIEVED[name]
+    alone(entry, name, whole)
+    assert state_of(entry, name, {"7"}) == BELIEVED[name]
     assert whole.endswith(b"}\n")
     for length in range(len(whole) - 1):  # but for the line's end, which says nothing
         for content in (whole[:length], whole[:length] + b"\0" * (len(whole) - length)):
             caplog.clear()
-            alone(stage, name, content)
-            assert state_of(stage, name, {"7"}) == "missing"
+            alone(entry, name, content)
+            assert state_of(entry, name, {"7"}) == "missing"
             assert f"{name} is not whole; it is treated as missing" in caplog.text
-            assert (stage.result(), stage.failure()) == (None, None)
-    with stage.claim(wait=False):
-        stage.finish(NEW)
-    assert (stage.result(), stage.state()) == (NEW, "done")
-    assert [other.key for other in Store(tmp_path).stages()] == [stage.key]
+            assert (entry.result(), entry.failure()) == (None, None)
+    with entry.claim(wait=False):
+        entry.finish(NEW)
+    assert (entry.result(), entry.state()) == (NEW, "done")
+    assert [other.key for other in Store(tmp_path).entries()] == [entry.key]
 
 
 def test_a_mark_of_the_root_cut_short_anywhere_is_written_again(tmp_path, caplog):
@@ -565,16 +567,16 @@ def test_a_mark_of_the_root_cut_short_anywhere_is_written_again(tmp_path, caplog
 
 
 def test_a_result_with_any_byte_changed_is_never_another_result(tmp_path):
-    stage = Store(tmp_path).stage("search", {"width": 0.5})
-    stage.finish(NEW)
-    path = stage.folder / "result.json"
+    entry = Store(tmp_path).entry("search", {"width": 0.5})
+    entry.finish(NEW)
+    path = entry.folder / "result.json"
     whole = path.read_bytes()
     seen = Counter()
     for place in range(len(whole)):
         for byte in (b"0", b"7", b" ", b"x", b"-", b'"', b"\xff"):
             path.write_bytes(whole[:place] + byte + whole[place + 1 :])
             try:
-                found = stage.result()
+                found = entry.result()
             except InputError:
                 seen["refused"] += 1
             else:
@@ -584,15 +586,15 @@ def test_a_result_with_any_byte_changed_is_never_another_result(tmp_path):
 
 
 def test_a_half_written_file_beside_is_removed_by_the_next_claim(tmp_path):
-    stage = Store(tmp_path).stage("search", {"width": 0.5})
-    stage.submitted("7")
+    entry = Store(tmp_path).entry("search", {"width": 0.5})
+    entry.record_job("7")
     for name in ("claim", "failed", "result"):
-        (stage.folder / f".{name}.json.00000000.part").write_text('{"to')
-    (stage.folder / ".other.json.00000000.part").write_text("of someone else")
-    with stage.claim():
+        (entry.folder / f".{name}.json.00000000.part").write_text('{"to')
+    (entry.folder / ".other.json.00000000.part").write_text("of someone else")
+    with entry.claim():
         pass
-    assert [path.name for path in stage.folder.glob(".*")] == [".other.json.00000000.part"]
-    assert stage.result() is None
+    assert [path.name for path in entry.folder.glob(".*")] == [".other.json.00000000.part"]
+    assert entry.result() is None
 
 
 def test_a_write_that_is_interrupted_leaves_nothing_beside_the_file(tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ import socket
 from dataclasses import fields, replace
 
 import pytest
-from work import FileWork
+from file_workload import FileWork
 
-import launchers.launcher
-from launchers import queue, slurm
-from launchers.launcher import WidthoptSlurmLauncher
-from launchers.slurm import Slurm
+import hydra_plugins.widthopt_launchers.launcher
+from hydra_plugins.widthopt_launchers import queue, slurm
+from hydra_plugins.widthopt_launchers.launcher import WidthoptSlurmLauncher
+from hydra_plugins.widthopt_launchers.slurm import Slurm
 from widthopt.errors import InputError
 
 
@@ -30,16 +30,16 @@ def sent(monkeypatch):
 
     def sbatch(sender, items, _resources, after):
         job = 100 + len(found)
-        found.append(([item.name for item in items], after))
-        for place, item in enumerate(items):
+        found.append(([task.name for task in items], after))
+        for place, task in enumerate(items):
             name = f"{job}_{place}" if len(items) > 1 else str(job)
-            sender._jobs[item.name] = name  # noqa: SLF001 (it stands in for SLURM)
-            sender._work.submitted(item.name, name)  # noqa: SLF001
+            sender._jobs[task.name] = name  # noqa: SLF001 (it stands in for SLURM)
+            sender._work.record_job(task.name, name)  # noqa: SLF001
 
     monkeypatch.setattr(slurm._Sender, "_sbatch", sbatch)  # noqa: SLF001
     monkeypatch.setattr(queue, "check", lambda _flags: None)
     monkeypatch.setattr(queue, "array_size", lambda: 3)
-    monkeypatch.setattr(queue, "live", dict)
+    monkeypatch.setattr(queue, "live_jobs", dict)
     monkeypatch.setattr(queue, "hosts", set)
     return found
 
@@ -60,7 +60,7 @@ def limited(monkeypatch, sent):
 
 def launcher():
     return Slurm(
-        perform="work.perform", resources=RESOURCES, options={}, gpus_as="none", parallelism=4,
+        run_spec="file_workload.run_spec", resources=RESOURCES, options={}, gpus_as="none", parallelism=4,
         warn_seconds=60, requeue=True, max_requeues=1, setup=(), python=None, packages=(), code=(),
     )  # fmt: skip
 
@@ -101,19 +101,19 @@ def test_as_much_is_sent_as_there_is_room_for(tmp_path, sent, limited, room, arr
 
 
 def test_what_is_in_the_queue_is_waited_for_and_not_sent_again(tmp_path, sent, monkeypatch):
-    work = FileWork(tmp_path, {"s": ((), "well"), "t": (("s",), "well")})
-    work.submitted("s", "7_4")
-    monkeypatch.setattr(queue, "live", lambda: {"7_4": "RUNNING"})
-    assert launcher().submit(work) == 1
+    workload = FileWork(tmp_path, {"s": ((), "well"), "t": (("s",), "well")})
+    workload.record_job("s", "7_4")
+    monkeypatch.setattr(queue, "live_jobs", lambda: {"7_4": "RUNNING"})
+    assert launcher().submit(workload) == 1
     assert sent == [(["t"], "afterok:7_4")]
 
 
 def test_what_was_done_while_another_submitter_was_at_it_is_not_sent(tmp_path, sent):
-    work = FileWork(tmp_path, {"s": ((), "well"), "t": (("s",), "well")})
-    planned = work.items()
-    work.items = lambda: planned
-    (work.freeze("s").parent / "done").touch()
-    assert launcher().submit(work) == 1
+    workload = FileWork(tmp_path, {"s": ((), "well"), "t": (("s",), "well")})
+    planned = workload.tasks()
+    workload.items = lambda: planned
+    (workload.write_spec("s").parent / "done").touch()
+    assert launcher().submit(workload) == 1
     assert sent == [(["t"], "")]
 
 
@@ -122,9 +122,13 @@ def test_ctrl_c_says_at_any_time_that_jobs_go_on(tmp_path, sent, monkeypatch, wh
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    waiting = WidthoptSlurmLauncher(work="", perform="", sure=True)
+    waiting = WidthoptSlurmLauncher(workload="", run_spec="", assume_yes=True)
     waiting.slurm, waiting.stay = launcher(), True
-    place = {"submit": Slurm, "info": launchers.launcher.logger, "watch": slurm}[where]
+    place = {
+        "submit": Slurm,
+        "info": hydra_plugins.widthopt_launchers.launcher.logger,
+        "watch": slurm,
+    }[where]
     monkeypatch.setattr(place, where, interrupt)
     said = r"^stopped; what was submitted .* ends it: widthopt cancel sweep-of-files --root \S+$"
     with pytest.raises(KeyboardInterrupt, match=said):
@@ -187,12 +191,12 @@ def test_a_value_of_another_kind_is_one_line(name, value, said):
     values = {one.name: getattr(launcher(), one.name) for one in fields(launcher())}
     values = {**values, "wait": False, name: value}
     with pytest.raises(InputError, match=f"^{re.escape(said)}"):
-        WidthoptSlurmLauncher(work="", sure=False, **values).prepare()
+        WidthoptSlurmLauncher(workload="", assume_yes=False, **values).prepare()
 
 
 def test_a_warning_that_leaves_no_time_to_work_is_refused(tmp_path, sent):
-    work = FileWork(tmp_path, {"s": ((), "well")})
+    workload = FileWork(tmp_path, {"s": ((), "well")})
     with pytest.raises(InputError, match=r"^hydra.launcher.warn_seconds is 151, but of a time lim"):
-        replace(launcher(), warn_seconds=151).submit(work)
+        replace(launcher(), warn_seconds=151).submit(workload)
     assert sent == []
-    assert replace(launcher(), warn_seconds=150).submit(work) == 1
+    assert replace(launcher(), warn_seconds=150).submit(workload) == 1

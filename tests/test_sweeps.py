@@ -17,9 +17,10 @@ from commands import ENVIRONMENT, NETWORK, TINY, command, one_line, prepare, wid
 from PIL import Image
 
 from widthopt.errors import InputError
-from widthopt.pipeline import recorded
-from widthopt.store import Store
-from widthopt.sweeps import manifests, perform, why
+from widthopt.runs.execute import record_of
+from widthopt.runs.manifest import load_manifests
+from widthopt.runs.store import Store, failure_reason
+from widthopt.sweeps.worker import run_spec
 
 
 SWEEP = (
@@ -37,7 +38,7 @@ figures:
     name: search_seconds
     title: What a search takes
     claim: ""
-  - _target_: widthopt.figures.transfer.Transfer
+  - _target_: widthopt.reporting.figures.transfer.Transfer
     name: mine
     title: Mine
     axis: width
@@ -75,17 +76,17 @@ def whole(tmp_path_factory):
     return folder, done
 
 
-def stages(folder, kind=None):
-    return list(Store(folder / "runs" / "stages").stages(kind))
+def entries(folder, kind=None):
+    return list(Store(folder / "runs" / "stages").entries(kind))
 
 
 def records(folder):
     """All records, without their times."""
     found = {}
-    for stage in stages(folder, "train"):
+    for stage in entries(folder, "train"):
         result = stage.result()
         if result is not None:
-            record = recorded(result, method="transfer", algorithm="any")
+            record = record_of(result, method="transfer", algorithm="any")
             one = dataclasses.replace(record.found, search_seconds=0.0)
             found[stage.key] = dataclasses.replace(record, found=one, train_seconds=0.0)
     return found
@@ -95,7 +96,7 @@ def epochs_told(folder, kind):
     """How often each epoch was trained, by stage."""
     return {
         stage.key: re.findall(r"epoch (\d+) of", (stage.folder / "log.txt").read_text())
-        for stage in stages(folder, kind)
+        for stage in entries(folder, kind)
     }
 
 
@@ -104,7 +105,7 @@ def epochs_told(folder, kind):
 
 def test_a_sweep_does_every_run_once(whole):
     folder, done = whole
-    assert len(stages(folder, "search")) == len(stages(folder, "train")) == 6
+    assert len(entries(folder, "search")) == len(entries(folder, "train")) == 6
     assert len(records(folder)) == 6
     for kind, epochs in (("search", ["1", "2"]), ("train", ["1", "2"])):
         assert set(map(tuple, epochs_told(folder, kind).values())) == {tuple(epochs)}
@@ -154,7 +155,7 @@ def test_a_third_party_adds_a_figure_by_one_file_and_one_experiment(whole):
     assert (report / "search_seconds.png").stat().st_size > 0
     head, *rows = (report / "search_seconds.csv").read_text().splitlines()
     assert head == "search s,top-1 %"
-    found = [stage.result() for stage in stages(folder, "train")]
+    found = [stage.result() for stage in entries(folder, "train")]
     shown = sorted(row.partition(",")[2] for row in rows)
     assert shown == sorted(f"{one['top1']:.1f}" for one in found)
 
@@ -341,7 +342,7 @@ def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from" in said
+    assert "the same command continues from" in said
     assert not list((folder / "runs" / "stages").glob("*/failed.json"))
     assert not list((folder / "runs" / "stages").glob("*/claim.json"))
     done = widthopt(*words, folder=folder)
@@ -437,7 +438,7 @@ def test_a_run_that_cannot_even_begin_says_why(folder):
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory):
-    """A sweep of one point that was given in ``there``, with paths that are relative to it."""
+    """A sweep of one point that was given in ``root_option``, with paths that are relative to it."""
     there = tmp_path_factory.mktemp("by_hand") / "there"
     for number in range(8):
         for split in ("train", "val"):
@@ -455,7 +456,7 @@ def by_hand(tmp_path_factory):
 
 def forgotten(root):
     """The names of the runs below a root, searches first, whose results are removed."""
-    found = list(Store(root / "stages").stages())
+    found = list(Store(root / "stages").entries())
     for stage in found:
         (stage.folder / "result.json").unlink(missing_ok=True)
     return [stage.folder.name for stage in found]
@@ -563,26 +564,26 @@ def test_where_the_queue_does_not_answer_nothing_is_cancelled_and_that_is_said(u
     ],
 )
 def test_only_a_reason_is_told_as_one(tmp_path, last, reason):
-    stage = Store(tmp_path).stage("search", {})
+    stage = Store(tmp_path).entry("search", {})
     stage.folder.mkdir()
     (stage.folder / "log.txt").write_text(f"2026-01-02 03:04:05, job 7\n{last}\n")
-    assert why(stage) == reason
+    assert failure_reason(stage) == reason
 
 
 @pytest.mark.parametrize(
     ("left", "reason"), [({}, "unknown"), ({"type": "MemoryError", "message": " "}, "MemoryError")]
 )
 def test_a_failure_that_says_little_is_told_nevertheless(tmp_path, left, reason):
-    stage = Store(tmp_path).stage("search", {})
+    stage = Store(tmp_path).entry("search", {})
     stage.folder.mkdir()
     (stage.folder / "failed.json").write_text(json.dumps(left))
-    assert why(stage) == reason
+    assert failure_reason(stage) == reason
 
 
 def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):
     """The worker looks again."""
     root = whole[0] / "runs"
-    (manifest,) = manifests(root)
+    (manifest,) = load_manifests(root)
     name = next(name for name, run in manifest.own.items() if run["kind"] == "train")
     spec = json.loads((root / "stages" / name / "spec.json").read_text())
     folder = tmp_path / "stages" / name
@@ -593,14 +594,14 @@ def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
         with pytest.raises(InputError, match=rf"that needs {needed}, but that is not done"):
-            perform(folder / "spec.json")
+            run_spec(folder / "spec.json")
 
 
 @pytest.mark.parametrize("kind", ["search", "train"])
 def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
     """It would be another run, and this one never done."""
     shutil.copytree(whole[0] / "runs", folder / "runs")
-    name = stages(folder, kind)[0].folder.name
+    name = entries(folder, kind)[0].folder.name
     path = folder / "runs" / "stages" / name / "spec.json"
     spec = json.loads(path.read_text())
     spec["config"]["recipe"]["search_epochs" if kind == "search" else "epochs"] = 1
@@ -611,8 +612,8 @@ def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
         "but what it says names its folder; give the same sweep again",
         line,
     )
-    assert {one.folder.name for one in stages(folder)} == {
-        one.folder.name for one in stages(whole[0])
+    assert {one.folder.name for one in entries(folder)} == {
+        one.folder.name for one in entries(whole[0])
     }
 
 
@@ -621,6 +622,6 @@ def test_what_is_no_frozen_run_is_refused(tmp_path, text):
     path = tmp_path / "spec.json"
     path.write_text(text)
     with pytest.raises(InputError, match="is no frozen run"):
-        perform(path)
+        run_spec(path)
     with pytest.raises(InputError, match="is no frozen run"):
-        perform(Path("nowhere"))
+        run_spec(Path("nowhere"))

@@ -7,9 +7,9 @@ from torch.nn import functional
 
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
-from widthopt.surgery import resize
+from widthopt.networks.resize import resize
 from widthopt.tracing import same_channels, tied_channels, trace
-from widthopt.widths import scaled
+from widthopt.widths import scale_channels
 
 
 # Free width variables of each network of the issue; those that the specification of MorphNet
@@ -99,7 +99,7 @@ def test_macs_are_the_published_ones(traced, name, resolution, published):
 )
 def test_macs_at_a_width_multiplier_are_the_published_ones(traced, name, width, published):
     _, graph = traced(name)
-    assert graph.macs(scaled(graph, width)) == published
+    assert graph.macs(scale_channels(graph, width)) == published
 
 
 @pytest.mark.parametrize(("name", "variables"), NETWORKS.items())
@@ -197,7 +197,7 @@ def test_a_dead_channel_of_one_branch_removes_one_input_of_every_reader(traced):
     """P20."""
     _, graph = traced("densenet121")
     name = "features.denseblock1.denselayer2.conv2"
-    fewer = graph.resized({**graph.channels, name: graph.channels[name] - 1})
+    fewer = graph.resize_graph({**graph.channels, name: graph.channels[name] - 1})
     shorter = {
         old.name
         for old, new in zip(graph.layers, fewer.layers, strict=True)

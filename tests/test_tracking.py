@@ -13,21 +13,23 @@ from commands import NETWORK, TINY, one_line, widthopt
 from small import RUNTIME, Small, SmallNetwork, Synthetic
 
 from widthopt import training
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.sandwich import Sandwich
-from widthopt.config import compose, frozen, request
+from widthopt.config.compose import compose
+from widthopt.config.typed import build_request, to_plain
 from widthopt.data import Split
 from widthopt.errors import InputError
-from widthopt.pipeline import Point, run
+from widthopt.networks.resize import Blueprint
+from widthopt.runs.execute import run_request
+from widthopt.runs.point import SizedRequest
 from widthopt.setting import Setting
-from widthopt.surgery import Blueprint
 from widthopt.tracking import About, Tracker, tracked
 from widthopt.tracking.client import End, Kept
 from widthopt.tracking.lines import Lines, rows
 from widthopt.tracking.metrics import known
 from widthopt.tracking.secrets import HIDDEN, hidden
 from widthopt.tracking.sync import sync
-from widthopt.training import Diverged, Interrupted, Loop, _Rows, train
+from widthopt.training.loop import Diverged, Interrupted, Loop, _Rows, train
 
 
 TRACKING = replace(compose(["tracking=disabled"]).tracking, every=3)
@@ -58,7 +60,7 @@ def repeated(folder):
     ]
 
 
-def trained(folder, data, log):
+def run_training(folder, data, log):
     torch.manual_seed(0)
     model = Small(4)
     train(
@@ -77,11 +79,11 @@ def found_by(name, folder, log, interrupt=None):
         where,
         Split(Synthetic(interrupt=interrupt), Synthetic(), 4),
         budget_macs=Blueprint(where).graph.macs(),
-        conditions=Conditions(RECIPE, RUNTIME, 0, folder, log),
+        context=SearchContext(RECIPE, RUNTIME, 0, folder, log),
     )
 
 
-def searched(name, folder, interrupt=None, tracking=TRACKING):
+def run_search(name, folder, interrupt=None, tracking=TRACKING):
     """The same, tracked: its rows are in the folder."""
     about = replace(ABOUT, kind="search")
     with tracked(tracking, about, folder, interruptions=(Interrupted,)) as log:
@@ -93,7 +95,7 @@ def searched(name, folder, interrupt=None, tracking=TRACKING):
 
 def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
-    trained(tmp_path, Synthetic(), log)
+    run_training(tmp_path, Synthetic(), log)
     found = rows(tmp_path / "metrics.jsonl")
     # Four epochs of four steps, and every third step.
     assert [row["step"] for row in found] == [3, 4, 6, 8, 9, 12, 15, 16]
@@ -113,7 +115,7 @@ def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch)
                 yield batch
 
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
-    trained(tmp_path, Slow(), Tracker(TRACKING, ABOUT, tmp_path))
+    run_training(tmp_path, Slow(), Tracker(TRACKING, ABOUT, tmp_path))
     rates = [row["perf/images_per_second"] for row in rows(tmp_path / "metrics.jsonl")]
     assert rates == [8.0] * 6 + [16.0] * 2
 
@@ -121,7 +123,7 @@ def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch)
 def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
     """The first step is taken at a rate of zero, so its gradient is that of the fresh network."""
     log = Tracker(replace(TRACKING, every=1), ABOUT, tmp_path)
-    trained(tmp_path, Synthetic(), log)
+    run_training(tmp_path, Synthetic(), log)
     first = rows(tmp_path / "metrics.jsonl")[0]
     torch.manual_seed(0)
     model = Small(4).train()
@@ -135,8 +137,8 @@ def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
 
 
 def test_a_training_is_the_same_to_the_bit_whether_it_is_tracked_or_not(tmp_path):
-    plain = trained(tmp_path / "plain", Synthetic(), None)
-    logged = trained(tmp_path / "logged", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path))
+    plain = run_training(tmp_path / "plain", Synthetic(), None)
+    logged = run_training(tmp_path / "logged", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path))
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, logged.state_dict()[name]), name
 
@@ -177,7 +179,7 @@ def test_the_accelerators_memory_is_the_peak_since_the_training_began(tmp_path, 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
 def test_a_search_logs_only_what_is_declared_and_finds_what_it_would_untracked(name, tmp_path):
-    found = searched(name, tmp_path / "tracked")
+    found = run_search(name, tmp_path / "tracked")
     names = {key for row in repeated(tmp_path / "tracked") for key in row} - {"step"}
     assert [one for one in sorted(names) if not known(one)] == []
     plain = found_by(name, tmp_path / "plain", None)
@@ -200,7 +202,7 @@ def test_a_search_logs_only_what_is_declared_and_finds_what_it_would_untracked(n
     ],
 )  # fmt: skip
 def test_a_search_logs_the_diagnostics_that_its_specification_asks_for(name, wanted, tmp_path):
-    searched(name, tmp_path)
+    run_search(name, tmp_path)
     names = {key for row in repeated(tmp_path) for key in row}
     assert wanted <= names
 
@@ -216,7 +218,7 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
 
     monkeypatch.setattr("widthopt.algorithms.autoslim.Sandwich", Watching)
     monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, accumulation=2))
-    searched("autoslim", tmp_path, tracking=replace(TRACKING, every=1))
+    run_search("autoslim", tmp_path, tracking=replace(TRACKING, every=1))
     # In each micro-batch the widest, the narrowest and two random ones.
     narrowest = [(one + other) / 2 for one, other in zip(seen[1::8], seen[5::8], strict=True)]
     logged = [row["search/loss_narrowest"] for row in repeated(tmp_path) if row["step"] <= 16]
@@ -228,20 +230,20 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 15])
 def test_a_training_that_was_interrupted_leaves_the_rows_of_one_that_was_not(step, tmp_path):
-    trained(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
+    run_training(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
     folder = tmp_path / "parts"
     with pytest.raises(Interrupted):
-        trained(folder, Synthetic(interrupt=step), Tracker(TRACKING, ABOUT, folder))
-    trained(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
+        run_training(folder, Synthetic(interrupt=step), Tracker(TRACKING, ABOUT, folder))
+    run_training(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
     assert repeated(folder) == repeated(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
 def test_a_search_that_was_interrupted_leaves_the_rows_of_one_that_was_not(name, tmp_path):
-    searched(name, tmp_path / "whole")
+    run_search(name, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        searched(name, tmp_path / "parts", interrupt=10)
-    searched(name, tmp_path / "parts")
+        run_search(name, tmp_path / "parts", interrupt=10)
+    run_search(name, tmp_path / "parts")
     assert repeated(tmp_path / "parts") == repeated(tmp_path / "whole")
 
 
@@ -255,12 +257,12 @@ def test_rows_behind_the_checkpoint_of_a_process_that_was_killed_are_written_onc
             if step == 15:  # the checkpoint is of step 12
                 raise Killed
 
-    trained(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
+    run_training(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
     folder = tmp_path / "parts"
     with pytest.raises(Killed):
-        trained(folder, Synthetic(), Deadly(TRACKING, ABOUT, folder))
+        run_training(folder, Synthetic(), Deadly(TRACKING, ABOUT, folder))
     assert repeated(folder)[-1]["step"] == 15
-    trained(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
+    run_training(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
     assert repeated(folder) == repeated(tmp_path / "whole")
 
 
@@ -274,13 +276,13 @@ def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
             last = rows(tmp_path / "metrics.jsonl")[-1]["step"]
             seen.append((last, (tmp_path / "checkpoints" / f"step-{last:08d}").exists()))
 
-    trained(tmp_path, Synthetic(), Watching(TRACKING, ABOUT, tmp_path))
+    run_training(tmp_path, Synthetic(), Watching(TRACKING, ABOUT, tmp_path))
     assert seen == [(4, False), (8, False), (12, False), (16, False)]
 
 
 def test_a_run_that_ended_before_its_training_began_keeps_its_rows(tmp_path):
     with pytest.raises(Interrupted):
-        trained(tmp_path, Synthetic(interrupt=10), Tracker(TRACKING, ABOUT, tmp_path))
+        run_training(tmp_path, Synthetic(interrupt=10), Tracker(TRACKING, ABOUT, tmp_path))
     before = rows(tmp_path / "metrics.jsonl")
     with pytest.raises(InputError), tracked(TRACKING, ABOUT, tmp_path):
         raise InputError("the images are not there today")
@@ -301,7 +303,7 @@ def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(Tracker, "close", watching)
     words = [one for one in TINY if not one.startswith("network.factory")]
     words += ["network.factory=network_of_results.MyNetwork", "methods=[transfer]"]
-    run(Point(compose(words)))
+    run_request(SizedRequest(compose(words)))
     assert seen == [["search"], ["search", "train-"]]
 
 
@@ -319,7 +321,7 @@ def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch,
             return replace(found, details={"moves": ["a knight's"]})
 
     values = {one.name: getattr(asked.algorithm, one.name) for one in fields(asked.algorithm)}
-    (record,) = run(Point(replace(asked, algorithm=Own(**values))))
+    (record,) = run_request(SizedRequest(replace(asked, algorithm=Own(**values))))
     assert record.top1 > 0
     assert [one for one in caplog.records if "cannot be written" in one.message]
 
@@ -513,11 +515,11 @@ def test_tags_are_no_longer_than_w_and_b_takes():
 
 
 def test_the_id_of_a_run_is_its_stages_and_a_salt_makes_another():
-    one = Point(compose(["target.resolution=32"]), images=False)
-    stage = one.search_stage("transfer", 3)
+    one = SizedRequest(compose(["target.resolution=32"]), images=False)
+    stage = one.search_entry("transfer", 3)
     assert one.about("search", "transfer", 3, stage).id == stage.folder.name
-    salted = Point(compose(["target.resolution=32", "tracking.salt=again"]), images=False)
-    assert salted.search_stage("transfer", 3).folder.name == stage.folder.name
+    salted = SizedRequest(compose(["target.resolution=32", "tracking.salt=again"]), images=False)
+    assert salted.search_entry("transfer", 3).folder.name == stage.folder.name
     other = salted.about("search", "transfer", 3, stage).id
     assert other.startswith(stage.folder.name)
     assert other != stage.folder.name
@@ -527,7 +529,7 @@ def test_tracking_names_no_run_and_is_frozen_with_it():
     one = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.every=7"])
     other = compose(["tracking=disabled"])
     assert one.fields == other.fields
-    again = request(_config(frozen(one)))
+    again = build_request(_config(to_plain(one)))
     assert again.tracking == one.tracking
     assert again.tracking.every == 7
 
@@ -618,7 +620,7 @@ def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypa
 def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     code = (
         "import sys, widthopt; widthopt.trace; import widthopt.sweeps;"
-        "import widthopt.tracking.sync, widthopt.dashboard;"
+        "import widthopt.tracking.sync, widthopt.reporting.dashboard;"
         "sys.exit(any(one.startswith('wandb') for one in sys.modules))"
     )
     import subprocess  # noqa: PLC0415

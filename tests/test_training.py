@@ -15,13 +15,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import RECIPE, RUNTIME, Synthetic, make_recipe, make_runtime
 from torch import nn
 
-from widthopt import checkpoints
 from widthopt.errors import InputError
-from widthopt.evaluation import evaluate
-from widthopt.setting import Recipe, Runtime
-from widthopt.training import (
+from widthopt.training import checkpoints
+from widthopt.training.evaluation import evaluate
+from widthopt.training.loop import (
     Diverged,
     Interrupted,
     Loop,
@@ -34,63 +34,15 @@ from widthopt.training import (
 
 
 TESTS = Path(__file__).parent
-RUNTIME = Runtime(
-    device="cpu",
-    workers=0,
-    precision="float32",
-    memory_format="contiguous",
-    backend="auto",
-    progress=False,
-)
-RECIPE = Recipe(
-    batch_size=16,
-    accumulation=1,
-    epochs=3,
-    search_epochs=3,
-    learning_rate=1.6,  # a peak of 0.1 for 16 images
-    warmup_epochs=1,
-    momentum=0.9,
-    weight_decay=5e-5,
-    label_smoothing=0.1,
-    augmentation="none",
-)
-# Appendix A: 0.8 for a batch of 1024 after 5 epochs of warm-up, 100 epochs in all.
-PAPER = dataclasses.replace(
-    RECIPE, batch_size=1024, epochs=100, search_epochs=40, learning_rate=0.2, warmup_epochs=5
+# Appendix A: 0.8 for a batch of 1024 after 5 epochs of warm-up, 100 epochs in total.
+PAPER = make_recipe(
+    batch_size=1024, epochs=100, search_epochs=40, learning_rate=0.2, warmup_epochs=5
 )
 EPOCHS, STEPS = 3, 4
 
 
-class Synthetic:
-    """64 images of 4 classes, noise upon a pattern for each class, in a new order each epoch."""
-
-    images, classes = 64, 4
-
-    def __init__(self, batch_size=16, spoilt=None):
-        random = torch.Generator().manual_seed(0)
-        patterns = torch.randn(4, 3, 8, 8, generator=random)
-        self.labels = torch.arange(64) % 4
-        self.pixels = patterns[self.labels] + torch.randn(64, 3, 8, 8, generator=random)
-        self.batch_size = batch_size
-        self.steps_per_epoch = 64 // batch_size
-        self.spoilt = spoilt  # the step that gets an image that is not a number
-
-    def epoch(self, epoch, first_step=0, rank=0, ranks=1):
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
-        part = slice(rank * self.batch_size // ranks, (rank + 1) * self.batch_size // ranks)
-        for step, chosen in enumerate(batch[part] for batch in order.split(self.batch_size)):
-            if step >= first_step:
-                pixels = self.pixels[chosen].clone()
-                if epoch * self.steps_per_epoch + step == self.spoilt:
-                    pixels[0] = torch.nan
-                yield pixels, self.labels[chosen]
-
-    def __iter__(self):
-        return self.epoch(0)
-
-
 def network(seed=0, *, norm=True, dropout=0.3):
-    """A small network; it draws in each step if it has dropout."""
+    """Return a small network; with dropout, it draws random numbers in each step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -106,7 +58,7 @@ def network(seed=0, *, norm=True, dropout=0.3):
 
 
 class Watched(Objective):
-    """Has a state of its own, and sends this process Ctrl-C once before a step ends."""
+    """Counts updates in its state dict, and can press Ctrl-C before a step ends."""
 
     def __init__(self, *, interrupt=None, presses=1):
         super().__init__(label_smoothing=RECIPE.label_smoothing)
@@ -123,10 +75,10 @@ class Watched(Objective):
     def after_epoch(self, epoch):
         self.ended.append(epoch)
 
-    def tensors(self):
+    def state_dict(self):
         return {"updates": self.updates}
 
-    def load(self, tensors):
+    def load_state_dict(self, tensors):
         self.updates.copy_(tensors["updates"])
 
 
@@ -135,20 +87,20 @@ def run(model, batches=None, **options):
     return train(model, batches or Synthetic(), **(defaults | options))
 
 
-def same(one, other):
-    """Whether two networks are equal bit for bit, buffers too."""
-    ones, others = one.state_dict(), other.state_dict()
-    return ones.keys() == others.keys() and all(torch.equal(ones[k], others[k]) for k in ones)
+def same(first, second):
+    """Whether the state dicts of two networks are equal bit for bit."""
+    left, right = first.state_dict(), second.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def summary(trained):
-    """All of a `Trained` but the time."""
+    """Return a `Trained` without its time."""
     return dataclasses.replace(trained, seconds=0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Networks as small as these only wait for a second thread."""
+    """Use one thread: for networks this small, more threads are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -157,7 +109,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    """A network trained in one go, and what `train` said of it."""
+    """A network trained without interruption, and its `Trained`."""
     model = network()
     return model, run(model, objective=Watched())
 
@@ -167,24 +119,24 @@ def uninterrupted():
 
 def test_the_loss_falls_on_64_images():
     model = network(dropout=0.0)
-    one = run(network(dropout=0.0), epochs=1)
-    trained = run(model, epochs=15, recipe=dataclasses.replace(RECIPE, label_smoothing=0.0))
-    assert one.loss > 0.8
+    first = run(network(dropout=0.0), epochs=1)
+    trained = run(model, epochs=15, recipe=make_recipe(label_smoothing=0.0))
+    assert first.loss > 0.8
     assert trained.loss < 0.1
     assert trained.top1 > 99
     assert evaluate(model, Synthetic(), runtime=RUNTIME).top1 == 100.0
 
 
-def test_what_was_done_is_counted(uninterrupted):
+def test_epochs_steps_and_images_are_counted(uninterrupted):
     _, trained = uninterrupted
     assert (trained.epochs, trained.steps, trained.images) == (3, 12, 192)
     assert 0 < trained.seconds < 60
 
 
 def test_the_loss_and_accuracy_of_the_last_epoch_are_means_over_its_images():
-    """At this learning rate the network stands still, so they can be computed afterwards."""
+    """At this learning rate no weight changes, so they can be computed afterwards."""
     model = network(norm=False, dropout=0.0)
-    still = dataclasses.replace(RECIPE, learning_rate=1e-30)
+    still = make_recipe(learning_rate=1e-30)
     trained = run(model, recipe=still)
     data = Synthetic()
     logits = model(data.pixels)
@@ -194,7 +146,7 @@ def test_the_loss_and_accuracy_of_the_last_epoch_are_means_over_its_images():
     assert trained.top1 == 100 * (logits.argmax(1) == data.labels).double().mean().item()
 
 
-def test_equal_seeds_give_equal_weights_and_other_seeds_others():
+def test_the_weights_depend_on_the_seed():
     models = [network() for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
         run(model, seed=seed, epochs=1)
@@ -202,7 +154,7 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others():
     assert not same(models[0], models[2])
 
 
-def test_training_leaves_the_generators_of_its_caller_alone_and_does_not_depend_on_them():
+def test_training_preserves_the_global_rng_state_and_does_not_depend_on_it():
     models = network(), network()
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -220,7 +172,7 @@ def test_training_leaves_the_generators_of_its_caller_alone_and_does_not_depend_
     ("epoch", "rate"),
     [
         (0, 0.0),
-        (2.5, 0.4),  # half way up to 0.2 * 1024 / 256
+        (2.5, 0.4),  # half of 0.2 * 1024 / 256
         (5, 0.8),
         (28.75, 0.8 * (1 + 2**-0.5) / 2),  # a quarter of the cosine
         (52.5, 0.4),
@@ -228,11 +180,11 @@ def test_training_leaves_the_generators_of_its_caller_alone_and_does_not_depend_
     ],
 )
 def test_learning_rates_are_those_of_the_papers_recipe(epoch, rate):
-    found = learning_rate(PAPER, step=int(epoch * 1252), steps_per_epoch=1252, epochs=100)
-    assert found == pytest.approx(rate, abs=1e-12)
+    result = learning_rate(PAPER, step=int(epoch * 1252), steps_per_epoch=1252, epochs=100)
+    assert result == pytest.approx(rate, abs=1e-12)
 
 
-def test_a_search_squeezes_the_cosine_into_its_own_epochs():
+def test_the_schedule_of_a_search_spans_its_own_epochs():
     rates = [
         learning_rate(PAPER, step=epoch * 10, steps_per_epoch=10, epochs=40)
         for epoch in (5, 22.5, 40)
@@ -267,14 +219,14 @@ def test_a_training_no_longer_than_the_warm_up_warms_up_for_half_of_it():
 def test_the_peak_follows_the_batch_size_in_use():
     models = network(), network()
     for model, stated in zip(models, (16, 999), strict=True):
-        run(model, recipe=dataclasses.replace(RECIPE, batch_size=stated), epochs=1)
+        run(model, recipe=make_recipe(batch_size=stated), epochs=1)
     assert same(*models)
 
 
-def test_steps_are_those_of_sgd_with_nesterov_momentum_decay_and_smoothing_by_hand():
-    """A linear network in numpy and double precision; rates 0, 0.05 and 0.1 of the warm-up."""
+def test_steps_equal_sgd_with_nesterov_momentum_decay_and_smoothing_in_numpy():
+    """A linear network in double precision; learning rates 0, 0.05 and 0.1 of the warm-up."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    recipe = dataclasses.replace(RECIPE, warmup_epochs=2, weight_decay=0.01)
+    recipe = make_recipe(warmup_epochs=2, weight_decay=0.01)
     loop = Loop(model, recipe=recipe, steps_per_epoch=1, epochs=4, seed=0, runtime=RUNTIME)
     weights = [p.detach().double().numpy().copy() for p in model.parameters()]
     momenta = [np.zeros_like(w) for w in weights]
@@ -294,68 +246,68 @@ def test_steps_are_those_of_sgd_with_nesterov_momentum_decay_and_smoothing_by_ha
         np.testing.assert_allclose(parameter.detach().numpy(), weight, rtol=1e-4, atol=1e-6)
 
 
-def test_what_comes_after_a_step_sees_the_weights_that_the_step_has_left():
-    """So the chains of DMCP learn from the weights just updated (its specification, 1.7.3)."""
+def test_after_step_sees_the_updated_weights():
+    """DMCP's chains learn from the updated weights (docs/algorithms/dmcp.md, 1.7.3)."""
 
-    class Seeing(Objective):
+    class Recording(Objective):
         def after_step(self, step, micro_batches):  # noqa: ARG002
-            self.seen = loop.model[0].weight.detach().clone()
+            self.weight = loop.model[0].weight.detach().clone()
 
-    objective = Seeing(label_smoothing=0.0)
+    objective = Recording(label_smoothing=0.0)
     loop = Loop(
         network(), recipe=RECIPE, steps_per_epoch=STEPS, epochs=EPOCHS, seed=0, runtime=RUNTIME,
         objective=objective,
     )  # fmt: skip
     before = loop.model[0].weight.detach().clone()
     loop.step(*next(Synthetic().epoch(0)), STEPS)  # at the peak of the learning rate
-    assert not torch.equal(objective.seen, before)
-    assert torch.equal(objective.seen, loop.model[0].weight)
+    assert not torch.equal(objective.weight, before)
+    assert torch.equal(objective.weight, loop.model[0].weight)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 16])
-def test_accumulating_over_parts_of_a_batch_is_one_batch(parts):
-    """Without BatchNorm, which sees its micro-batch only; 3 do not divide 16 evenly."""
+def test_accumulation_equals_a_step_on_the_full_batch(parts):
+    """Without BatchNorm, which normalises each micro-batch; 3 does not divide 16."""
     models = [network(norm=False, dropout=0.0) for _ in range(2)]
     objective = Watched()
-    whole = run(models[0])
+    full = run(models[0])
     split = run(
         models[1],
-        recipe=dataclasses.replace(RECIPE, accumulation=parts),
+        recipe=make_recipe(accumulation=parts),
         objective=objective,
     )
-    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    assert split.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert split.top1 == whole.top1
-    assert objective.updates == 12  # once in a step, however many the parts
+    for full_weight, split_weight in zip(*map(nn.Module.parameters, models), strict=True):
+        torch.testing.assert_close(split_weight, full_weight, rtol=0, atol=1e-6)
+    assert split.loss == pytest.approx(full.loss, rel=1e-6)
+    assert split.top1 == full.top1
+    assert objective.updates == 12  # once in a step
 
 
 def test_channels_last_changes_no_more_than_rounding():
     models = [network(dropout=0.0) for _ in range(2)]
     run(models[0])
-    run(models[1], runtime=dataclasses.replace(RUNTIME, memory_format="channels_last"))
+    run(models[1], runtime=make_runtime(memory_format="channels_last"))
     assert models[1][0].weight.is_contiguous(memory_format=torch.channels_last)
-    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    for full_weight, split_weight in zip(*map(nn.Module.parameters, models), strict=True):
+        torch.testing.assert_close(split_weight, full_weight, rtol=0, atol=1e-4)
 
 
-def test_a_gradient_that_lies_otherwise_in_memory_updates_the_same_weights():
-    """torch's fused SGD looks at no strides: left to itself it would mix the weights up."""
+def test_a_gradient_in_another_memory_format_updates_the_same_weights():
+    """torch's fused SGD ignores strides, so it would update the wrong weights."""
 
-    class Relaid(Objective):
+    class Contiguous(Objective):
         def before_step(self):
             weight = model[0].weight
             weight.grad = weight.grad.contiguous()
             assert weight.grad.stride() != weight.stride()
 
-    last = dataclasses.replace(RUNTIME, memory_format="channels_last")
+    last = make_runtime(memory_format="channels_last")
     plain, model = network(), network()
     run(plain, runtime=last)
-    run(model, runtime=last, objective=Relaid(label_smoothing=0.1))
+    run(model, runtime=last, objective=Contiguous(label_smoothing=0.1))
     assert same(plain, model)
 
 
-def test_weights_with_gaps_in_memory_are_updated_right():
+def test_weights_with_gaps_in_memory_are_updated_correctly():
     class Gapped(nn.Linear):
         def __init__(self):
             super().__init__(192, 4)
@@ -371,8 +323,7 @@ def test_weights_with_gaps_in_memory_are_updated_right():
 
 def test_bfloat16_keeps_the_parameters_in_float32_and_learns():
     model = network(dropout=0.0)
-    half = dataclasses.replace(RUNTIME, precision="bfloat16")
-    trained = run(model, epochs=10, runtime=half)
+    trained = run(model, epochs=10, runtime=make_runtime(precision="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert trained.top1 > 90
     exact = network(dropout=0.0)
@@ -380,11 +331,11 @@ def test_bfloat16_keeps_the_parameters_in_float32_and_learns():
     assert not same(model, exact)
 
 
-# -------------------------------------------------------------------- stop, go on, resume
+# --------------------------------------------------------------- interruption, resumption
 
 
 @pytest.mark.parametrize("step", [1, 4, 6, 12])
-def test_stopping_after_any_step_and_going_on_changes_no_bit(tmp_path, uninterrupted, step):
+def test_resuming_after_any_step_gives_equal_bits(tmp_path, uninterrupted, step):
     expected, trained = uninterrupted
     with pytest.raises(Interrupted, match=f"after step {step} of 12; the state is saved in .*"):
         run(network(), objective=Watched(interrupt=step), folder=tmp_path)
@@ -395,8 +346,8 @@ def test_stopping_after_any_step_and_going_on_changes_no_bit(tmp_path, uninterru
     assert objective.updates == 12
 
 
-def test_stopping_and_going_on_with_weights_in_channels_last_changes_no_bit(tmp_path):
-    last = dataclasses.replace(RUNTIME, memory_format="channels_last")
+def test_resuming_in_channels_last_gives_equal_bits(tmp_path):
+    last = make_runtime(memory_format="channels_last")
     expected, model = network(), network()
     run(expected, runtime=last, objective=Watched())
     with pytest.raises(Interrupted):
@@ -405,7 +356,7 @@ def test_stopping_and_going_on_with_weights_in_channels_last_changes_no_bit(tmp_
     assert same(model, expected)
 
 
-def test_ctrl_c_is_what_it_was_before_and_after_training(tmp_path):
+def test_the_handler_of_ctrl_c_is_restored_after_training(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted):
         run(network(), objective=Watched(interrupt=2), folder=tmp_path)
@@ -418,7 +369,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_ctrl_c_does_not_wait_where_nothing_is_saved():
+def test_ctrl_c_does_not_wait_without_a_folder():
     with pytest.raises(KeyboardInterrupt):
         run(network(), objective=Watched(interrupt=2))
 
@@ -440,13 +391,13 @@ def test_a_loader_that_ctrl_c_ended_leaves_a_resumable_run(tmp_path, uninterrupt
 
 
 def child(folder):
-    """Train, in a process of its own; say when step 6 begins, and wait for a line there."""
+    """Train in a separate process; print a line in step 6, and wait for one there."""
 
     class Talking(Watched):
         def before_step(self):
             super().before_step()
             if self.updates == 6:
-                print("step 6", flush=True)  # noqa: T201 (the other process waits for it)
+                print("step 6", flush=True)  # noqa: T201 (the parent waits for it)
                 sys.stdin.readline()
 
     torch.set_num_threads(1)
@@ -458,7 +409,7 @@ def child(folder):
 
 def test_a_process_that_gets_ctrl_c_leaves_a_run_that_ends_with_the_same_weights(tmp_path):
     script = "import sys; sys.path.insert(0, sys.argv[1]); import test_training as t; "
-    process = subprocess.Popen(  # noqa: S603 (our own words)
+    process = subprocess.Popen(  # noqa: S603 (a fixed command)
         [sys.executable, "-c", script + "t.child(sys.argv[2])", str(TESTS), str(tmp_path)],
         cwd=TESTS.parent,
         stdin=subprocess.PIPE,
@@ -468,12 +419,12 @@ def test_a_process_that_gets_ctrl_c_leaves_a_run_that_ends_with_the_same_weights
     )
     assert process.stdout.readline() == "step 6\n"
     process.send_signal(signal.SIGINT)
-    said = process.communicate("go on\n", timeout=30)[1]
-    assert said.startswith("interrupted after step 6 of 12; the state is saved in")
+    message = process.communicate("continue\n", timeout=30)[1]
+    assert message.startswith("interrupted after step 6 of 12; the state is saved in")
     assert process.returncode == 1
 
     class Talking(Watched):
-        """The objective's name is part of what a checkpoint belongs to."""
+        """Has the name of the objective of the child, which is part of a checkpoint's identity."""
 
     model, expected = network(), network()
     run(model, objective=Talking(), folder=tmp_path)
@@ -496,12 +447,12 @@ def test_a_training_that_is_complete_is_not_run_again(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"epochs": 4}, "epochs is 3 there and 4 here"),
         ({"seed": 1}, "seed is 0 there and 1 here"),
         (
-            {"recipe": dataclasses.replace(RECIPE, momentum=0.8)},
+            {"recipe": make_recipe(momentum=0.8)},
             r"recipe\.momentum is 0\.9 there and 0\.8 here",
         ),
         (
@@ -510,10 +461,10 @@ def test_a_training_that_is_complete_is_not_run_again(tmp_path, uninterrupted):
         ),
     ],
 )
-def test_checkpoints_of_another_training_are_refused(tmp_path, change, said):
+def test_checkpoints_of_another_training_are_refused(tmp_path, change, message):
     with pytest.raises(Interrupted):
         run(network(), objective=Watched(interrupt=2), folder=tmp_path)
-    with pytest.raises(InputError, match=rf"folder is .*, but its checkpoints are .*\({said}"):
+    with pytest.raises(InputError, match=rf"folder is .*, but its checkpoints are .*\({message}"):
         run(network(), **({"objective": Watched(), "folder": tmp_path} | change))
 
 
@@ -557,7 +508,7 @@ def test_the_two_newest_checkpoints_are_kept_as_tensors_and_json(finished):
 
 @pytest.fixture
 def resumable(finished, tmp_path):
-    """A folder of this test's own with the checkpoints of steps 8 and 12."""
+    """A copy of the folder with the checkpoints of steps 8 and 12."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -587,7 +538,7 @@ def test_a_training_whose_checkpoints_are_all_damaged_starts_again(
     assert same(model, uninterrupted[0])
 
 
-def test_a_damaged_checkpoint_does_not_push_out_the_whole_ones(resumable):
+def test_a_damaged_checkpoint_does_not_displace_intact_ones(resumable):
     folder = resumable / "checkpoints"
     shorten(folder / "step-00000012" / "tensors.safetensors")
     for step in (9, 10):
@@ -597,15 +548,15 @@ def test_a_damaged_checkpoint_does_not_push_out_the_whole_ones(resumable):
 
 @settings(deadline=None, max_examples=25)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 2**40))
-def test_numbers_and_tensors_come_back_as_they_went(tmp_path_factory, number, count):
+def test_numbers_and_tensors_survive_a_round_trip(tmp_path_factory, number, count):
     folder = tmp_path_factory.mktemp("checkpoints")
     shared = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     tensors = {"a": shared, "b": shared, "none": torch.zeros(0), "count": torch.tensor(count)}
     checkpoints.save(folder, step=7, state={"number": number}, tensors=tensors)
-    found = checkpoints.newest(folder)
-    assert found.step == 7
-    assert str(found.state["number"]) == str(number)
-    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+    checkpoint = checkpoints.newest(folder)
+    assert checkpoint.step == 7
+    assert str(checkpoint.state["number"]) == str(number)
+    assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
@@ -633,10 +584,10 @@ def test_a_full_disk_stops_with_one_line_and_the_checkpoint_before_is_kept(
     assert same(model, uninterrupted[0])
 
 
-def test_a_process_killed_while_it_wrote_a_checkpoint_leaves_the_one_before(
+def test_a_process_killed_while_writing_a_checkpoint_leaves_the_one_before(
     resumable, uninterrupted
 ):
-    """What such a process leaves: part of a folder under another name."""
+    """Such a process leaves an incomplete folder under another name."""
     folder = resumable / "checkpoints"
     (folder / "step-00000012").rename(folder / ".step-00000012.part")
     shorten(folder / ".step-00000012.part" / "tensors.safetensors")
@@ -650,7 +601,7 @@ def test_a_process_killed_while_it_wrote_a_checkpoint_leaves_the_one_before(
 
 
 def test_a_loss_that_is_not_a_number_stops_with_step_rate_and_the_last_good_checkpoint(tmp_path):
-    """Step 6, the third of epoch 1: half way down the cosine of 3 epochs, 1 of them warm-up."""
+    """Step 6, the third of epoch 1: a quarter of the cosine of 3 epochs, 1 of them warm-up."""
     rate = 0.1 * (1 + math.cos(math.pi / 4)) / 2
     message = (
         rf"^the loss is nan at step 6 \(epoch 1\) with a learning rate of {rate:.6g}; the last "
@@ -658,9 +609,9 @@ def test_a_loss_that_is_not_a_number_stops_with_step_rate_and_the_last_good_chec
     )
     with pytest.raises(Diverged, match=message):
         run(network(), Synthetic(spoilt=6), folder=tmp_path)
-    kept = checkpoints.newest(tmp_path / "checkpoints")
-    assert kept.step == 4
-    assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
+    checkpoint = checkpoints.newest(tmp_path / "checkpoints")
+    assert checkpoint.step == 4
+    assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
 
 
 def test_a_loss_that_is_not_a_number_stops_a_training_without_checkpoints_too():
@@ -669,7 +620,7 @@ def test_a_loss_that_is_not_a_number_stops_a_training_without_checkpoints_too():
 
 
 def test_weights_that_the_last_step_of_an_epoch_spoilt_are_not_saved(tmp_path):
-    """The loss of that step is fine: it was computed before the update."""
+    """The loss of that step is finite: it is computed before the update."""
 
     class Spoiling(Watched):
         def before_step(self):
@@ -696,24 +647,24 @@ def test_each_epoch_is_one_line_in_the_log(caplog):
     assert lines[2].endswith(" images/s, 0:00:00 left")
 
 
-def test_a_terminal_shows_a_bar_with_loss_accuracy_speed_and_the_time_left(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the stream for a terminal
+def test_a_terminal_shows_a_bar_with_loss_accuracy_speed_and_remaining_time(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich treat the stream as a terminal
     monkeypatch.setenv("COLUMNS", "160")
-    run(network(), label="resnet18", runtime=dataclasses.replace(RUNTIME, progress=True))
-    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
-    shown = drawn[drawn.rindex("resnet18") :]
+    run(network(), label="resnet18", runtime=make_runtime(progress=True))
+    output = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    bar = output[output.rindex("resnet18") :]
     for part in ("epoch 3 of 3, loss ", ", top-1 ", " images/s, 0:00:00 left"):
-        assert part in shown
+        assert part in bar
 
 
 @pytest.mark.parametrize("device", ["tpu9", "cuda:99", "meta", ""])
-def test_a_device_that_is_not_there_is_one_line_with_those_that_are(device):
+def test_a_missing_device_is_refused_with_a_list_of_devices(device):
     with pytest.raises(InputError, match=rf"runtime\.device is {device}, but .*use one of auto, c"):
-        resolve_device(dataclasses.replace(RUNTIME, device=device))
+        resolve_device(make_runtime(device=device))
 
 
 def test_channels_last_is_automatic_on_cuda_only():
-    auto = dataclasses.replace(RUNTIME, memory_format="auto")
+    auto = make_runtime(memory_format="auto")
     assert memory_format(auto, torch.device("cuda")) == torch.channels_last
     assert memory_format(auto, torch.device("cpu")) == torch.contiguous_format
     assert memory_format(RUNTIME, torch.device("cuda")) == torch.contiguous_format
@@ -724,15 +675,15 @@ def test_channels_last_is_automatic_on_cuda_only():
     [
         ({"batches": Synthetic(65)}, "recipe.batch_size is 65, but there are 64 training images"),
         (
-            {"recipe": dataclasses.replace(RECIPE, batch_size=32, accumulation=17)},
+            {"recipe": make_recipe(batch_size=32, accumulation=17)},
             "recipe.accumulation is 17, but of the 16 images .* takes at least two, for BatchNorm",
         ),
         (
-            {"recipe": dataclasses.replace(RECIPE, accumulation=9)},
+            {"recipe": make_recipe(accumulation=9)},
             "recipe.accumulation is 9, but of the 16 images .* takes at least two, for BatchNorm",
         ),
     ],
 )
-def test_what_cannot_be_trained_is_one_line_before_the_first_step(change, message):
+def test_a_batch_size_that_cannot_be_trained_is_refused_before_the_first_step(change, message):
     with pytest.raises(InputError, match=message):
         run(network(), **change)

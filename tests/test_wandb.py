@@ -47,7 +47,7 @@ SWEEP = (
 FIGURE = """# @package _global_
 # A figure of this test.
 figures:
-  - _target_: widthopt.figures.transfer.Transfer
+  - _target_: widthopt.reporting.figures.transfer.Transfer
     name: mine
     title: Mine
     axis: width

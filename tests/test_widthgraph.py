@@ -14,7 +14,7 @@ from widthopt.widthgraph import (
     Norm,
     Parameter,
     Rewrite,
-    Run,
+    Span,
     Stage,
     Variable,
     WidthGraph,
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def whole(variable, classes, repeat=1):
-    return (Run(variable, 0, classes, repeat),)
+    return (Span(variable, 0, classes, repeat),)
 
 
 # image 3 -> a 8 -> depthwise a -> grouped (a in groups of 2, unit 2) ... by hand:
@@ -149,9 +149,9 @@ import sys
 sys.modules["torch"] = sys.modules["numpy"] = None
 from widthopt.extrapolation import stack_blocks
 from widthopt.widthgraph import WidthGraph
-from widthopt.widths import match_macs, scaled
+from widthopt.widths import match_macs, scale_channels
 graph = WidthGraph.from_json(sys.stdin.read())
-print(graph.macs(), graph.macs(scaled(graph, 0.5)))
+print(graph.macs(), graph.macs(scale_channels(graph, 0.5)))
 """
     done = subprocess.run(  # noqa: S603 (our own words)
         [sys.executable, "-c", script],
@@ -171,7 +171,7 @@ def test_an_axis_has_a_length_and_a_linear_form():
 
 
 def test_a_resized_graph_costs_what_the_polynomial_says():
-    smaller = GRAPH.resized({"a": 5, "b": 6})
+    smaller = GRAPH.resize_graph({"a": 5, "b": 6})
     assert smaller.channels == {"a": 5, "b": 6}
     assert smaller.macs() == GRAPH.macs({"a": 5, "b": 6}) == by_hand(5, 6)
 
@@ -180,7 +180,7 @@ def test_a_resized_graph_keeps_half_variables_apart(traced):
     """Where a layer's output is used in halves, each half is resized by its own variable."""
     _, graph = traced("shufflenet_v2_x1_0")
     channels = {name: max(1, count - 3) for name, count in graph.channels.items()}
-    smaller = graph.resized(channels)
+    smaller = graph.resize_graph(channels)
     assert smaller.macs() == graph.macs(channels)
     written = {layer.name: smaller.length(layer.writes) for layer in smaller.layers}
     for layer in graph.layers:

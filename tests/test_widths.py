@@ -7,8 +7,8 @@ from torch import nn
 
 from widthopt.errors import InputError
 from widthopt.tracing import trace
-from widthopt.widthgraph import Layer, Run, Variable, WidthGraph
-from widthopt.widths import Match, cosine, match_macs, multipliers, scaled
+from widthopt.widthgraph import Layer, Span, Variable, WidthGraph
+from widthopt.widths import Match, cosine, match_macs, multipliers, scale_channels
 
 
 NAMES = ("resnet18", "mobilenet_v2")
@@ -33,18 +33,18 @@ def test_a_width_multiplier_rounds_each_variable_once(traced, width):
     for name in NAMES:
         _, graph = traced(name)
         expected = {one: round(width * count) for one, count in graph.channels.items()}
-        assert scaled(graph, width) == expected
+        assert scale_channels(graph, width) == expected
 
 
 def test_the_identity_width_changes_nothing(traced):
     for name in NAMES:
         _, graph = traced(name)
-        assert scaled(graph, 1) == graph.channels
+        assert scale_channels(graph, 1) == graph.channels
 
 
 def test_whole_groups_are_scaled(traced):
     _, graph = traced("regnet_x_400mf")
-    channels = scaled(graph, 0.707)
+    channels = scale_channels(graph, 0.707)
     assert all(channels[name] % one.unit == 0 for name, one in graph.free.items())
     inner = next(name for name, one in graph.free.items() if one.unit == 16)
     assert channels[inner] == 16 * round(0.707 * graph.free[inner].channels / 16)
@@ -53,7 +53,7 @@ def test_whole_groups_are_scaled(traced):
 @given(st.floats(0.05, 3))
 def test_multipliers_undo_a_width_up_to_its_rounding(traced, width):
     _, graph = traced("mobilenet_v2")
-    found = multipliers(scaled(graph, width), graph)
+    found = multipliers(scale_channels(graph, width), graph)
     assert all(abs(found[one] - width) <= 0.5 / n + 1e-12 for one, n in graph.channels.items())
 
 
@@ -168,7 +168,7 @@ def test_a_uniform_shrink_to_a_width_of_the_paper_is_undone_up_to_its_rounding(
 ):
     """P14."""
     _, graph = traced(name)
-    small = multipliers(scaled(graph, shrink), graph)
+    small = multipliers(scale_channels(graph, shrink), graph)
     match = match_macs(graph, small, budget_macs=graph.macs())
     for one, count in graph.channels.items():
         assert abs(match.channels[one] - count) <= 0.5 / shrink + 1
@@ -182,7 +182,7 @@ def test_any_uniform_shrink_is_undone_but_for_what_its_rounding_did(traced, shri
     """
     for name in NAMES:
         _, graph = traced(name)
-        small = multipliers(scaled(graph, shrink), graph)
+        small = multipliers(scale_channels(graph, shrink), graph)
         match = match_macs(graph, small, budget_macs=graph.macs())
         least, most = min(small.values()), max(small.values())
         for one, count in graph.channels.items():
@@ -217,7 +217,7 @@ def test_the_image_and_the_classes_are_never_sized(traced, choice):
     _, graph = traced(name)
     match = match_macs(graph, random_direction(graph, values), budget_macs=graph.macs())
     assert match.channels.keys() == graph.free.keys()
-    resized = graph.resized(match.channels)
+    resized = graph.resize_graph(match.channels)
     fixed = [variable.channels for variable in resized.variables if not variable.free]
     assert fixed == [3, 1000]
 
@@ -229,10 +229,10 @@ def toy(*, first=10, second=10, price=1):
         Variable("a", first, 1, True, ("a",)),  # noqa: FBT003
         Variable("b", second, 1, True, ("b",)),  # noqa: FBT003
     )
-    pixel = (Run(0, 0, 1, 1),)
+    pixel = (Span(0, 0, 1, 1),)
     layers = (
-        Layer("a", "dense", price, pixel, (Run(1, 0, first, 1),)),
-        Layer("b", "dense", 100, pixel, (Run(2, 0, second, 1),)),
+        Layer("a", "dense", price, pixel, (Span(1, 0, first, 1),)),
+        Layer("b", "dense", 100, pixel, (Span(2, 0, second, 1),)),
     )
     return WidthGraph(8, (image, a, b), layers)
 
@@ -315,7 +315,7 @@ def test_a_width_that_is_no_positive_number_is_refused(traced, width):
         InputError,
         match=rf"^width is {width:g}, but a width multiplier is a number above 0; 1 keeps the net",
     ):
-        scaled(graph, width)
+        scale_channels(graph, width)
 
 
 def test_a_width_that_leaves_a_variable_empty_is_refused_and_the_least_one_named_works(traced):
@@ -325,8 +325,8 @@ def test_a_width_that_leaves_a_variable_empty_is_refused_and_the_least_one_named
         match=r"^width is 0\.02, but it rounds the 16 channels of `features\.1\.conv\.1` to 0; use "
         r"0\.032 or more$",
     ):
-        scaled(graph, 0.02)
-    assert min(scaled(graph, 0.032).values()) == 1
+        scale_channels(graph, 0.02)
+    assert min(scale_channels(graph, 0.032).values()) == 1
 
 
 def test_the_budget_is_met_within_its_tolerance_where_one_step_of_some_width_is_that_cheap():

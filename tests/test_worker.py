@@ -10,10 +10,10 @@ import pytest
 
 PUT_BACK = """
 import sys
-from launchers.worker import Order, _put_back
-order = Order(spec="", perform="", home="", requeue=len(sys.argv) > 2, max_requeues=1)
+from hydra_plugins.widthopt_launchers.worker import Order, _requeue
+order = Order(spec="", run_spec="", home="", requeue=len(sys.argv) > 2, max_requeues=1)
 print("warned", flush=True)
-_put_back(order, rank=int(sys.argv[1]), saving={saving})
+_requeue(order, rank=int(sys.argv[1]), saving={saving})
 """
 
 
@@ -64,7 +64,7 @@ def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
 
 FORKED = """
 import os, signal, sys, time
-from launchers.worker import _Warning
+from hydra_plugins.widthopt_launchers.worker import _Warning
 warning = _Warning()
 child = os.fork()
 if child == 0:

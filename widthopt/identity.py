@@ -1,10 +1,11 @@
-"""What names a run: plain data in one canonical text, and a short key of that text."""
+"""Names of runs: plain data as one canonical string, a key of that string, and sealed files."""
 
 import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from widthopt.errors import InputError
@@ -15,82 +16,85 @@ _LONGEST = 40
 
 
 def canonical(fields: Any) -> str:
-    """The one text of plain data: equal data gives equal text, different data different text.
+    """Return the canonical string of plain data; different data has different strings.
 
-    Compact JSON with sorted keys. Numbers keep their type, so 1 and 1.0 differ: whoever
-    composes the fields settles their types first. A tuple reads as a list and a dataclass as
-    its fields by name, so that moving or renaming a class renames no run.
+    It is compact JSON with sorted keys. Numbers keep their type, so 1 and 1.0 differ, and the
+    caller converts values to their types first. A tuple is written as a list and a dataclass as
+    its fields by name, so that no run changes its name when a class is moved or renamed.
 
     Args:
-        fields: Nested dictionaries with text keys, dataclasses, lists, tuples, text, whole
-            numbers, finite numbers, booleans and None.
+        fields: Nested dictionaries with string keys, dataclasses, lists, tuples, strings,
+            integers, finite floats, booleans and None.
 
     Raises:
         InputError: A number is infinite or not a number.
-        TypeError: Something else stands among the fields.
+        TypeError: A value is of another type.
     """
     return json.dumps(_plain(fields, "fields"), sort_keys=True, separators=(",", ":"))
 
 
 def key(kind: str, fields: Any) -> str:
-    """Twelve hex digits that name what depends on nothing but ``kind`` and ``fields``.
+    """Return twelve hex digits that name a result that depends only on ``kind`` and ``fields``.
 
-    They are the start of the SHA-256 of the kind, a line end and the `canonical` text.
+    They are the first digits of the SHA-256 of the kind, a newline and the `canonical` string.
     """
     return hashlib.sha256(f"{kind}\n{canonical(fields)}".encode()).hexdigest()[:12]
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Where two sets of fields differ, in one line for a message; empty where they do not.
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Return where two sets of fields differ, in one line for a message; empty if nowhere.
 
-    Of tables, their values that differ are named. A few are; long values are cut.
+    For nested mappings the values that differ are named. Only the first few are shown, and long
+    values are cut.
 
     Args:
-        there: Fields that were kept, as `canonical` takes them.
-        here: Fields of now.
+        stored: Fields from a file ("there" in the line); see `canonical`.
+        current: Fields of this run ("here").
     """
-    found = list(_differing(there, here, ""))
+    differing = list(_differing(stored, current, ""))
     shown = [
-        f"{name} is {_short(one)} there and {_short(other)} here"
-        for name, one, other in found[:_SHOWN]
+        f"{name} is {_shorten(old)} there and {_shorten(new)} here"
+        for name, old, new in differing[:_SHOWN]
     ]
-    if len(found) > _SHOWN:
-        shown.append(f"and {len(found) - _SHOWN} more")
+    if len(differing) > _SHOWN:
+        shown.append(f"and {len(differing) - _SHOWN} more")
     return "; ".join(shown)
 
 
 def _differing(
-    there: Mapping[str, Any], here: Mapping[str, Any], where: str
+    stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Names and both values, those of tables last: they may be many."""
-    tables = []
-    for name in sorted(there.keys() | here.keys()):
-        one, other = there.get(name), here.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            tables.append((one, other, f"{where}{name}."))
-        elif canonical(one) != canonical(other):
-            yield f"{where}{name}", one, other
-    for table in tables:
-        yield from _differing(*table)
+    """Yield names and both values, those of nested mappings last, since they may be many."""
+    nested = []
+    for name in sorted(stored.keys() | current.keys()):
+        old, new = stored.get(name), current.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            nested.append((old, new, f"{prefix}{name}."))
+        elif canonical(old) != canonical(new):
+            yield f"{prefix}{name}", old, new
+    for mappings in nested:
+        yield from _differing(*mappings)
 
 
-def apart(tables: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...], Any]]:
-    """Of each of several tables, its values that are not the same in all of them.
+def differing_values(mappings: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...], Any]]:
+    """Return for each mapping its values that are not the same in all mappings.
 
     Args:
-        tables: Nested dictionaries, as `canonical` takes them.
+        mappings: Nested dictionaries; see `canonical`.
 
     Returns:
-        For each table its values by the names that lead to them; None where it has none.
+        For each mapping its values by their path of names; None where it has no such value.
     """
-    values = [dict(_leaves(one, ())) for one in tables]
-    paths = dict.fromkeys(path for one in values for path in one)
-    told = [path for path in paths if len({canonical(one.get(path)) for one in values}) > 1]
-    return [{path: one.get(path) for path in told} for one in values]
+    values = [dict(_leaves(mapping, ())) for mapping in mappings]
+    paths = dict.fromkeys(path for leaves in values for path in leaves)
+    differing = [
+        path for path in paths if len({canonical(leaves.get(path)) for leaves in values}) > 1
+    ]
+    return [{path: leaves.get(path) for path in differing} for leaves in values]
 
 
 def _leaves(fields: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value of nested tables, with the names that lead to it."""
+    """Yield every value of nested mappings with its path of names."""
     if isinstance(fields, Mapping):
         for name, value in fields.items():
             yield from _leaves(value, (*path, name))
@@ -98,19 +102,46 @@ def _leaves(fields: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
         yield path, fields
 
 
-def _short(value: Any) -> str:
-    text = canonical(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+def _shorten(value: Any) -> str:
+    string = canonical(value)
+    return string if len(string) <= _LONGEST else f"{string[: _LONGEST - 3]}..."
 
 
-def digest(fields: Any) -> str:
-    """The SHA-256 of the `canonical` text, by which a file shows that it is as it was written."""
+def seal(name: str, content: Any, **labels: Any) -> dict[str, Any]:
+    """Return a JSON document of labels, the SHA-256 of the content, and the content.
+
+    Args:
+        name: The key of the content.
+        content: What JSON can hold.
+        labels: What the document says of the content, for example the version of its format.
+
+    Raises:
+        ValueError: A number is infinite or not a number.
+    """
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    return {**labels, "sha256": _digest(plain), name: plain}
+
+
+def is_sealed(document: Any, name: str, **labels: Any) -> bool:
+    """Return whether a document is unchanged since `seal` returned it for these labels.
+
+    Raises:
+        KeyError, TypeError: The value is not such a document.
+    """
+    content = document[name]
+    # A changed document may contain a number that is not finite, or be nested too deeply.
+    with suppress(InputError, RecursionError):
+        return bool(document == {**labels, "sha256": _digest(content), name: content})
+    return False
+
+
+def _digest(fields: Any) -> str:
     return hashlib.sha256(canonical(fields).encode()).hexdigest()
 
 
 def _plain(value: Any, where: str) -> Any:
-    """``value`` as what JSON can hold; ``where`` says in messages which field it is."""
-    # Exact types: a subclass (an enumeration, a number of numpy) may print as something else.
+    """Return ``value`` as types of JSON; ``where`` names the field in messages."""
+    # Exact types, because a subclass (an enumeration, a number of numpy) may print differently.
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:

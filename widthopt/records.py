@@ -1,4 +1,4 @@
-"""What one point of a run came to, as plain data; figures and tables see nothing else."""
+"""Results of the points of a run as plain data, the only input of figures and tables."""
 
 import json
 import statistics
@@ -15,29 +15,29 @@ FORMAT = 3
 """Version of the JSON form."""
 
 METHODS = ("uniform", "direct", "transfer")
-"""The three curves of every figure of the paper, in the order they are shown."""
+"""The three curves of every figure of the paper, in the order in which they are shown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Channel counts for a target, and how they were found.
+class WidthResult:
+    """Channel counts for a target, and the search that they come from.
 
     Attributes:
         method: ``uniform``, ``direct`` or ``transfer``.
         seed: The run's seed.
         channels: Count of each free width variable of the target, in forward order.
-        multipliers: The same as factors on the un-optimised target's channels.
-        alpha: The paper's matching factor.
-        macs: MACs of the optimised target, one forward pass on one image.
-        budget_macs: MACs it was allowed.
-        parameters: Parameters of the optimised target.
-        overhead_macs: MACs spent on finding the widths, as counted.
-        direct_overhead_macs: What a search on the target itself takes: as counted where this is
-            one, in closed form otherwise.
-        nominal_saving: How many times cheaper the proxy is, by the idealised law.
-        search_seconds: Time that the search took.
-        flags: What went wrong in the search.
-        searched: The multipliers that the search handed on, before extrapolation.
+        multipliers: The channels as factors on those of the baseline (uniform widths).
+        alpha: The matching factor of the paper.
+        macs: MACs of the optimised target, for one forward pass on one image.
+        budget_macs: Upper bound on them.
+        parameters: Number of parameters of the optimised target.
+        overhead_macs: MACs of the search, as counted.
+        direct_overhead_macs: MACs of a search on the target itself: as counted for the method
+            ``direct``, else estimated in closed form.
+        nominal_saving: Factor by which the proxy is cheaper, by the idealised law.
+        search_seconds: Duration of the search.
+        diagnostics: Problems of the search, by name; ``flags`` in files.
+        searched: The multipliers that the search returned, before extrapolation.
     """
 
     method: str
@@ -52,15 +52,31 @@ class Found:
     direct_overhead_macs: int
     nominal_saving: float
     search_seconds: float
-    flags: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
     searched: dict[str, float]
 
     @property
     def saved(self) -> float:
-        """Part of the direct search's overhead that was saved, in [0, 1] for a cheaper proxy."""
+        """The saved part of the direct search's overhead, in [0, 1] for a cheaper proxy."""
         if self.direct_overhead_macs == 0:
             return 0.0
         return 1 - self.overhead_macs / self.direct_overhead_macs
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the plain data that is written to files."""
+        plain = asdict(self)
+        plain["flags"] = plain.pop("diagnostics")  # the name in files since format 1
+        return plain
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> "WidthResult":
+        """Read the output of `to_plain`.
+
+        Raises:
+            KeyError, TypeError: The content is not a result.
+        """
+        rest = {name: value for name, value in content.items() if name != "flags"}
+        return cls(**rest, diagnostics=content["flags"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +86,18 @@ class Record:
     Attributes:
         network: The network's name.
         dataset: The data set's name.
-        algorithm: The search's name.
+        algorithm: The algorithm's name.
         target: Width, depth, resolution and fraction of the target.
-        proxy: The same of the setting that was searched; of the target where none was.
-        extrapolation: How the widths were carried to another depth; empty where it is the same.
+        proxy: Width, depth, resolution and fraction of the searched setting; those of the target
+            if there was no search.
+        extrapolation: Strategy that extrapolates over depth; empty if the depths are equal.
         found: The channel counts.
-        top1: Test accuracy after the last epoch, in per cent.
-        top5: Likewise, among the five likeliest classes.
+        top1: Top-1 test accuracy after the last epoch, in per cent.
+        top5: Top-5 test accuracy after the last epoch, in per cent.
         train_macs: MACs of the final training.
-        train_seconds: Time that it took.
+        train_seconds: Duration of the final training.
         train_loss: Mean training loss of its last epoch.
-        stages: Folders of its stages below the root, by kind.
+        stages: Folders of its stored results below the root, by kind.
     """
 
     network: str
@@ -89,7 +106,7 @@ class Record:
     target: Mapping[str, float]
     proxy: Mapping[str, float]
     extrapolation: str
-    found: Found
+    found: WidthResult
     top1: float
     top5: float
     train_macs: int
@@ -97,9 +114,13 @@ class Record:
     train_loss: float
     stages: Mapping[str, str]
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return the plain data that is written to files; `from_plain` reads it."""
+        return {**asdict(self), "found": self.found.to_plain()}
+
 
 class Summary(NamedTuple):
-    """A quantity over seeds: mean, sample standard deviation (0 for one seed), and how many."""
+    """Mean, sample standard deviation (0 for one seed) and number of seeds of a quantity."""
 
     mean: float
     std: float
@@ -107,7 +128,7 @@ class Summary(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Summary":
-        """Summarise at least one value."""
+        """Return the summary of at least one value."""
         values = list(values)
         std = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(statistics.fmean(values), std, len(values))
@@ -117,22 +138,28 @@ class Summary(NamedTuple):
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records of each method there is, in the order that methods are shown."""
-    present = {method: [one for one in records if one.found.method == method] for method in METHODS}
-    return {method: ones for method, ones in present.items() if ones}
+    """Return the records of each method that has some, in the order of `METHODS`."""
+    groups = {
+        method: [record for record in records if record.found.method == method]
+        for method in METHODS
+    }
+    return {method: group for method, group in groups.items() if group}
 
 
 def baseline(records: Sequence[Record]) -> list[Record]:
-    """The un-optimised network at each seed: it is the same whatever searches beside it."""
-    found: dict[int, Record] = {}
+    """Return one record of the baseline (uniform widths) for each seed.
+
+    All algorithms share it, so their records of it are equal.
+    """
+    by_seed: dict[int, Record] = {}
     for record in records:
         if record.found.method == "uniform":
-            found.setdefault(record.found.seed, record)
-    return list(found.values())
+            by_seed.setdefault(record.found.seed, record)
+    return list(by_seed.values())
 
 
 def by_algorithm(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records of each algorithm there is, in the order they come."""
+    """Return the records of each algorithm, in the order of the records."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.algorithm, []).append(record)
@@ -140,26 +167,33 @@ def by_algorithm(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def from_plain(content: Mapping[str, Any]) -> Record:
-    """A record from what `dataclasses.asdict` made of it.
+    """Read the output of `Record.to_plain`.
 
     Raises:
-        KeyError, TypeError: It is of something else.
+        KeyError, TypeError: The content is not a record.
     """
-    return Record(**{**content, "found": Found(**content["found"])})
+    return Record(**{**content, "found": WidthResult.from_plain(content["found"])})
 
 
 def to_json(records: Sequence[Record]) -> str:
-    """Records as JSON text; `from_json` reads it back."""
-    plain = json.loads(json.dumps([asdict(record) for record in records], allow_nan=False))
-    content = {"format": FORMAT, "sha256": identity.digest(plain), "records": plain}
-    return json.dumps(content, indent=2) + "\n"
+    """Return records as a JSON string, which `from_json` reads.
+
+    Raises:
+        ValueError: A number is infinite or not a number.
+    """
+    plain = [record.to_plain() for record in records]
+    return json.dumps(identity.seal("records", plain, format=FORMAT), indent=2) + "\n"
 
 
 def from_json(text: str | bytes, *, name: str = "record.json") -> list[Record]:
-    """Read what `to_json` wrote.
+    """Read the output of `to_json`.
+
+    Args:
+        text: The JSON string.
+        name: Its name in messages.
 
     Raises:
-        InputError: It is something else, or it was changed since.
+        InputError: The string is not a list of records, or it was changed.
     """
     try:
         content = json.loads(text)
@@ -167,36 +201,30 @@ def from_json(text: str | bytes, *, name: str = "record.json") -> list[Record]:
             raise InputError(
                 f"{name} has format {content['format']}, but this version reads {FORMAT}; run again"
             )
-        if not _as_written(content["records"], content["sha256"]):
+        if not identity.is_sealed(content, "records", format=FORMAT):
             raise InputError(
-                f"{name} is not what was written, but only that is shown; restore it, or run "
-                "again, which makes it again from the runs that are done"
+                f"{name} was changed after it was written, but only unchanged records are shown; "
+                "restore it, or run again to build it from the stored results"
             )
-        return [from_plain(one) for one in content["records"]]
+        return [from_plain(record) for record in content["records"]]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name} is no record ({error}), but one is needed; run again") from error
-
-
-def _as_written(plain: Any, digest: Any) -> bool:
-    """Whether plain data is what this digest was made of."""
-    try:
-        return bool(identity.digest(plain) == digest)
-    except InputError:  # a number that is not finite
-        return False
+        raise InputError(
+            f"{name} is not a list of records ({error}), but records are needed; run again"
+        ) from error
 
 
 def read_channels(path: Path) -> dict[str, int]:
-    """Channel counts from a file: ``{"channels": {name: count}}``, or that table alone.
+    """Read channel counts from a file: ``{"channels": {name: count}}``, or only the mapping.
 
     Raises:
-        InputError: There is no such file, or it holds something else.
+        InputError: There is no such file, or it has other content.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-        table = content.get("channels", content)
-        return {str(name): _whole(count) for name, count in table.items()}
+        counts = content.get("channels", content)
+        return {str(name): _integer(count) for name, count in counts.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"--channels is {path}, but channel counts cannot be read from it ({error}); give a "
@@ -204,7 +232,7 @@ def read_channels(path: Path) -> dict[str, int]:
         ) from error
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ValueError(f"{value} is not a whole number")
+    raise ValueError(f"{value} is not an integer")

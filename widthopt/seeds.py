@@ -1,7 +1,7 @@
-"""Random draws that depend on nothing but (seed, purpose, step).
+"""Random draws that depend only on (seed, purpose, step).
 
-Nothing in the package draws from a generator that lives longer than one purpose and one
-step, so resuming at any step, or running on any number of ranks, changes no draw.
+No rng of the package lives longer than one purpose and step, so a draw does not depend on the
+step at which a run resumes or on the world size.
 """
 
 import hashlib
@@ -9,12 +9,12 @@ import random
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
-    """The seed of one purpose and step: a whole number in [0, 2**63).
+    """Return the seed of one purpose and step: an integer in [0, 2**63).
 
     Args:
-        seed: The run's seed.
-        purpose: What the draw is for, then the step it is for, for example
-            ``("augmentation", 120)``. Different purposes give unrelated seeds.
+        seed: The seed of the run.
+        purpose: The purpose of the draw, then the step, for example ``("augmentation", 120)``.
+            Different purposes give unrelated seeds.
 
     Returns:
         The first 63 bits of the SHA-256 of the arguments.
@@ -24,5 +24,5 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> random.Random:
-    """Python's generator for one purpose and step; see `derived_seed`."""
-    return random.Random(derived_seed(seed, *purpose))  # noqa: S311 (nothing here is a secret)
+    """Return a Python rng for one purpose and step; see `derived_seed`."""
+    return random.Random(derived_seed(seed, *purpose))  # noqa: S311 (not for secrets)

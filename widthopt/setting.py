@@ -1,7 +1,7 @@
-"""A setting C = (D, N) of the paper, and the recipe and conditions it is trained under.
+"""A setting C = (D, N) of the paper, its training recipe, and the runtime options.
 
-`Setting` and `Recipe` are part of what names a run; `Runtime` only says where and how it
-runs. ``conf/`` is the one home of their default values.
+`Setting` and `Recipe` are part of the identity of a run; `Runtime` and `Resources` are not.
+Their default values are in ``conf/``.
 """
 
 import math
@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from widthopt.errors import InputError
+from widthopt.errors import check_fields, check_value
 
 
 class Network(Protocol):
-    """A network N at width multiplier 1: ``conf/network`` chooses one by its ``_target_``."""
+    """A network N at width multiplier 1; ``_target_`` in ``conf/network`` names its class."""
 
     @property
     def name(self) -> str:
@@ -21,20 +21,20 @@ class Network(Protocol):
         ...
 
     def build(self, *, depth: int, classes: int) -> Any:
-        """A freshly built ``torch.nn.Module`` with this depth multiplier and number of classes.
+        """Build a ``torch.nn.Module`` with this depth multiplier and number of classes.
 
         Raises:
-            InputError: The network cannot be made so deep.
+            AxisError: The network cannot have this depth.
         """
         ...
 
     def stages(self, model: Any) -> Sequence[tuple[str, Sequence[str]]]:
-        """The stages of a built model: a name and the module names of its blocks, in order."""
+        """Return the name and the module names of the blocks of each stage of a model, in order."""
         ...
 
     @property
     def rules(self) -> Mapping[Any, Any]:
-        """Tracing rules for operations of its own, by module type or function; often none."""
+        """Tracing rules for operations of the network, by module type or function; often empty."""
         ...
 
 
@@ -45,8 +45,8 @@ class Setting:
     Attributes:
         network: The network at width multiplier 1 and depth multiplier 1.
         classes: Number of classes of the data set.
-        width: Width multiplier, on every width variable; above 0.
-        depth: Depth multiplier, blocks of each stage are repeated; a whole number from 1.
+        width: Width multiplier, a factor above 0 on every width variable.
+        depth: Depth multiplier, a factor of at least 1 on the blocks of every stage; an integer.
         resolution: Side of the square input, in pixels.
         fraction: Part of the training images, in (0, 1].
 
@@ -63,21 +63,21 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a network is trained; the paper's own is ``conf/recipe/paper.yaml``.
+    """The hyperparameters of a training; those of the paper are in ``conf/recipe/paper.yaml``.
 
     Attributes:
-        batch_size: Images in one optimiser step, from 2: the last map may be a single pixel.
-        accumulation: Micro-batches that one optimiser step is split into.
+        batch_size: Images in one optimiser step, at least 2.
+        accumulation: Micro-batches in one optimiser step.
         epochs: Epochs of a final training.
-        search_epochs: Epochs of a width search; the schedule is squeezed into them.
-        learning_rate: Peak learning rate for a batch of 256; the peak in use is
+        search_epochs: Epochs of a width search; the schedule is scaled to them.
+        learning_rate: Peak learning rate for a batch of 256. The actual peak is
             ``learning_rate * batch_size / 256``.
         warmup_epochs: Epochs of linear warm-up from 0 to the peak; half a cosine to 0 follows.
-        momentum: Nesterov momentum.
-        weight_decay: On every parameter, those of BatchNorm too.
-        label_smoothing: In [0, 1).
-        augmentation: ``paper``: random resized crop, flip and RandAugment; ``crop``: a padded
-            random crop and flip; ``none``.
+        momentum: Nesterov momentum, in [0, 1).
+        weight_decay: Weight decay of every parameter, including those of BatchNorm.
+        label_smoothing: Label smoothing, in [0, 1).
+        augmentation: ``paper`` (random resized crop, flip and RandAugment), ``crop`` (padded
+            random crop and flip) or ``none``.
 
     Source: paper appendix A; Radosavovic et al., 2020, "Designing Network Design Spaces".
     """
@@ -94,11 +94,13 @@ class Recipe:
     augmentation: Literal["paper", "crop", "none"]
 
     def __post_init__(self) -> None:
-        for key, holds, rule in (
+        check_fields(
+            "recipe",
+            self,
             (
                 "batch_size",
-                self.batch_size >= 2,  # noqa: PLR2004
-                "a step takes at least two images, for BatchNorm's statistics",
+                self.batch_size >= 2,  # noqa: PLR2004 (the last map may be a single pixel)
+                "BatchNorm needs at least two images in a step",
             ),
             ("accumulation", self.accumulation >= 1, "a step has at least one micro-batch"),
             (
@@ -106,19 +108,23 @@ class Recipe:
                 self.accumulation <= self.batch_size,
                 f"recipe.batch_size is {self.batch_size} and every micro-batch has an image",
             ),
-            ("epochs", self.epochs >= 1, "a training takes at least one epoch"),
-            ("search_epochs", self.search_epochs >= 1, "a search takes at least one epoch"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "it is a number above 0"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "it is a number from 0 up"),
-            ("momentum", 0 <= self.momentum < 1, "it is a number from 0 up and below 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "it is a number from 0 up"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "it is from 0 up and below 1"),
-        ):
-            if not holds:
-                raise InputError(
-                    f"recipe.{key} is {getattr(self, key):g}, but {rule}; conf/recipe/paper.yaml "
-                    "has the paper's value"
-                )
+            ("epochs", self.epochs >= 1, "a training has at least one epoch"),
+            ("search_epochs", self.search_epochs >= 1, "a search has at least one epoch"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "it must be a number above 0"),
+            (
+                "warmup_epochs",
+                0 <= self.warmup_epochs < math.inf,
+                "it must be a number of at least 0",
+            ),
+            ("momentum", 0 <= self.momentum < 1, "it must be at least 0 and below 1"),
+            (
+                "weight_decay",
+                0 <= self.weight_decay < math.inf,
+                "it must be a number of at least 0",
+            ),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1"),
+            remedy="conf/recipe/paper.yaml has the paper's value",
+        )
 
     @property
     def peak_learning_rate(self) -> float:
@@ -127,21 +133,21 @@ class Recipe:
 
 
 Backend = Literal["slice", "mask"]
-"""How a supernet runs at fewer channels than its own; see `widthopt.supernet`."""
+"""How a supernet runs its subnets; see `widthopt.networks.supernet`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where and how a run computes; no part of its name.
+    """Runtime options, which are not part of the identity of a run.
 
     Attributes:
-        device: ``auto`` (an accelerator where there is one), or a torch device.
+        device: ``auto`` (an accelerator if there is one), or a torch device.
         workers: Processes that load images; 0 loads in the training process.
-        precision: ``auto`` is bfloat16 autocast where the device is an accelerator that has
+        precision: ``auto`` is bfloat16 autocast if the device is an accelerator that supports
             it, else float32.
-        memory_format: ``auto`` is what is faster on the device.
-        backend: How supernets run at fewer channels; ``auto`` is what a short trial finds faster.
-        progress: Show a progress bar.
+        memory_format: ``auto`` is the faster memory format on the device.
+        backend: How supernets run their subnets; ``auto`` is the faster backend in a short trial.
+        progress: Whether to show a progress bar.
     """
 
     device: str
@@ -152,20 +158,22 @@ class Runtime:
     progress: bool
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise InputError(
-                f"runtime.workers is {self.workers}, but it is a number of processes; use 0 to "
-                "load images in the training process, or a whole number above"
-            )
+        check_value(
+            "runtime.workers",
+            self.workers,
+            holds=self.workers >= 0,
+            rule="it is a number of processes; use at least 0, which loads images in the training "
+            "process",
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a run asks a cluster for, where that differs from the launcher's; no part of its name.
+    """Cluster resources that differ from the launcher's; not part of the identity of a run.
 
     Attributes:
-        search: By name, as in ``resources`` of ``conf/hydra/launcher/slurm.yaml``.
-        train: The same for the final training.
+        search: Resources of a search by name; see ``conf/hydra/launcher/slurm.yaml``.
+        train: Resources of a final training by name.
     """
 
     search: Mapping[str, Any]

@@ -2,9 +2,9 @@
 
 A *width variable* is a channel count that several layers share because the topology ties
 them. Its channels fall into *classes*: channels that can only be removed together, because
-residual sums, depthwise or grouped convolutions join them; mostly a class is one channel of
-each layer. An *axis* is one channel axis of a layer, described as runs of classes. MACs are
-a polynomial in the class counts, of degree two at most, and this is its only home.
+residual sums, depthwise or grouped convolutions join them. Usually a class is one channel of
+each layer. An *axis* is one channel axis of a layer, described as spans of classes. MACs are
+a polynomial of degree at most two in the class counts, which only this module computes.
 
 Reading a graph needs neither torch nor numpy.
 """
@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from widthopt.errors import InputError
 
@@ -23,12 +23,15 @@ from widthopt.errors import InputError
 FORMAT = 1
 """Version of the JSON form."""
 
+Count = TypeVar("Count")
+"""The type of channel counts: ``int``, or ``float`` or 0-d tensors for expectations."""
 
-class Run(NamedTuple):
-    """``classes`` classes of a variable from ``start`` on, each ``repeat`` entries long.
 
-    ``repeat`` is above 1 where one channel fills several entries of the axis: behind a
-    flatten (height x width), or where a whole group of a grouped convolution is one class.
+class Span(NamedTuple):
+    """``classes`` consecutive classes of a variable from ``start``, each ``repeat`` entries long.
+
+    ``repeat`` is above 1 where one channel fills several entries of the axis: after a
+    flatten (height x width), or where a group of a grouped convolution is one class.
     """
 
     variable: int
@@ -37,7 +40,7 @@ class Run(NamedTuple):
     repeat: int
 
 
-Axis = tuple[Run, ...]
+Axis = tuple[Span, ...]
 """The entries of one channel axis, in order."""
 
 
@@ -50,8 +53,8 @@ class Variable:
         channels: Its size in the traced network.
         unit: Channels in one class; channel counts are multiples of it.
         free: False for the image's channels, the network's outputs, and a single channel
-            that is spread over the channels of another tensor.
-        writers: Every module whose output it is, in forward order.
+            that is broadcast over the channels of another tensor.
+        writers: The modules whose output it is, in forward order.
     """
 
     name: str
@@ -62,7 +65,7 @@ class Variable:
 
     @property
     def classes(self) -> int:
-        """How many classes the variable has."""
+        """Number of classes."""
         return self.channels // self.unit
 
 
@@ -70,9 +73,9 @@ class Variable:
 class Layer:
     """One call of a convolution or linear layer.
 
-    Its MACs are ``coefficient * len(reads) * len(writes)`` where it is dense, and
-    ``coefficient * len(writes)`` where it is depthwise or grouped: the inputs of one group
-    are then a constant inside the coefficient.
+    A dense layer has ``coefficient * len(reads) * len(writes)`` MACs. A depthwise or grouped
+    layer has ``coefficient * len(writes)``, because the number of inputs of a group is constant
+    and part of the coefficient.
     """
 
     name: str
@@ -84,7 +87,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """One call of a normalisation layer; ``gamma`` says whether it is an affine BatchNorm."""
+    """One call of a normalisation layer; ``gamma`` is True for an affine BatchNorm."""
 
     name: str
     gamma: bool
@@ -93,7 +96,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter or buffer outside those layers with a channel axis, such as a layer scale."""
+    """A parameter or buffer of no such layer with a channel axis, for example a layer scale."""
 
     name: str
     dim: int
@@ -102,10 +105,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """An operation of the forward code that has channel counts written into it.
+    """An operation of the forward code that contains literal channel counts.
 
-    ``select``: a split, slice or shuffle; entry blocks ``picks`` of ``source`` (axis
-    ``reads``) make up the output (axis ``writes``). ``flatten``: a reshape to a literal size.
+    ``select`` is a split, slice or shuffle: its output (axis ``writes``) consists of the entry
+    blocks ``picks`` of ``source`` (axis ``reads``). ``flatten`` is a reshape to a literal size.
     """
 
     node: str
@@ -125,6 +128,23 @@ class Stage:
     blocks: tuple[str, ...]
 
 
+class ScaleSlice(NamedTuple):
+    """Where the scales of consecutive classes are in the weight of one BatchNorm.
+
+    ``model.get_submodule(norm).weight[entries].reshape(len(classes), -1)`` has one row for each
+    class.
+
+    Attributes:
+        norm: Name of the BatchNorm module.
+        entries: The part of its weight (and of its bias).
+        classes: The classes of the width variable, in the order of the rows.
+    """
+
+    norm: str
+    entries: slice
+    classes: range
+
+
 class Quadratic(NamedTuple):
     """A polynomial in the class counts of the free variables, by their index in the graph."""
 
@@ -135,16 +155,16 @@ class Quadratic(NamedTuple):
 
 @dataclass(frozen=True)
 class WidthGraph:
-    """What the channel counts of a network mean: which layers they size, and what they cost.
+    """The width variables of a network, the layers that they size, and its MACs.
 
     Attributes:
         resolution: Side of the square input that the MACs are for, in pixels.
-        variables: All width variables, in forward order, the fixed ones too.
+        variables: All width variables, including the fixed ones, in forward order.
         layers: Calls of convolutions and linear layers, in forward order.
         norms: Calls of normalisation layers.
-        parameters: Other parameters with a channel axis.
-        rewrites: Operations that must be rewritten at other channel counts.
-        stages: Where stages and blocks lie; empty where nobody said.
+        parameters: Further parameters with a channel axis.
+        rewrites: Operations that must be rewritten at different channel counts.
+        stages: The stages and their blocks; empty if they were not given.
     """
 
     resolution: int
@@ -164,17 +184,49 @@ class WidthGraph:
     def searchable(self) -> tuple[str, ...]:
         """The free width variables whose every channel passes an affine BatchNorm, in order.
 
-        These are the ones that an algorithm can scale, or switch off, by BatchNorm.
+        An algorithm can scale their channels, or switch them off, through BatchNorm.
         """
-        scaled: dict[int, set[int]] = defaultdict(set)
-        for norm in self.norms:
-            for run in norm.axis if norm.gamma else ():
-                scaled[run.variable].update(range(run.start, run.start + run.classes))
-        return tuple(
-            variable.name
-            for index, variable in enumerate(self.variables)
-            if variable.free and len(scaled[index]) == variable.classes
-        )
+        scaled = {
+            name: {number for part in self.scale_slices(name) for number in part.classes}
+            for name in self.free
+        }
+        return tuple(name for name in scaled if len(scaled[name]) == self.free[name].classes)
+
+    @cached_property
+    def scale_axes(self) -> dict[str, Axis]:
+        """The axis of the scale of each affine BatchNorm by module name, in forward order."""
+        return {norm.name: norm.axis for norm in self.norms if norm.gamma}
+
+    def scale_slices(self, name: str) -> tuple[ScaleSlice, ...]:
+        """Return where the BatchNorm scales of a width variable are, in forward order.
+
+        A class may have several scales: each BatchNorm that its channels pass has at least one.
+        It has none where its channels pass no affine BatchNorm; `searchable` lists the free
+        variables whose every class has a scale.
+
+        Args:
+            name: Name of the width variable.
+
+        Raises:
+            InputError: The network has no such width variable.
+        """
+        names = [variable.name for variable in self.variables]
+        if name not in names:
+            raise InputError(
+                f"name is {name}, but this network has no such width variable; `widthopt macs` "
+                "lists them"
+            )
+        index = names.index(name)
+        slices = []
+        for norm, axis in self.scale_axes.items():
+            position = 0
+            for span in axis:
+                end = position + span.classes * span.repeat
+                if span.variable == index:
+                    classes = range(span.start, span.start + span.classes)
+                    slices.append(ScaleSlice(norm, slice(position, end), classes))
+                position = end
+        return tuple(slices)
 
     @property
     def channels(self) -> dict[str, int]:
@@ -182,22 +234,22 @@ class WidthGraph:
         return {name: variable.channels for name, variable in self.free.items()}
 
     def form(self, axis: Axis) -> dict[int, int]:
-        """The length of an axis as a linear form: entries per class, by variable index."""
+        """Return the length of an axis as a linear form: entries per class by variable index."""
         entries: dict[int, int] = defaultdict(int)
-        for run in axis:
-            entries[run.variable] += run.classes * run.repeat
+        for span in axis:
+            entries[span.variable] += span.classes * span.repeat
         return {index: total // self.variables[index].classes for index, total in entries.items()}
 
     def length(self, axis: Axis) -> int:
-        """Entries of an axis in the traced network."""
-        return sum(run.classes * run.repeat for run in axis)
+        """Return the number of entries of an axis in the traced network."""
+        return sum(span.classes * span.repeat for span in axis)
 
     @cached_property
     def quadratic(self) -> Quadratic:
         """MACs of one forward pass on one image, as a polynomial in the class counts.
 
-        Multiply-adds of convolutions and linear layers; bias, normalisation, activation,
-        pooling and sums cost nothing (style guide 4.2).
+        It counts the multiply-adds of convolutions and linear layers. Biases, normalisation,
+        activations, pooling and sums are not counted, as in the papers.
         """
         pairs: dict[tuple[int, int], int] = defaultdict(int)
         linear: dict[int, int] = defaultdict(int)
@@ -206,13 +258,13 @@ class WidthGraph:
             written, writes = self._split(layer.writes)
             read, reads = self._split(layer.reads) if layer.kind == "dense" else (1, {})
             constant += layer.coefficient * read * written
-            for one, other in ((reads, written), (writes, read)):
-                for index, entries in one.items():
-                    linear[index] += layer.coefficient * entries * other
-            for first, entries in reads.items():
-                for second, others in writes.items():
+            for form, fixed in ((reads, written), (writes, read)):
+                for index, entries in form.items():
+                    linear[index] += layer.coefficient * entries * fixed
+            for first, inputs in reads.items():
+                for second, outputs in writes.items():
                     pair = (min(first, second), max(first, second))
-                    pairs[pair] += layer.coefficient * entries * others
+                    pairs[pair] += layer.coefficient * inputs * outputs
         return Quadratic(
             {pair: factor for pair, factor in pairs.items() if factor},
             {index: factor for index, factor in linear.items() if factor},
@@ -220,7 +272,7 @@ class WidthGraph:
         )
 
     def _split(self, axis: Axis) -> tuple[int, dict[int, int]]:
-        """The fixed entries of an axis, and its entries per class of each free variable."""
+        """Return the fixed entries of an axis and its entries per class of each free variable."""
         form = self.form(axis)
         fixed = sum(
             entries * self.variables[index].classes
@@ -229,16 +281,21 @@ class WidthGraph:
         )
         return fixed, {i: entries for i, entries in form.items() if self.variables[i].free}
 
+    @overload
+    def macs(self, channels: None = None) -> int: ...
+
+    @overload
+    def macs(self, channels: Mapping[str, Count]) -> Count: ...
+
     def macs(self, channels: Mapping[str, Any] | None = None) -> Any:
-        """Multiply-adds of one forward pass on one image, what the paper calls FLOPs.
+        """Return the multiply-adds of one forward pass on one image (FLOPs in the paper).
 
         Args:
-            channels: Count of each free width variable: whole numbers, or expectations
-                (floats, 0-d tensors), for which the result is of the same kind. None is
-                the traced network.
+            channels: Count of each free width variable: integers, or expectations (floats or
+                0-d tensors). None stands for the counts of the traced network.
 
         Returns:
-            An exact ``int`` for whole numbers.
+            The MACs, of the type of the counts; an exact ``int`` for integers.
 
         Raises:
             InputError: A variable is missing or unknown, or a count is negative or not a
@@ -254,7 +311,7 @@ class WidthGraph:
         return total
 
     def gradient(self, channels: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """MACs that one more channel of each free width variable would add, to first order."""
+        """Return the MACs that a channel more of each free width variable adds, to first order."""
         counts = self._class_counts(self.channels if channels is None else channels)
         slopes: dict[int, Any] = dict(self.quadratic.linear)
         for (first, second), factor in self.quadratic.pairs.items():
@@ -267,7 +324,7 @@ class WidthGraph:
         }
 
     def _class_counts(self, channels: Mapping[str, Any]) -> dict[int, Any]:
-        """Counts of classes by variable index, checked."""
+        """Check channel counts and return the counts of classes by variable index."""
         self._check_names(channels)
         counts: dict[int, Any] = {}
         for index, variable in enumerate(self.variables):
@@ -286,19 +343,19 @@ class WidthGraph:
         unknown = [name for name in channels if name not in self.free]
         if missing or unknown:
             raise InputError(
-                f"channels is a table of {len(channels)} names, but this network has "
-                f"{len(self.free)} free width variables (missing: {listed(missing)}; unknown: "
-                f"{listed(unknown)}); `widthopt macs` lists them"
+                f"channels is a mapping of {len(channels)} names, but this network has "
+                f"{len(self.free)} free width variables (missing: {first_names(missing)}; unknown: "
+                f"{first_names(unknown)}); `widthopt macs` lists them"
             )
 
     def connected_without(self, name: str) -> bool:
-        """Whether the image still reaches the outputs if a width variable has no channels.
+        """Return whether the image reaches the outputs if a width variable has no channels.
 
-        True for what a shortcut goes around; False for a residual stream, or a layer of a
-        chain: without it the network is cut in two.
+        True for a variable that a shortcut bypasses. False for a residual stream, or for a layer
+        of a chain: the network without it is disconnected.
         """
-        reached = {index for index, one in enumerate(self.variables) if one.writers == ("image",)}
-        outputs = {i for i, one in enumerate(self.variables) if not one.free} - reached
+        reached = {i for i, variable in enumerate(self.variables) if variable.writers == ("image",)}
+        outputs = {i for i, variable in enumerate(self.variables) if not variable.free} - reached
         grown = True
         while grown:
             before = len(reached)
@@ -315,24 +372,25 @@ class WidthGraph:
         for name, variable in self.free.items():
             _check_count(variable, channels[name], least=1)
 
-    def resized(
+    def resize_graph(
         self, channels: Mapping[str, int], *, keep: Mapping[str, Sequence[int]] | None = None
     ) -> "WidthGraph":
-        """The graph of the same network at other channel counts.
+        """Return the graph of the same network at the given channel counts.
 
         Args:
-            channels: Count of each free width variable, from 1 up.
-            keep: Classes that stay, ascending, by variable name; where a variable is not
-                named, its classes are spread evenly over the old ones.
+            channels: Count of each free width variable, at least 1.
+            keep: Classes to keep, ascending, by variable name. The classes of a variable that is
+                not named are spread evenly over the old ones.
 
         Raises:
-            InputError: As `check`, or a variable is laid out so that it cannot change.
+            InputError: See `check`.
         """
         self.check(channels)
         origins = self.origins(channels, keep)
 
-        def axis(old: Axis) -> Axis:
-            return tuple(run for one in old if (run := self._resized_run(one, origins)).classes)
+        def resize_axis(axis: Axis) -> Axis:
+            spans = (self._resize_span(span, origins) for span in axis)
+            return tuple(span for span in spans if span.classes)
 
         return replace(
             self,
@@ -341,31 +399,34 @@ class WidthGraph:
                 for variable in self.variables
             ),
             layers=tuple(
-                replace(layer, reads=axis(layer.reads), writes=axis(layer.writes))
+                replace(layer, reads=resize_axis(layer.reads), writes=resize_axis(layer.writes))
                 for layer in self.layers
             ),
-            norms=tuple(replace(norm, axis=axis(norm.axis)) for norm in self.norms),
-            parameters=tuple(replace(one, axis=axis(one.axis)) for one in self.parameters),
+            norms=tuple(replace(norm, axis=resize_axis(norm.axis)) for norm in self.norms),
+            parameters=tuple(
+                replace(parameter, axis=resize_axis(parameter.axis))
+                for parameter in self.parameters
+            ),
             rewrites=tuple(
                 replace(
-                    one,
-                    reads=axis(one.reads),
-                    writes=axis(one.writes),
-                    picks=self._resized_picks(one, origins),
+                    rewrite,
+                    reads=resize_axis(rewrite.reads),
+                    writes=resize_axis(rewrite.writes),
+                    picks=self._resize_picks(rewrite, origins),
                 )
-                for one in self.rewrites
+                for rewrite in self.rewrites
             ),
         )
 
     def origins(
         self, channels: Mapping[str, int], keep: Mapping[str, Sequence[int]] | None = None
     ) -> dict[int, Sequence[int]]:
-        """By variable index: for each class at these counts, the old class whose place it takes.
+        """Return the old class of each class at the given counts, by variable index.
 
         Args:
             channels: Count of each free width variable.
-            keep: Classes that stay, ascending, by variable name; the classes of a variable
-                that is not named are spread evenly over the old ones.
+            keep: Classes to keep, ascending, by variable name. The classes of a variable that is
+                not named are spread evenly over the old ones.
         """
         origins: dict[int, Sequence[int]] = {}
         for index, variable in enumerate(self.variables):
@@ -380,26 +441,26 @@ class WidthGraph:
             origins[index] = kept
         return origins
 
-    def _resized_run(self, run: Run, origins: Mapping[int, Sequence[int]]) -> Run:
-        first = bisect_left(origins[run.variable], run.start)
-        last = bisect_left(origins[run.variable], run.start + run.classes)
-        return run._replace(start=first, classes=last - first)
+    def _resize_span(self, span: Span, origins: Mapping[int, Sequence[int]]) -> Span:
+        first = bisect_left(origins[span.variable], span.start)
+        last = bisect_left(origins[span.variable], span.start + span.classes)
+        return span._replace(start=first, classes=last - first)
 
-    def _resized_picks(
+    def _resize_picks(
         self, rewrite: Rewrite, origins: Mapping[int, Sequence[int]]
     ) -> tuple[int, ...]:
-        """Where the picked blocks of a `select` lie once every block is resized in place."""
+        """Return the picked blocks of a ``select`` after every block is resized in place."""
         places: list[range] = []
         position = 0
-        for run in rewrite.reads:
-            copies = Counter(origins[run.variable])
-            for number in range(run.start, run.start + run.classes):
+        for span in rewrite.reads:
+            copies = Counter(origins[span.variable])
+            for number in range(span.start, span.start + span.classes):
                 places.append(range(position, position + copies[number]))
                 position += copies[number]
         return tuple(place for pick in rewrite.picks for place in places[pick])
 
     def entries(self, axis: Axis, origins: Mapping[int, Sequence[int]]) -> list[int]:
-        """For each entry of an axis of the resized network, the old entry whose place it takes.
+        """Return the old entry of each entry of an axis of the resized network.
 
         Args:
             axis: An axis of this graph.
@@ -407,23 +468,23 @@ class WidthGraph:
         """
         places: list[int] = []
         position = 0
-        for run in axis:
-            copies = Counter(origins[run.variable])
-            for number in range(run.start, run.start + run.classes):
-                places.extend(list(range(position, position + run.repeat)) * copies[number])
-                position += run.repeat
+        for span in axis:
+            copies = Counter(origins[span.variable])
+            for number in range(span.start, span.start + span.classes):
+                places.extend(list(range(position, position + span.repeat)) * copies[number])
+                position += span.repeat
         return places
 
     def to_json(self) -> str:
-        """The graph as JSON text; `from_json` reads it back."""
+        """Return the graph as a JSON string, which `from_json` reads."""
         return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "WidthGraph":
-        """Read what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
-            InputError: The text is not such a graph.
+            InputError: The string is not a width graph.
         """
         try:
             data = json.loads(text)
@@ -446,24 +507,29 @@ class WidthGraph:
         return cls(
             resolution=int(data["resolution"]),
             variables=tuple(
-                Variable(**{**one, "writers": tuple(one["writers"])}) for one in data["variables"]
+                Variable(**{**variable, "writers": tuple(variable["writers"])})
+                for variable in data["variables"]
             ),
-            layers=tuple(Layer(**_axes(one, "reads", "writes")) for one in data["layers"]),
-            norms=tuple(Norm(**_axes(one, "axis")) for one in data["norms"]),
-            parameters=tuple(Parameter(**_axes(one, "axis")) for one in data["parameters"]),
+            layers=tuple(Layer(**_read_axes(layer, "reads", "writes")) for layer in data["layers"]),
+            norms=tuple(Norm(**_read_axes(norm, "axis")) for norm in data["norms"]),
+            parameters=tuple(
+                Parameter(**_read_axes(parameter, "axis")) for parameter in data["parameters"]
+            ),
             rewrites=tuple(
-                Rewrite(**{**_axes(one, "reads", "writes"), "picks": tuple(one["picks"])})
-                for one in data["rewrites"]
+                Rewrite(
+                    **{**_read_axes(rewrite, "reads", "writes"), "picks": tuple(rewrite["picks"])}
+                )
+                for rewrite in data["rewrites"]
             ),
-            stages=tuple(Stage(one["name"], tuple(one["blocks"])) for one in data["stages"]),
+            stages=tuple(Stage(stage["name"], tuple(stage["blocks"])) for stage in data["stages"]),
         )
 
 
 def _check_count(variable: Variable, count: Any, *, least: int) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < least:
         raise InputError(
-            f"channels.{variable.name} is {count}, but it must be a whole number from {least} up; "
-            f"the network as traced has {variable.channels}"
+            f"channels.{variable.name} is {count}, but it must be an integer of at least {least}; "
+            f"the traced network has {variable.channels}"
         )
     if count % variable.unit:
         raise InputError(
@@ -472,15 +538,15 @@ def _check_count(variable: Variable, count: Any, *, least: int) -> None:
         )
 
 
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, for a message."""
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few names, for a message."""
     if not names:
         return "none"
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _axes(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A record read from JSON with the named axes made tuples of runs again."""
-    axes = {name: tuple(Run(*map(int, run)) for run in data[name]) for name in names}
+def _read_axes(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return a mapping read from JSON with the named axes as tuples of spans."""
+    axes = {name: tuple(Span(*map(int, span)) for span in data[name]) for name in names}
     return {**data, **axes}

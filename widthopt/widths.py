@@ -1,21 +1,22 @@
-"""Between multipliers and channels: rounding, matching a MAC budget, similarity.
+"""Conversion between multipliers and channels: rounding, matching a MAC budget, similarity.
 
-Multipliers stay real until a network is built; they are rounded once, here, by variable.
+Multipliers are real numbers until a network is built. Only this module rounds them, once for
+each width variable.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError, InputError
 from widthopt.widthgraph import WidthGraph
 
 
 TOLERANCE = 0.005
-"""How far below its budget a matched network may stay (design, section 10.3)."""
+"""Largest part of the budget that a matched network may leave unused."""
 
 REPAIR_STEPS = 2
-"""Steps above its share that a variable may be given without need."""
+"""Steps above its share that a variable may get while the match is within its tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,9 @@ class Match:
 
     Attributes:
         channels: Count of each free width variable.
-        alpha: The factor on the multipliers, the paper's alpha, solved after rounding.
-        macs: What the channels cost.
-        budget_macs: What they may cost; ``macs`` is never above it.
+        alpha: The factor on the multipliers (alpha in the paper), solved after rounding.
+        macs: MACs of a network with these channels.
+        budget_macs: Its upper bound.
     """
 
     channels: dict[str, int]
@@ -36,37 +37,39 @@ class Match:
 
     @property
     def shortfall(self) -> float:
-        """The part of the budget that is left over, in [0, 1)."""
+        """The unused part of the budget, in [0, 1)."""
         return 1 - self.macs / self.budget_macs
 
 
-def scaled(graph: WidthGraph, width: float) -> dict[str, int]:
-    """Channels of a network under a width multiplier: ``round(width * N)`` for each variable.
+def scale_channels(graph: WidthGraph, width: float) -> dict[str, int]:
+    """Return the channels under a width multiplier: ``round(width * N)`` for each variable.
 
-    Reading: the multiplier applies to every width variable, MobileNetV2's last layer too,
-    and nothing is rounded to multiples of 8 (paper section 3.4, "applies to all the layers").
+    Interpretation: the multiplier applies to every width variable, including the last layer of
+    MobileNetV2, and channels are not rounded to multiples of 8 (paper section 3.4, "applies to
+    all the layers").
 
     Raises:
-        InputError: The multiplier is not above 0, or rounds a variable to 0 channels.
+        AxisError: The multiplier is not above 0, or rounds a variable to 0 channels.
     """
-    if not width > 0 or math.isinf(width):
-        raise InputError(
-            f"width is {width:g}, but a width multiplier is a number above 0; 1 keeps the network"
+    if not 0 < width < math.inf:
+        raise AxisError(
+            "width", f"{width:g}, but a width multiplier is a number above 0; 1 keeps the network"
         )
     channels = {}
     for name, variable in graph.free.items():
         channels[name] = variable.unit * round(width * variable.classes)
         if channels[name] == 0:
-            narrowest = min(one.classes for one in graph.free.values())
-            raise InputError(
-                f"width is {width:g}, but it rounds the {variable.channels} channels of `{name}` "
-                f"to 0; use {math.floor(500 / narrowest + 1) / 1000:g} or more"
+            narrowest = min(variable.classes for variable in graph.free.values())
+            raise AxisError(
+                "width",
+                f"{width:g}, but it rounds the {variable.channels} channels of `{name}` to 0; use "
+                f"{math.floor(500 / narrowest + 1) / 1000:g} or more",
             )
     return channels
 
 
 def multipliers(channels: Mapping[str, float], graph: WidthGraph) -> dict[str, float]:
-    """Channels as factors on those of ``graph``, the un-enlarged network N."""
+    """Return channels as factors on those of ``graph``, the network N before it is enlarged."""
     return {name: channels[name] / count for name, count in graph.channels.items()}
 
 
@@ -77,100 +80,103 @@ def match_macs(
     budget_macs: int,
     round_to: int = 1,
 ) -> Match:
-    """The widest network in the direction of the multipliers that a budget allows.
+    """Return the widest network in the direction of the multipliers within a MAC budget.
 
-    Alpha is the largest factor whose rounded channels cost no more than the budget, found by
-    bisection on that staircase. What rounding left over is then given back, one step at a
-    time, to the variables that lost most of their share.
+    Alpha is the largest factor whose rounded channels do not exceed the budget, computed by
+    bisection. Then single steps are added to the variables that rounding reduced most, while the
+    budget allows.
 
     Args:
-        graph: The network to size, at the resolution that the budget is meant for.
+        graph: The network to size, at the resolution that the budget applies to.
         multipliers: A factor above 0 for each free width variable; only ratios matter.
-        budget_macs: MACs of one forward pass on one image that must not be exceeded.
-        round_to: Channel counts are multiples of this; 8 suits tensor cores and leaves up
-            to 3 % of the budget unused.
+        budget_macs: Upper bound on the MACs of one forward pass on one image.
+        round_to: Channel counts are multiples of this. 8 suits tensor cores and leaves up to 3 %
+            of the budget unused.
 
     Raises:
-        InputError: The budget is below the narrowest network's cost, or a multiplier is
-            missing or not above 0.
+        InputError: The narrowest network exceeds the budget, or a multiplier is missing or not
+            above 0.
 
-    Source: paper section 3.3, E(w) = alpha * M(w); specification of MorphNet, section 1.8.
+    Source: paper section 3.3, E(w) = alpha * M(w); docs/algorithms/morphnet.md, 1.8.
     """
-    wanted = _wanted(graph, multipliers)
+    ideal = _ideal_channels(graph, multipliers)
     steps = {name: math.lcm(variable.unit, round_to) for name, variable in graph.free.items()}
 
-    def rounded(alpha: float) -> dict[str, int]:
+    def round_channels(alpha: float) -> dict[str, int]:
         return {
-            name: max(step, step * round(alpha * wanted[name] / step))
+            name: max(step, step * round(alpha * ideal[name] / step))
             for name, step in steps.items()
         }
 
     def fits(alpha: float) -> bool:
-        return bool(graph.macs(rounded(alpha)) <= budget_macs)
+        return graph.macs(round_channels(alpha)) <= budget_macs
 
     low, high = 0.0, 1.0
     if not fits(low):
         raise InputError(
-            f"budget_macs is {budget_macs:,}, but the narrowest network already takes "
-            f"{graph.macs(rounded(low)):,} at resolution {graph.resolution}; raise the budget"
+            f"budget_macs is {budget_macs:,}, but the narrowest network has "
+            f"{graph.macs(round_channels(low)):,} MACs at resolution {graph.resolution}; raise the "
+            "budget"
         )
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    channels = rounded(low)
-    _repair(graph, channels, steps, {n: low * one for n, one in wanted.items()}, budget_macs)
+    channels = round_channels(low)
+    shares = {name: low * count for name, count in ideal.items()}
+    _add_steps(graph, channels, steps, shares, budget_macs)
     return Match(channels, low, graph.macs(channels), budget_macs)
 
 
-def _wanted(graph: WidthGraph, multipliers: Mapping[str, float]) -> dict[str, float]:
-    wanted = {}
+def _ideal_channels(graph: WidthGraph, multipliers: Mapping[str, float]) -> dict[str, float]:
+    """Return the real channel counts at alpha = 1."""
+    ideal = {}
     for name, variable in graph.free.items():
         factor = multipliers.get(name, math.nan)
-        if not factor > 0 or math.isinf(factor):
+        if not 0 < factor < math.inf:
             raise InputError(
                 f"multipliers.{name} is {factor}, but every free width variable needs a factor "
-                "above 0; search again, or give it 1"
+                "above 0; search again, or set it to 1"
             )
-        wanted[name] = factor * variable.channels
-    return wanted
+        ideal[name] = factor * variable.channels
+    return ideal
 
 
-def _repair(
+def _add_steps(
     graph: WidthGraph,
     channels: dict[str, int],
     steps: Mapping[str, int],
-    ideal: Mapping[str, float],
+    shares: Mapping[str, float],
     budget_macs: int,
 ) -> None:
-    """Give single steps to the variables most rounded down, while the budget allows.
+    """Add single steps to the variables that were rounded down most, while the budget allows.
 
-    First no variable rises more than one step above its share. What then is left over,
-    because the steps that remain are too dear, goes to the cheaper ones, up to two steps, and
-    to more only where the match would otherwise miss its tolerance.
+    First no variable may exceed its share by more than one step. The steps that the budget does
+    not allow then go to variables that are less expensive: up to two steps, and more only while
+    the match is outside its tolerance.
     """
-    reach, given = 0, True
-    while given or reach < REPAIR_STEPS:
+    reach, changed = 0, True
+    while changed or reach < REPAIR_STEPS:
         reach += 1
         if reach > REPAIR_STEPS and graph.macs(channels) >= (1 - TOLERANCE) * budget_macs:
             return
-        given = False
-        for name in sorted(channels, key=lambda name: channels[name] / ideal[name]):
-            more = {**channels, name: channels[name] + steps[name]}
-            near = more[name] - ideal[name] <= reach * steps[name]
-            if near and graph.macs(more) <= budget_macs:
-                channels[name] = more[name]
-                given = True
+        changed = False
+        for name in sorted(channels, key=lambda name: channels[name] / shares[name]):
+            wider = {**channels, name: channels[name] + steps[name]}
+            is_near = wider[name] - shares[name] <= reach * steps[name]
+            if is_near and graph.macs(wider) <= budget_macs:
+                channels[name] = wider[name]
+                changed = True
 
 
-def cosine(one: Mapping[str, float], other: Mapping[str, float]) -> float:
-    """Cosine similarity of two vectors of multipliers over the same width variables.
+def cosine(first: Mapping[str, float], second: Mapping[str, float]) -> float:
+    """Return the cosine similarity of two vectors of multipliers over the same width variables.
 
-    Source: paper appendix D; un-optimised widths are the vector of ones.
+    Source: paper appendix D; the baseline (uniform widths) is the vector of ones.
     """
-    assert one.keys() == other.keys()
-    product = sum(value * other[name] for name, value in one.items())
+    assert first.keys() == second.keys()
+    product = sum(value * second[name] for name, value in first.items())
     return product / math.sqrt(
-        sum(value**2 for value in one.values()) * sum(value**2 for value in other.values())
+        sum(value**2 for value in first.values()) * sum(value**2 for value in second.values())
     )

@@ -9,9 +9,9 @@ from login import Folder
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
+    for task in items:
+        if Path(__file__).parent in task.path.parents:
+            task.add_marker(pytest.mark.slurm)
 
 
 def _started(**options):

@@ -169,7 +169,7 @@ def preempted(folder, _row):
 
 def start_patched(folder, patch, *words):
     """The command with something in it replaced, so that it can be met at one instant."""
-    script = f"{textwrap.dedent(patch)}\nimport sys, widthopt.__main__\nwidthopt.__main__.main()"
+    script = f"{textwrap.dedent(patch)}\nimport sys, widthopt.cli\nwidthopt.cli.main()"
     return subprocess.Popen(  # noqa: S603
         [sys.executable, "-c", script, *words], cwd=folder.path, env=folder.environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -144,7 +144,7 @@ def test_ctrl_c_ends_the_wait_and_no_job(folder):
     assert process.returncode == 130
     (sweep,) = (folder.path / "runs" / "sweeps").iterdir()
     assert said.splitlines()[-1] == (
-        "widthopt: stopped; what was submitted goes on, and this ends it: widthopt cancel "
+        "widthopt: stopped; submitted jobs continue; to end them: widthopt cancel "
         f"{sweep.stem} --root runs"
     )
     assert len(folder.queue()) == 2
@@ -160,7 +160,7 @@ def test_what_a_job_said_before_it_began_is_followed_too(folder):
 
 def test_arrays_are_no_longer_than_the_cluster_allows(folder):
     words = (*SWEEP, "projection.width=0.5,0.6,0.75,1", "seeds=[0]")
-    small = "import launchers.queue as q; q.array_size = lambda: 3"
+    small = "import hydra_plugins.widthopt_launchers.queue as q; q.array_size = lambda: 3"
     patched(folder, small, *words, "+hydra.launcher.options.begin=now+600")
     jobs = sorted(folder.queue())
     assert len(jobs) == 8
@@ -314,8 +314,8 @@ def test_code_that_is_edited_while_it_waits_changes_nothing(folder):
 
 HELD = """
     import pathlib, time
-    import launchers.slurm
-    copy = launchers.slurm.snapshot
+    import hydra_plugins.widthopt_launchers.slurm
+    copy = hydra_plugins.widthopt_launchers.slurm.snapshot
 
     def held(*args, **kwargs):
         pathlib.Path("held").touch()
@@ -323,7 +323,7 @@ HELD = """
             time.sleep(0.1)
         return copy(*args, **kwargs)
 
-    launchers.slurm.snapshot = held
+    hydra_plugins.widthopt_launchers.slurm.snapshot = held
 """
 
 

@@ -5,19 +5,19 @@ anywhere, and one conf file.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from widthopt.data import Counts, Split
 from widthopt.errors import InputError
 from widthopt.setting import Recipe, Runtime, Setting
-from widthopt.training import Log
-from widthopt.widthgraph import WidthGraph, listed
+from widthopt.training.loop import Log
+from widthopt.widthgraph import WidthGraph, first_names
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
+class SearchContext:
     """What a search runs under, beside its setting, data and budget.
 
     Attributes:
@@ -44,15 +44,31 @@ class SearchResult:
             variable; a direction, not yet matched to a budget.
         overhead_macs: MACs of all forward and backward passes of the search.
         seconds: Time that the search took, of all processes that took part.
-        flags: What went wrong, by name; see `widthopt.algorithms.morphnet`.
+        diagnostics: What went wrong, by name; ``flags`` in files.
         details: What else is worth recording, as plain data.
     """
 
     multipliers: dict[str, float]
     overhead_macs: int
     seconds: float
-    flags: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
     details: Mapping[str, Any]
+
+    def to_plain(self) -> dict[str, Any]:
+        """The plain data that the store holds."""
+        plain: dict[str, Any] = asdict(self)
+        plain["flags"] = plain.pop("diagnostics")  # the name since format 1 of the store
+        return plain
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> "SearchResult":
+        """Read what `to_plain` made.
+
+        Raises:
+            KeyError, TypeError: The content is something else.
+        """
+        rest = {name: value for name, value in content.items() if name != "flags"}
+        return cls(**rest, diagnostics=content["flags"])
 
 
 class WidthSearch(Protocol):
@@ -64,7 +80,7 @@ class WidthSearch(Protocol):
         ...
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """Optimise the widths of the setting's network under a test-time budget.
 
@@ -72,7 +88,7 @@ class WidthSearch(Protocol):
             setting: The proxy, or the target itself.
             data: Its training images, and images held out of them for validation.
             budget_macs: MACs that the optimised network of this setting may cost.
-            conditions: What it runs under.
+            context: What it runs under.
 
         Raises:
             InputError: The algorithm cannot search this network.
@@ -102,7 +118,7 @@ def check_searchable(graph: WidthGraph, *, algorithm: str) -> None:
     """
     if graph.searchable:
         return
-    names = listed(list(graph.free))
+    names = first_names(list(graph.free))
     raise InputError(
         f"algorithm is {algorithm}, but it searches by BatchNorm scales and no free width variable "
         f"of the network has them on all of its channels ({names}); use a network with BatchNorm, "

@@ -18,18 +18,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widthopt import distributed
-from widthopt.algorithms import Conditions, SearchResult, check_searchable
+from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.greedy import assumed_path, path_macs, slim
-from widthopt.algorithms.grids import Grids, binned, grids
-from widthopt.algorithms.sandwich import Reduction, Sandwich, check_budget, prepared, step_macs
+from widthopt.algorithms.grids import Grids, bin_grid, grids
+from widthopt.algorithms.sandwich import (
+    Reduction,
+    Sandwich,
+    check_budget,
+    prepare_supernet,
+    step_macs,
+)
 from widthopt.data import Counts, Split
-from widthopt.errors import InputError
+from widthopt.errors import InputError, check_fields
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import enlarge_channels
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import enlarged
-from widthopt.surgery import Blueprint
-from widthopt.training import train
+from widthopt.training import distributed
+from widthopt.training.loop import train
 from widthopt.widthgraph import WidthGraph
 
 
@@ -52,7 +58,8 @@ class AutoSlim:
         random_subnets: Random subnets in a step, beside the widest and the narrowest.
         reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
         validation_images: Held-out images at most that mistakes are counted on.
-        chunk: Images at most in one pass of slimming, whose statistics BatchNorm takes.
+        evaluation_batch_size: Images in one pass of slimming, at most; BatchNorm takes their
+            statistics.
         calibration_images: Training images at most that it takes them from instead, anew for
             every candidate, in slimming; 0 for none.
     """
@@ -66,11 +73,13 @@ class AutoSlim:
     random_subnets: int
     reduction: Reduction
     validation_images: int
-    chunk: int
+    evaluation_batch_size: int
     calibration_images: int
 
     def __post_init__(self) -> None:
-        for key, holds, rule in (
+        check_fields(
+            "algorithm",
+            self,
             ("enlarge", 1 <= self.enlarge < math.inf, "a supernet is no narrower than its network"),
             ("bins", self.bins >= 2, "there is nothing to take away with fewer than 2"),  # noqa: PLR2004
             ("divisor", self.divisor >= 1, "a bin has at least one channel"),
@@ -86,8 +95,8 @@ class AutoSlim:
                 f"batch statistics need at least {LEAST_IMAGES} images",
             ),
             (
-                "chunk",
-                self.chunk >= LEAST_IMAGES,
+                "evaluation_batch_size",
+                self.evaluation_batch_size >= LEAST_IMAGES,
                 f"batch statistics need at least {LEAST_IMAGES} images",
             ),
             (
@@ -95,29 +104,25 @@ class AutoSlim:
                 self.calibration_images == 0 or self.calibration_images >= LEAST_IMAGES,
                 f"statistics need at least {LEAST_IMAGES} images, and 0 means none",
             ),
-        ):
-            if not holds:
-                raise InputError(
-                    f"algorithm.{key} is {getattr(self, key):g}, but {rule}; conf/algorithm/"
-                    "autoslim.yaml has the usual value"
-                )
+            remedy="conf/algorithm/autoslim.yaml has the usual value",
+        )
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
         The widths found cost less than the budget by less than one bin. The details have the
         whole path: each of its points is what would have been found for a larger budget.
         """
-        blueprint, recipe = Blueprint(setting), conditions.recipe
-        graph = self._checked(blueprint, budget_macs)
+        blueprint, recipe = Blueprint(setting), context.recipe
+        graph = self._check_graph(blueprint, budget_macs)
         options = self.options(graph)
         images = self.images(data.evaluation.images)
-        supernet, runtime = prepared(
-            blueprint, conditions, enlarge=self.enlarge, batch_size=data.train.batch_size
+        supernet, runtime = prepare_supernet(
+            blueprint, context, enlarge=self.enlarge, batch_size=data.train.batch_size
         )
-        seed = derived_seed(conditions.seed, "search")
+        seed = derived_seed(context.seed, "search")
         objective = Sandwich(
             supernet,
             options,
@@ -134,29 +139,29 @@ class AutoSlim:
             seed=seed,
             runtime=runtime,
             objective=objective,
-            folder=conditions.folder,
+            folder=context.folder,
             label=f"{self.name} search",
-            log=conditions.log,
+            log=context.log,
         )
         # Slimming chooses its own memory format: it reuses values, so that others are faster.
         supernet.mixed = False
         sample = data.evaluation.sample(
             images,
-            batch_size=min(self.chunk, images),
-            seed=derived_seed(conditions.seed, "validation"),
+            batch_size=min(self.evaluation_batch_size, images),
+            seed=derived_seed(context.seed, "validation"),
         )
         slimmed = slim(
             supernet,
             options,
-            list(sample.share(distributed.rank(), distributed.ranks())),
+            list(sample.share(distributed.rank(), distributed.world_size())),
             budgets_macs=[budget_macs],
-            runtime=conditions.runtime,
+            runtime=context.runtime,
             calibration=self._calibration(data),
             rules=setting.network.rules,
-            log=conditions.folder / "slimming.json",
+            log=context.folder / "slimming.json",
             identity={
                 "network": setting.network.name,
-                "seed": conditions.seed,
+                "seed": context.seed,
                 "algorithm": asdict(self),
                 "weights": _digest(supernet.model),
             },
@@ -170,7 +175,7 @@ class AutoSlim:
             },
             overhead_macs=objective.macs + slimmed.macs,
             seconds=trained.seconds + slimmed.seconds,
-            flags={"budget_reached": True},
+            diagnostics={"budget_reached": True},
             details={
                 "backend": supernet.backend,
                 "budget_macs": budget_macs,
@@ -197,7 +202,7 @@ class AutoSlim:
         self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
     ) -> int:
         """See `WidthSearch`: training, and slimming along an assumed path."""
-        graph = self._checked(Blueprint(setting), budget_macs)
+        graph = self._check_graph(Blueprint(setting), budget_macs)
         options = self.options(graph)
         step = step_macs(graph, options, random_subnets=self.random_subnets)
         trained = round(counts.per_epoch * recipe.search_epochs * step)
@@ -208,15 +213,15 @@ class AutoSlim:
             options,
             path,
             images=images,
-            chunk=self.chunk,
+            chunk=self.evaluation_batch_size,
             calibration=min(self.calibration_images, counts.per_epoch),
         )
         return trained + slimmed
 
-    def _checked(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
+    def _check_graph(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
         """The supernet's graph, if the network can be searched under this budget."""
         check_searchable(blueprint.graph, algorithm=self.name)
-        graph = blueprint.resized(enlarged(blueprint.graph, self.enlarge))
+        graph = blueprint.resize_graph(enlarge_channels(blueprint.graph, self.enlarge))
         check_budget(graph, self.options(graph), budget_macs, budget_macs, enlarge=self.enlarge)
         return graph
 
@@ -234,7 +239,7 @@ class AutoSlim:
             )
 
         def rule(count: int) -> list[int]:
-            return binned(
+            return bin_grid(
                 count,
                 bins=self.bins,
                 divisor=self.divisor,
@@ -256,8 +261,8 @@ class AutoSlim:
                 f"statistics need at least {LEAST_IMAGES}; raise projection.fraction or "
                 "dataset.validation"
             )
-        images = min(held_out, self.validation_images)
-        return images - images % self.chunk if images > self.chunk else images
+        images, batch = min(held_out, self.validation_images), self.evaluation_batch_size
+        return images - images % batch if images > batch else images
 
     def _calibration(self, data: Split) -> Tensor | None:
         """The first training images of an epoch, as they are trained on.

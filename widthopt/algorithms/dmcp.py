@@ -18,25 +18,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from widthopt import distributed
-from widthopt.algorithms import Conditions, SearchResult, check_searchable
-from widthopt.algorithms.grids import Grids, grids, grouped
+from widthopt.algorithms import SearchContext, SearchResult, check_searchable
+from widthopt.algorithms.grids import Grids, grids, group_grid
 from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regulariser_slope, schedule
 from widthopt.algorithms.sandwich import (
     Reduction,
     Sandwich,
     check_budget,
-    prepared,
+    prepare_supernet,
     step_macs,
 )
 from widthopt.data import Counts, Split
-from widthopt.errors import InputError
+from widthopt.errors import check_fields
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import ScaleSite, Supernet, enlarge_channels
 from widthopt.seeds import derived_seed, generator
 from widthopt.setting import Recipe, Setting
-from widthopt.supernet import ScaleSite, Supernet, enlarged
-from widthopt.surgery import Blueprint
-from widthopt.training import train
-from widthopt.widthgraph import WidthGraph, listed
+from widthopt.training import distributed
+from widthopt.training.loop import train
+from widthopt.widthgraph import WidthGraph, first_names
 
 
 logger = logging.getLogger("widthopt")
@@ -95,7 +95,9 @@ class DMCP:
     scale_site: ScaleSite
 
     def __post_init__(self) -> None:
-        for key, holds, rule in (
+        check_fields(
+            "algorithm",
+            self,
             ("enlarge", 1 <= self.enlarge < math.inf, "a supernet is no narrower than its network"),
             ("least", 0 < self.least < self.enlarge, "it is above 0 and below algorithm.enlarge"),
             (
@@ -112,15 +114,11 @@ class DMCP:
                 "it is from 0 up to algorithm.learning_rate",
             ),
             ("momentum", 0 <= self.momentum < 1, "it is a number from 0 up and below 1"),
-        ):
-            if not holds:
-                raise InputError(
-                    f"algorithm.{key} is {getattr(self, key):g}, but {rule}; conf/algorithm/dmcp"
-                    ".yaml has the original's value"
-                )
+            remedy="conf/algorithm/dmcp.yaml has the original's value",
+        )
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
@@ -128,13 +126,13 @@ class DMCP:
         whether the expected MACs ended between 0.95 and 1.02 of the budget: the FLOPs are
         matched afterwards whatever the search came to.
         """
-        blueprint, recipe = Blueprint(setting), conditions.recipe
-        graph = self._checked(blueprint, budget_macs)
-        self._warn_of_fixed(graph)
-        supernet, runtime = prepared(
-            blueprint, conditions, enlarge=self.enlarge, batch_size=data.train.batch_size
+        blueprint, recipe = Blueprint(setting), context.recipe
+        graph = self._check_graph(blueprint, budget_macs)
+        self._warn_about_fixed(graph)
+        supernet, runtime = prepare_supernet(
+            blueprint, context, enlarge=self.enlarge, batch_size=data.train.batch_size
         )
-        seed = derived_seed(conditions.seed, "search")
+        seed = derived_seed(context.seed, "search")
         objective = _Architecture(
             self,
             supernet,
@@ -144,7 +142,7 @@ class DMCP:
             label_smoothing=recipe.label_smoothing,
             seed=seed,
         )
-        start = self._started(objective)
+        start = self._initialise_chains(objective)
         trained = train(
             supernet.model,
             data.train,
@@ -153,9 +151,9 @@ class DMCP:
             seed=seed,
             runtime=runtime,
             objective=objective,
-            folder=conditions.folder,
+            folder=context.folder,
             label=f"{self.name} search",
-            log=conditions.log,
+            log=context.log,
         )
         chains = objective.chains
         expected = chains.expected_channels()
@@ -170,7 +168,7 @@ class DMCP:
             multipliers={name: expected[name] / n for name, n in supernet.base.channels.items()},
             overhead_macs=objective.macs,
             seconds=trained.seconds,
-            flags={"budget_reached": reached},
+            diagnostics={"budget_reached": reached},
             details={
                 **start,
                 "backend": supernet.backend,
@@ -190,7 +188,7 @@ class DMCP:
 
         A draw of the chains counts as the budget, which is where they spend most of the search.
         """
-        graph = self._checked(Blueprint(setting), budget_macs)
+        graph = self._check_graph(Blueprint(setting), budget_macs)
         options = self.options(graph)
         steps = counts.steps_per_epoch * recipe.search_epochs
         learnt = steps - steps // 2
@@ -216,10 +214,10 @@ class DMCP:
         decays = 2 * (step * (ORIGINAL_STEPS // 10) // steps)
         return math.pow(0.9999, decays)
 
-    def _checked(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
+    def _check_graph(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
         """The supernet's graph, if the network can be searched under this budget."""
         check_searchable(blueprint.graph, algorithm=self.name)
-        graph = blueprint.resized(enlarged(blueprint.graph, self.enlarge))
+        graph = blueprint.resize_graph(enlarge_channels(blueprint.graph, self.enlarge))
         least = round(BAND * budget_macs)
         check_budget(graph, self.options(graph), least, budget_macs, enlarge=self.enlarge)
         return graph
@@ -228,29 +226,29 @@ class DMCP:
         """The channel counts that each width variable of a supernet may have."""
 
         def rule(count: int) -> list[int]:
-            return grouped(
+            return group_grid(
                 count, step=self.group, least=self.least, enlarge=self.enlarge, kind=self.grid
             )
 
         return grids(graph, rule)
 
-    def _warn_of_fixed(self, graph: WidthGraph) -> None:
+    def _warn_about_fixed(self, graph: WidthGraph) -> None:
         options = self.options(graph)
         fixed = [name for name in graph.searchable if len(options[name]) == 1]
         if fixed:
             logger.warning(
                 "%d of %d width variables have too few channels for groups of algorithm.group, so "
                 "they stay at %g times their width (%s); algorithm.grid=auto searches them too",
-                len(fixed), len(graph.searchable), self.enlarge, listed(fixed),
+                len(fixed), len(graph.searchable), self.enlarge, first_names(fixed),
             )  # fmt: skip
 
-    def _started(self, objective: "_Architecture") -> dict[str, Any]:
+    def _initialise_chains(self, objective: "_Architecture") -> dict[str, Any]:
         """Where the chains start, and whether the regulariser alone would reach the budget."""
         chains, budget = objective.chains, objective.budget_macs
         if self._starts_at_budget(objective.learnt):
-            widest: int = objective.supernet.graph.macs()
+            widest = objective.supernet.graph.macs()
             chains.start_at(min(START_AT * budget, (budget + widest) / 2))
-        part, end = chains.expected_macs() / budget, objective.simulated()
+        part, end = chains.expected_macs() / budget, objective.simulate_regulariser()
         if not REACHED[0] <= end <= REACHED[1] and self.strength > 0:
             logger.warning(
                 "%d architecture steps may be too few: the regulariser alone would go from %.2f "
@@ -348,9 +346,9 @@ class _Architecture(Sandwich):
         assert marginals.grad is not None
         # The mean over the images of all processes, in one exchange.
         seen = torch.tensor([float(images)], dtype=torch.float64, device=marginals.device)
-        slope = marginals.grad * images if distributed.ranks() > 1 else marginals.grad
-        distributed.add([slope, seen])
-        if distributed.ranks() > 1:
+        slope = marginals.grad * images if distributed.world_size() > 1 else marginals.grad
+        distributed.all_reduce_sum([slope, seen])
+        if distributed.world_size() > 1:
             slope /= seen
             images = round(float(seen))
         part = self.chains.expected_macs() / self.budget_macs
@@ -372,7 +370,7 @@ class _Architecture(Sandwich):
         start, end = algorithm.learning_rate, algorithm.final_learning_rate
         return schedule(step, self.learnt, start=start, end=end)
 
-    def simulated(self) -> float:
+    def simulate_regulariser(self) -> float:
         """Where the regulariser alone would take the expected MACs, as a part of the budget."""
         start = self.chains.alpha.clone()
         alone = AlphaSGD(self.chains, mu=self._algorithm.momentum)
@@ -388,9 +386,9 @@ class _Architecture(Sandwich):
         self._history = torch.cat([self._history, torch.tensor([part], dtype=torch.float64)])
         logger.debug("epoch %d: expected MACs at %.4f of the budget", epoch, part)
 
-    def measures(self) -> dict[str, float]:
-        """See `Objective.measures`: the budget, and once the chains are learnt, how."""
-        found = super().measures()
+    def step_metrics(self) -> dict[str, float]:
+        """See `Objective.step_metrics`: the budget, and once the chains are learnt, how."""
+        found = super().step_metrics()
         found["budget_share"] = self.chains.expected_macs() / self.budget_macs
         if self._architecture is not None:
             found["architecture_loss"] = float(self._architecture)
@@ -399,7 +397,7 @@ class _Architecture(Sandwich):
                 found[f"steps_{name}"] = int(steps)
         return found
 
-    def epoch_measures(self) -> dict[str, float]:
+    def epoch_metrics(self) -> dict[str, float]:
         """The channels that are expected of each width variable."""
         return {f"channels/{name}": one for name, one in self.chains.expected_channels().items()}
 
@@ -411,19 +409,19 @@ class _Architecture(Sandwich):
             "steps_by_side_of_budget": dict(zip(names, self._sides.tolist(), strict=True)),
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Objective.tensors`."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Objective.state_dict`."""
         return {
-            **super().tensors(),
+            **super().state_dict(),
             "alpha": self.chains.alpha,
             "alpha_momentum": self._sgd.momentum,
             "history": self._history,
             "sides": self._sides,
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Objective.load`."""
-        super().load(tensors)
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Objective.load_state_dict`."""
+        super().load_state_dict(tensors)
         self.chains.alpha.copy_(tensors["alpha"])
         self._sgd.momentum.copy_(tensors["alpha_momentum"])
         self._history, self._sides = tensors["history"], tensors["sides"]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widthopt.supernet import Supernet
+from widthopt.networks.supernet import Supernet
 from widthopt.tracing.labels import torch_function_name
 from widthopt.widthgraph import Layer, WidthGraph
 
@@ -95,7 +95,7 @@ class Flow:
         self.layers = self._layers(nodes, graph)
         self.overwritten, entangled = self._overwritten(nodes)
         names = {index: one.name for index, one in enumerate(graph.variables) if one.free}
-        carried = self._carried(nodes, names)
+        carried = self._carry_variables(nodes, names)
         self.mixed = set(graph.free) if entangled else set()
         for node in nodes:
             if carried[node] and not self._per_channel(node):
@@ -120,7 +120,7 @@ class Flow:
             }
             self.stale[name] = followers(nodes, {one for one in nodes if name in carried[one]})
 
-    def needed(
+    def nodes_to_run(
         self,
         wanted: Iterable[fx.Node],
         given: Mapping[fx.Node, Any],
@@ -173,7 +173,7 @@ class Flow:
         assert len(layers) == len(graph.layers), "the trace is that of another network"
         return layers
 
-    def _carried(
+    def _carry_variables(
         self, nodes: Iterable[fx.Node], names: Mapping[int, str]
     ) -> dict[fx.Node, set[str]]:
         """The variables whose channels the value of each node may have."""

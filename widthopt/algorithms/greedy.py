@@ -31,15 +31,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widthopt import distributed
 from widthopt.algorithms.flow import Flow
-from widthopt.devices import autocast, memory_format
 from widthopt.errors import InputError
+from widthopt.files import write_atomically, writing
 from widthopt.identity import canonical, differences
+from widthopt.networks.supernet import Extent, Supernet
 from widthopt.setting import Runtime
-from widthopt.store import write_atomically, writing
-from widthopt.supernet import Extent, Supernet
 from widthopt.tracing import symbolic_trace
+from widthopt.training import distributed
+from widthopt.training.devices import autocast, memory_format
 from widthopt.widthgraph import Axis, Layer, WidthGraph
 
 
@@ -175,7 +175,7 @@ def slim(
             break
         entries.append(entry)
         channels[entry.move.variable] = entry.move.channels
-        solutions += _met(budgets[len(solutions) :], entry.move.macs, channels)
+        solutions += _solutions_met(budgets[len(solutions) :], entry.move.macs, channels)
     if len(solutions) < len(budgets):
         begin = shown = time.perf_counter()
         with _evaluating(supernet.model, first):
@@ -189,14 +189,14 @@ def slim(
                 grid = list(grids[last.variable])
                 above = {**channels, last.variable: grid[grid.index(last.channels) + 1]}
                 counter.recall(above, _steps(graph, grids, above))
-                counter.moved(last.variable)
+                counter.on_move(last.variable)
             while len(solutions) < len(budgets):
                 before = counter.macs
                 counted = counter.errors(channels, _steps(graph, grids, channels))
                 errors, spent = _of_all(counted, counter.macs - before, supernet.device)
                 name = min(errors, key=errors.__getitem__)
                 channels[name] = _below(grids[name], channels[name])
-                counter.moved(name)
+                counter.on_move(name)
                 move = Move(name, channels[name], errors, graph.macs(channels))
                 now = time.perf_counter()
                 entries.append(_Entry(move, spent, now - begin))
@@ -208,7 +208,7 @@ def slim(
                         "slimming: %d moves, %.3g of %.3g MACs left to lose",
                         len(entries), max(0, move.macs - budgets[-1]), graph.macs() - budgets[-1],
                     )  # fmt: skip
-                solutions += _met(budgets[len(solutions) :], move.macs, channels)
+                solutions += _solutions_met(budgets[len(solutions) :], move.macs, channels)
     return Slimmed(
         tuple(solutions),
         tuple(entry.move for entry in entries),
@@ -219,7 +219,7 @@ def slim(
 
 def _sizes(chunks: Sequence[Chunk]) -> list[int]:
     """Images in each chunk, of all processes; the first of each come first."""
-    of_each = distributed.of_each([len(images) for images, _ in chunks])
+    of_each = distributed.all_gather([len(images) for images, _ in chunks])
     return [size for row in zip_longest(*of_each) for size in row if size is not None]
 
 
@@ -228,7 +228,7 @@ def _of_all(
 ) -> tuple[dict[str, int], int]:
     """Mistakes on the chunks of all processes, and the MACs that they took together."""
     sums = torch.tensor([*errors.values(), macs], dtype=torch.int64, device=device)
-    distributed.add([sums])
+    distributed.all_reduce_sum([sums])
     *counts, total = sums.tolist()
     return dict(zip(errors, counts, strict=True)), total
 
@@ -360,7 +360,9 @@ def _steps(graph: WidthGraph, grids: Grids, channels: Mapping[str, int]) -> dict
     }
 
 
-def _met(budgets: Iterable[int], macs: int, channels: Mapping[str, int]) -> list[Solution]:
+def _solutions_met(
+    budgets: Iterable[int], macs: int, channels: Mapping[str, int]
+) -> list[Solution]:
     """Solutions for the budgets, of those that are open, that a network meets."""
     return [Solution(budget, dict(channels)) for budget in budgets if macs <= budget]
 
@@ -391,7 +393,7 @@ class _Journal:
                 {"format": FORMAT, **self._fields},
             )
             # Before the moves, which another search's grids do not allow.
-            entries = [] if other else list(_replayed(record["moves"], grids, graph))
+            entries = [] if other else list(_replay(record["moves"], grids, graph))
         except (KeyError, TypeError, ValueError):
             logger.warning("%s is not whole; the search begins anew", self._path)
             return []
@@ -414,7 +416,7 @@ class _Journal:
         write_atomically(self._path, json.dumps(record, allow_nan=False) + "\n")
 
 
-def _replayed(
+def _replay(
     moves: Iterable[Mapping[str, Any]], grids: Grids, graph: WidthGraph
 ) -> Iterator[_Entry]:
     """The moves of a log.
@@ -435,7 +437,7 @@ def _replayed(
 
 @contextmanager
 def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
-    """Run passes without gradients in evaluation mode, and leave every module in its own.
+    """Span passes without gradients in evaluation mode, and leave every module in its own.
 
     Args:
         model: The supernet's.
@@ -478,7 +480,7 @@ class _Counter(Protocol):
         """Take up a search that had got to these counts, from the next move on."""
         ...
 
-    def moved(self, name: str) -> None:
+    def on_move(self, name: str) -> None:
         """A variable has lost its bin."""
         ...
 
@@ -513,7 +515,7 @@ class _Naive:
     def recall(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> None:
         """Nothing is kept from one move to the next."""
 
-    def moved(self, name: str) -> None:
+    def on_move(self, name: str) -> None:
         """Nothing is kept from one move to the next."""
 
 
@@ -547,13 +549,13 @@ class _Fast:
         mine = [name for name in steps if name not in self._flow.mixed]
         result = self._flow.result
         counted = torch.zeros(2, len(mine), dtype=torch.int64, device=device)
-        with supernet.sized(channels, extents), autocast(self._runtime, device):
+        with supernet.resize_forward(channels, extents), autocast(self._runtime, device):
             for images, labels in self._naive.batches(self._layout):
                 self._keep(images, mine, weights, costs)
                 for place, name in enumerate(mine):
-                    todo = self._flow.needed([result], self._kept, self._flow.changed[name])
+                    todo = self._flow.nodes_to_run([result], self._kept, self._flow.changed[name])
                     without = self._without(name, steps[name], counts, weights)
-                    with supernet.replaced({**weights, **without}):
+                    with supernet.replace_parameters({**weights, **without}):
                         logits = self._run(todo, {result})[result]
                     self._count(todo, costs, images)
                     counted[0, place] += _mistakes(logits, labels)
@@ -582,7 +584,7 @@ class _Fast:
         before = self.macs
         mine = [name for name in steps if name not in self._flow.mixed]
         with (
-            self._supernet.sized(channels, extents),
+            self._supernet.resize_forward(channels, extents),
             autocast(self._runtime, self._supernet.device),
         ):
             for images, _ in self._naive.batches(self._layout):
@@ -596,13 +598,13 @@ class _Fast:
         extents = self._supernet.extents(channels)
         weights = {
             name: tensor.contiguous(memory_format=self._layout_of(tensor))
-            for name, tensor in self._supernet.sliced(extents).items()
+            for name, tensor in self._supernet.slice_weights(extents).items()
         }
         counts = _class_counts(self._supernet.graph, channels)
         costs = {node: _layer_macs(one, counts) for node, one in self._flow.layers.items()}
         return extents, weights, costs
 
-    def moved(self, name: str) -> None:
+    def on_move(self, name: str) -> None:
         """Drop what the lost bin was part of, or went into."""
         self._kept = {
             node: value for node, value in self._kept.items() if node not in self._flow.stale[name]
@@ -640,15 +642,15 @@ class _Fast:
             self._kept.clear()
         self._kept[self._flow.images] = images
         wanted = set().union(*(self._flow.inputs[name] for name in names)) - self._too_large
-        todo = self._flow.needed(wanted, self._kept)
+        todo = self._flow.nodes_to_run(wanted, self._kept)
         self._count(todo, costs, images)
-        with self._supernet.replaced(weights):
+        with self._supernet.replace_parameters(weights):
             self._run(todo, wanted, keep=True)
 
     def _run(
         self, todo: Sequence[fx.Node], wanted: AbstractSet[fx.Node], *, keep: bool = False
     ) -> dict[fx.Node, Any]:
-        """Run nodes, given in order, on values that are kept; a value goes with its last use.
+        """Span nodes, given in order, on values that are kept; a value goes with its last use.
 
         Args:
             todo: The nodes.

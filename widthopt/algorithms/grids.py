@@ -32,7 +32,7 @@ def grids(graph: WidthGraph, rule: Callable[[int], list[int]]) -> Grids:
     }
 
 
-def binned(
+def bin_grid(
     count: int, *, bins: int, divisor: int, least_bins: int, kind: Literal["fraction", "step"]
 ) -> list[int]:
     """AutoSlim's grid of one variable.
@@ -64,7 +64,7 @@ def binned(
     return sorted({*range(count, least - 1, -step), count})
 
 
-def grouped(
+def group_grid(
     count: int,
     *,
     step: float,

@@ -84,12 +84,12 @@ class Chains:
 
     def expected_macs(self) -> float:
         """The mean of MACs over the chains, exactly."""
-        return float(self._expected(self.marginals()))
+        return float(self._expectation(self.marginals()))
 
     def _means(self, marginals: Tensor) -> Tensor:
         return self._least + (self._steps * marginals).sum(1)
 
-    def _expected(self, marginals: Tensor) -> Tensor:
+    def _expectation(self, marginals: Tensor) -> Tensor:
         """Chains are independent, so only a variable times itself needs a second moment."""
         means, macs = self._means(marginals), self._macs
         squares = self._least.square() + (self._square_steps * marginals).sum(1)

@@ -19,17 +19,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from widthopt.algorithms import Conditions, SearchResult, check_searchable
+from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.penalty import Penalty
 from widthopt.data import Counts, Split
-from widthopt.devices import place
-from widthopt.errors import InputError
-from widthopt.evaluation import evaluate, recalibrate, recalibration_steps
+from widthopt.errors import check_value
+from widthopt.files import write_atomically
+from widthopt.networks.resize import Blueprint
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Setting
-from widthopt.store import write_atomically
-from widthopt.surgery import Blueprint
-from widthopt.training import Objective, learning_rate, train
+from widthopt.training.devices import to_device
+from widthopt.training.evaluation import evaluate, recalibrate, recalibration_steps
+from widthopt.training.loop import Objective, learning_rate, train
 from widthopt.widthgraph import WidthGraph
 
 
@@ -65,25 +65,27 @@ class MorphNet:
     floor: int
 
     def __post_init__(self) -> None:
-        for key, least in (("strength", 0.0), ("threshold", 0.0)):
+        for key, default in (("strength", "1"), ("threshold", "0.01")):
             value = getattr(self, key)
-            if not value >= least or math.isinf(value):
-                raise InputError(
-                    f"algorithm.{key} is {value:g}, but it is a number from 0 up; the default is "
-                    f"{'1' if key == 'strength' else '0.01'}"
-                )
-        if self.floor < 1:
-            raise InputError(
-                f"algorithm.floor is {self.floor}, but every layer keeps at least one channel; "
-                "use a whole number from 1 up"
+            check_value(
+                f"algorithm.{key}",
+                value,
+                holds=0 <= value < math.inf,
+                rule=f"it is a number from 0 up; the default is {default}",
             )
+        check_value(
+            "algorithm.floor",
+            self.floor,
+            holds=self.floor >= 1,
+            rule="every layer keeps at least one channel; use a whole number from 1 up",
+        )
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
-        The flags say: ``collapsed``, variables that fell to the floor; ``cut``, those among
+        The diagnostics say: ``collapsed``, variables that fell to the floor; ``cut``, those among
         them that no shortcut goes around; ``suspect``, those that only the absolute threshold
         empties (a layer that works at a small scale); ``masked_accuracy_gap``, points that
         the last truncation cost, more than two of which make ``valid`` False, as ``cut`` does;
@@ -91,13 +93,11 @@ class MorphNet:
         could have pruned; ``budget_reached``, always True here: what is pruned is grown.
         """
         del budget_macs  # the direction does not depend on it; the extrapolation grows to it
-        recipe, runtime = conditions.recipe, conditions.runtime
+        recipe, runtime = context.recipe, context.runtime
         blueprint = Blueprint(setting)
         graph = blueprint.graph
-        model = blueprint.build(
-            graph.channels, seed=derived_seed(conditions.seed, "search weights")
-        )
-        place(model, runtime)
+        model = blueprint.build(graph.channels, seed=derived_seed(context.seed, "search weights"))
+        to_device(model, runtime)
         penalty = Penalty(
             model, graph, threshold=self.threshold, tie=self.tie, depthwise=self.depthwise
         )
@@ -108,27 +108,26 @@ class MorphNet:
             data.train,
             recipe=recipe,
             epochs=recipe.search_epochs,
-            seed=derived_seed(conditions.seed, "search"),
+            seed=derived_seed(context.seed, "search"),
             runtime=runtime,
             objective=objective,
-            folder=conditions.folder,
+            folder=context.folder,
             label=f"{self.name} search",
-            log=conditions.log,
+            log=context.log,
         )
         begin = time.perf_counter()
         # Reading: accuracy is compared with fresh statistics on both sides, so that the gap is
         # what the dead channels did and not how slowly running means follow.
         calibrated = recalibrate(model, data.train, runtime=runtime)
         full = evaluate(model, data.evaluation, runtime=runtime)
-        found = _found(penalty, graph, self.floor)
-        relative = _found(penalty, graph, self.floor, relative=True)
+        found = _alive_fractions(penalty, graph, self.floor)
+        relative = _alive_fractions(penalty, graph, self.floor, relative=True)
         gammas = {
             name: value.detach().cpu().contiguous()
             for name, value in model.state_dict().items()
-            if name.rpartition(".")[0] in {one.name for one in graph.norms if one.gamma}
-            and name.endswith(".weight")
+            if name.endswith(".weight") and name.removesuffix(".weight") in graph.scale_axes
         }
-        write_atomically(conditions.folder / "gammas.safetensors", save(gammas))
+        write_atomically(context.folder / "gammas.safetensors", save(gammas))
         alive, alive_relative = penalty.counts(), penalty.counts(relative=True)
         largest, mixed = penalty.largest(), penalty.mixed
         penalty.truncate()
@@ -138,7 +137,7 @@ class MorphNet:
         least = {name: min(self.floor, one.classes) for name, one in graph.free.items()}
         collapsed = [name for name in penalty.searchable if alive[name] < least[name]]
         cut = [name for name in collapsed if not graph.connected_without(name)]
-        flags: dict[str, Any] = {
+        diagnostics: dict[str, Any] = {
             "budget_reached": True,
             "collapsed": collapsed,
             "cut": cut,
@@ -148,14 +147,14 @@ class MorphNet:
             "unchanged": all(alive[name] == one.classes for name, one in graph.free.items()),
             "valid": not cut and gap <= GAP_POINTS,
         }
-        _warn(flags)
+        _warn(diagnostics)
         channels = {name: alive[name] * one.unit for name, one in graph.free.items()}
         return SearchResult(
             multipliers=found,
             overhead_macs=3 * graph.macs() * trained.images
             + graph.macs() * (calibrated + full.images + masked.images),
             seconds=trained.seconds + time.perf_counter() - begin,
-            flags=flags,
+            diagnostics=diagnostics,
             details={
                 **start,
                 "alive_macs": graph.macs(channels) / graph.macs(),
@@ -179,7 +178,7 @@ class MorphNet:
         del budget_macs  # what is pruned is grown to any budget
         graph = Blueprint(setting).graph
         check_searchable(graph, algorithm=self.name)
-        macs: int = graph.macs()
+        macs = graph.macs()
         trained = counts.per_epoch * recipe.search_epochs
         steps = recalibration_steps(counts.batch_size, counts.steps_per_epoch)
         calibrated = steps * counts.batch_size
@@ -245,9 +244,9 @@ class _Pruning(Objective):
         if self._algorithm.truncate and epoch < self._last_epoch:
             self._penalty.truncate()
 
-    def measures(self) -> dict[str, float]:
+    def step_metrics(self) -> dict[str, float]:
         """The penalty, and what is alive."""
-        macs: int = self._penalty.graph.macs(self._alive())
+        macs = self._penalty.graph.macs(self._alive())
         return {
             "penalty": float(self._penalty.value_and_gradient()[0]),
             "macs_share": macs / self._penalty.macs,
@@ -255,7 +254,7 @@ class _Pruning(Objective):
             "mixed_classes": self._penalty.mixed,
         }
 
-    def epoch_measures(self) -> dict[str, float]:
+    def epoch_metrics(self) -> dict[str, float]:
         """Channels alive and the largest scale of each width variable, and what revived."""
         alive, largest = self._alive(), self._penalty.largest()
         return {
@@ -274,16 +273,16 @@ class _Pruning(Objective):
         names = ("epoch", "penalty", "dead", "revived")
         return [dict(zip(names, row, strict=True)) for row in self._history.tolist()]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return {"dead": self._dead, "history": self._history}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
         self._dead, self._history = tensors["dead"], tensors["history"]
 
 
-def _found(
+def _alive_fractions(
     penalty: Penalty, graph: WidthGraph, floor: int, *, relative: bool = False
 ) -> dict[str, float]:
     """The direction: what stays alive of each variable, but the floor, over what there was."""
@@ -294,13 +293,13 @@ def _found(
     }
 
 
-def _warn(flags: Mapping[str, Any]) -> None:
-    if flags["unchanged"]:
+def _warn(diagnostics: Mapping[str, Any]) -> None:
+    if diagnostics["unchanged"]:
         logger.warning("nothing was pruned: the penalty is too weak for this schedule")
-    if flags["cut"]:
-        logger.warning("the search cut the network at %s: not valid", ", ".join(flags["cut"]))
-    if flags["masked_accuracy_gap"] > GAP_POINTS:
+    if diagnostics["cut"]:
+        logger.warning("the search cut the network at %s: not valid", ", ".join(diagnostics["cut"]))
+    if diagnostics["masked_accuracy_gap"] > GAP_POINTS:
         logger.warning(
             "removing the dead channels cost %.1f points: they were not dead, not valid",
-            flags["masked_accuracy_gap"],
+            diagnostics["masked_accuracy_gap"],
         )

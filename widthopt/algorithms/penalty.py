@@ -71,17 +71,16 @@ class Penalty:
         check_searchable(graph, algorithm="morphnet")
         self.graph = graph
         self._threshold, self._tie = threshold, tie
-        self.macs: int = graph.macs()
+        self.macs = graph.macs()
         self.variables = list(graph.free)
         rows = [index for index, one in enumerate(graph.variables) if one.free]
         row = {index: place for place, index in enumerate(rows)}
-        modules = {norm.name: norm.axis for norm in graph.norms if norm.gamma}
-        norms = [model.get_submodule(name) for name in modules]
+        norms = [model.get_submodule(name) for name in graph.scale_axes]
         self._gammas: list[Tensor] = [_parameter(norm, "weight") for norm in norms]
         self._betas: list[Tensor] = [_parameter(norm, "bias") for norm in norms]
         classes: dict[tuple[int, int], int] = {}
         slots: list[int] = []
-        for axis in modules.values():
+        for axis in graph.scale_axes.values():
             for run in axis:
                 for number in range(run.start, run.start + run.classes):
                     one = classes.setdefault((run.variable, number), len(classes))
@@ -92,9 +91,7 @@ class Penalty:
         self._slot_class = torch.tensor(slots, device=device)
         self._class_row = torch.tensor([place for place, _ in free], device=device)
         self._class_free = torch.tensor([is_free for _, is_free in free], device=device)
-        self.searchable = [
-            name for place, name in enumerate(self.variables) if (place, True) in set(free)
-        ]
+        self.searchable = [name for name in self.variables if graph.scale_slices(name)]
         kept = [
             0.0 if name in self.searchable else float(graph.free[name].classes)
             for name in self.variables

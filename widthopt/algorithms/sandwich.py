@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from widthopt import distributed
-from widthopt.algorithms import Conditions
+from widthopt.algorithms import SearchContext
 from widthopt.algorithms.grids import Grids
-from widthopt.devices import autocast, memory_format, place, resolve_device
 from widthopt.errors import InputError
+from widthopt.files import write_atomically, writing
+from widthopt.networks.resize import Blueprint
+from widthopt.networks.supernet import Supernet, check_maskable
 from widthopt.seeds import derived_seed, generator
 from widthopt.setting import Backend, Runtime
-from widthopt.store import write_atomically, writing
-from widthopt.supernet import Supernet, check_maskable
-from widthopt.surgery import Blueprint
-from widthopt.training import Objective
+from widthopt.training import distributed
+from widthopt.training.devices import autocast, memory_format, resolve_device, to_device
+from widthopt.training.loop import Objective
 from widthopt.widthgraph import WidthGraph
 
 
@@ -145,18 +145,18 @@ class Sandwich(Objective):
         self._images += len(labels)
         return loss.detach(), logits.detach()
 
-    def measures(self) -> dict[str, float]:
+    def step_metrics(self) -> dict[str, float]:
         """The losses of the step's other subnets, over this process's images."""
         names = ["narrowest", *(f"random_{one}" for one in range(1, len(self._losses)))]
         losses = torch.stack(self._losses) / self._images if self._losses else torch.zeros(0)
         return {f"loss_{name}": loss for name, loss in zip(names, losses.tolist(), strict=False)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Objective.tensors`."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Objective.state_dict`."""
         return {"macs": torch.tensor(self.macs, dtype=torch.int64)}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Objective.load`."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Objective.load_state_dict`."""
         self.macs = int(tensors["macs"])
 
 
@@ -199,8 +199,8 @@ def check_budget(
     Raises:
         InputError: It lies below the narrowest subnet or not below the widest.
     """
-    narrowest: int = graph.macs({name: grid[0] for name, grid in grids.items()})
-    widest: int = graph.macs()
+    narrowest = graph.macs({name: grid[0] for name, grid in grids.items()})
+    widest = graph.macs()
     if narrowest < least_macs and budget_macs < widest:
         return
     raise InputError(
@@ -210,8 +210,8 @@ def check_budget(
     )
 
 
-def prepared(
-    blueprint: Blueprint, conditions: Conditions, *, enlarge: float, batch_size: int
+def prepare_supernet(
+    blueprint: Blueprint, context: SearchContext, *, enlarge: float, batch_size: int
 ) -> tuple[Supernet, Runtime]:
     """A supernet on its device with fresh weights, and the runtime that it is fastest under.
 
@@ -221,18 +221,18 @@ def prepared(
 
     Args:
         blueprint: The network.
-        conditions: What the search runs under.
+        context: What the search runs under.
         enlarge: Factor on the channels of the searchable variables.
         batch_size: Images in one pass.
 
     Raises:
         InputError: Switching channels off by BatchNorm does not remove them from this network.
     """
-    runtime = conditions.runtime
-    seed = derived_seed(conditions.seed, "search weights")
+    runtime = context.runtime
+    seed = derived_seed(context.seed, "search weights")
     supernet = Supernet(blueprint, enlarge=enlarge, seed=seed)
-    device, _ = place(supernet.model, runtime)
-    draws = torch.Generator().manual_seed(derived_seed(conditions.seed, "trial"))
+    device, _ = to_device(supernet.model, runtime)
+    draws = torch.Generator().manual_seed(derived_seed(context.seed, "trial"))
     side, count = supernet.graph.resolution, min(batch_size, TRIAL_IMAGES)
     images = torch.randn(max(2, count), 3, side, side, generator=draws).to(device)
     half = {
@@ -242,13 +242,13 @@ def prepared(
         for name, one in supernet.graph.free.items()
     }
     check_maskable(supernet, images, half)
-    way = _kept(conditions.folder, runtime) or _fastest(supernet, images, half, runtime)
-    way = distributed.of_first(way, device=device)
+    way = _stored_trial(context.folder, runtime) or _fastest(supernet, images, half, runtime)
+    way = distributed.broadcast(way, device=device)
     if distributed.rank() == 0:
-        with writing(conditions.folder):
-            conditions.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(conditions.folder / TRIAL, json.dumps(way._asdict()))
-    return supernet, way.taken(supernet, runtime)
+        with writing(context.folder):
+            context.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(context.folder / TRIAL, json.dumps(way._asdict()))
+    return supernet, way.apply(supernet, runtime)
 
 
 class _Way(NamedTuple):
@@ -258,7 +258,7 @@ class _Way(NamedTuple):
     mixed: bool
     backend: Backend
 
-    def taken(self, supernet: Supernet, runtime: Runtime) -> Runtime:
+    def apply(self, supernet: Supernet, runtime: Runtime) -> Runtime:
         """Let the supernet run this way; the runtime that says so."""
         supernet.backend, supernet.mixed = self.backend, self.mixed
         last = self.memory_format == "channels_last"
@@ -267,7 +267,7 @@ class _Way(NamedTuple):
             backend=self.backend,
             memory_format="channels_last" if last else "contiguous",
         )
-        place(supernet.model, runtime)
+        to_device(supernet.model, runtime)
         return runtime
 
 
@@ -286,7 +286,7 @@ def _ways(runtime: Runtime, device: torch.device) -> list[_Way]:
     return [_Way(*one, backend) for one in formats for backend in backends]
 
 
-def _kept(folder: Path, runtime: Runtime) -> _Way | None:
+def _stored_trial(folder: Path, runtime: Runtime) -> _Way | None:
     """What an earlier trial came to; None without one, or where it is not open any more."""
     try:
         found = json.loads((folder / TRIAL).read_text("utf-8"))
@@ -308,7 +308,7 @@ def _fastest(
     for _ in range(1 + TRIAL_ROUNDS):
         seconds = []
         for way in ways:
-            taken = way.taken(supernet, runtime)
+            taken = way.apply(supernet, runtime)
             seconds.append(_pass_seconds(supernet, images, channels, taken))
         rounds.append(seconds)
     for parameter in supernet.model.parameters():

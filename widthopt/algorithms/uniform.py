@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from widthopt.algorithms import Conditions, SearchResult
+from widthopt.algorithms import SearchContext, SearchResult
 from widthopt.data import Counts, Split
+from widthopt.networks.resize import Blueprint
 from widthopt.setting import Recipe, Setting
-from widthopt.surgery import Blueprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +15,12 @@ class Uniform:
     name: str
 
     def search(
-        self, setting: Setting, data: Split, *, budget_macs: int, conditions: Conditions
+        self, setting: Setting, data: Split, *, budget_macs: int, context: SearchContext
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`."""
-        del data, budget_macs, conditions
+        del data, budget_macs, context
         ones = dict.fromkeys(Blueprint(setting).graph.free, 1.0)
-        return SearchResult(ones, overhead_macs=0, seconds=0.0, flags={}, details={})
+        return SearchResult(ones, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
 
     def overhead_macs(
         self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int

@@ -7,7 +7,7 @@ torch is imported with the batches, not with the choice of a data set.
 
 from typing import TYPE_CHECKING, Any
 
-from widthopt.data.choice import Dataset, classes
+from widthopt.data.dataset import Dataset, classes
 from widthopt.data.images import Images
 from widthopt.data.subsets import Counts, Sizes, check, search_counts, target_counts
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from widthopt.data.cache import channels_first
 from widthopt.data.images import Integers, Pixels
-from widthopt.data.kept import channels_first
 
 
 RAND_AUGMENT = "rand-m9-mstd0.5"
@@ -46,9 +46,6 @@ class PaperAugmentation:
             flip: Whether a mirrored image keeps its class.
         """
         # Imported here: timm takes longer to import than all the rest, and most runs need none.
-        import widthopt.operators  # noqa: F401, PLC0415 (before torchvision, which timm imports)
-
-        # isort: split
         from timm.data.auto_augment import rand_augment_transform  # noqa: PLC0415
         from torchvision.transforms import RandomResizedCrop  # noqa: PLC0415
 
@@ -65,7 +62,7 @@ class PaperAugmentation:
     def __call__(self, image: Image.Image, *, seed: int) -> Pixels:
         """The changed image, 3 x resolution x resolution.
 
-        Call it inside `undisturbed`: the operations draw from the global generators.
+        Call it inside `preserve_global_rngs`: the operations draw from the global generators.
 
         Args:
             image: In RGB, of any size.
@@ -79,7 +76,7 @@ class PaperAugmentation:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_global_rngs() -> Iterator[None]:
     """Give the global generators of Python, numpy and torch back as they were.
 
     timm draws from Python's and numpy's, torchvision from torch's; none takes a generator.
@@ -128,7 +125,7 @@ def crop_draws(images: int, *, padding: int, flip: bool, seed: int) -> CropDraws
     return CropDraws(rows, columns, (generator.random(images) < 0.5) & flip)  # noqa: PLR2004
 
 
-def cropped(pixels: Pixels, draws: CropDraws, *, padding: int) -> Pixels:
+def crop_images(pixels: Pixels, draws: CropDraws, *, padding: int) -> Pixels:
     """Pad each image with black, crop it to its old size where it was drawn, mirror some.
 
     Args:

@@ -22,16 +22,17 @@ from widthopt.data.augmentation import (
     PADDING,
     PaperAugmentation,
     crop_draws,
-    cropped,
-    undisturbed,
+    crop_images,
+    preserve_global_rngs,
 )
-from widthopt.data.choice import Dataset, classes
+from widthopt.data.cache import CachedEvalCrops, EvalCrops, FullImages, squares, wholes
+from widthopt.data.dataset import Dataset, classes
 from widthopt.data.images import Images, Integers, Pixels
-from widthopt.data.kept import KeptSquares, Squares, Wholes, squares, wholes
-from widthopt.data.subsets import Counts, check_fraction, held_out, stratified
+from widthopt.data.subsets import Counts, check_fraction, held_out, stratify
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
+from widthopt.training.devices import memory_format
 
 
 Loaded: TypeAlias = tuple[Pixels, Integers]
@@ -77,9 +78,6 @@ class Placement:
     @classmethod
     def of(cls, dataset: Dataset, *, runtime: Runtime, device: torch.device) -> "Placement":
         """The placement that a data set's mean and deviation and the runtime ask for."""
-        last = runtime.memory_format == "channels_last" or (
-            runtime.memory_format == "auto" and device.type == "cuda"
-        )
         mean, std = (
             torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
             for values in (dataset.mean, dataset.std)
@@ -87,7 +85,7 @@ class Placement:
         return cls(
             device=device,
             workers=runtime.workers,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
+            memory_format=memory_format(runtime, device),
             scale=(1 / (255 * std)).to(device, torch.float32),
             shift=(-mean / std).to(device, torch.float32),
         )
@@ -156,7 +154,7 @@ class TrainBatches:
         self.steps_per_epoch = counts.steps_per_epoch
         self.images = counts.per_epoch
         self.classes = classes
-        self._augmented = augmented
+        self._augment = augmented
         self._labels = labels
         self._seed = seed
         self._placement = placement
@@ -190,11 +188,11 @@ class TrainBatches:
             step_seed = derived_seed(
                 self._seed, "augmentation", epoch * self.steps_per_epoch + step
             )
-            images = self._augmented(positions, part=part, seed=step_seed)
+            images = self._augment(positions, part=part, seed=step_seed)
             return images, self._labels[positions[part]]
 
         return self._placement.stream(
-            load, range(first_step, self.steps_per_epoch), immediate=self._augmented.immediate
+            load, range(first_step, self.steps_per_epoch), immediate=self._augment.immediate
         )
 
 
@@ -206,7 +204,7 @@ class EvaluationBatches:
     """
 
     def __init__(
-        self, prepared: Squares, labels: Integers, *, batch_size: int, placement: Placement
+        self, prepared: EvalCrops, labels: Integers, *, batch_size: int, placement: Placement
     ) -> None:
         """Take over images and labels.
 
@@ -283,7 +281,7 @@ class EvaluationBatches:
         return self._placement.stream(
             load,
             range(math.ceil(self.images / size)),
-            immediate=isinstance(self._squares, KeptSquares),
+            immediate=isinstance(self._squares, CachedEvalCrops),
         )
 
 
@@ -316,7 +314,7 @@ def search_split(
     """
     check_fraction(dataset, fraction=fraction, key="projection.fraction")
     images = dataset.train()
-    drawn = stratified(images.labels, classes=len(images.classes), fraction=fraction, seed=seed)
+    drawn = stratify(images.labels, classes=len(images.classes), fraction=fraction, seed=seed)
     train, validate = held_out(drawn, validation=dataset.validation)
     preparation = Preparation(dataset, resolution, seed, recipe, runtime, device)
     return preparation.split(images, train, evaluated=images, evaluation=validate)
@@ -375,8 +373,8 @@ class Augmented:
 class Plain(Augmented):
     """Images as they are evaluated."""
 
-    def __init__(self, images: Squares) -> None:
-        self.immediate = isinstance(images, KeptSquares)
+    def __init__(self, images: EvalCrops) -> None:
+        self.immediate = isinstance(images, CachedEvalCrops)
         self._images = images
 
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:  # noqa: ARG002
@@ -387,8 +385,8 @@ class Plain(Augmented):
 class Cropped(Augmented):
     """Images cropped after padding, and mirrored."""
 
-    def __init__(self, images: Squares, *, padding: int, flip: bool) -> None:
-        self.immediate = isinstance(images, KeptSquares)
+    def __init__(self, images: EvalCrops, *, padding: int, flip: bool) -> None:
+        self.immediate = isinstance(images, CachedEvalCrops)
         self._images = images
         self._padding = padding
         self._flip = flip
@@ -396,7 +394,7 @@ class Cropped(Augmented):
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:
         """Part of a batch; one draw serves the whole batch."""
         draws = crop_draws(len(positions), padding=self._padding, flip=self._flip, seed=seed)
-        return cropped(self._images(positions[part]), draws[part], padding=self._padding)
+        return crop_images(self._images(positions[part]), draws[part], padding=self._padding)
 
 
 class PaperAugmented(Augmented):
@@ -404,14 +402,14 @@ class PaperAugmented(Augmented):
 
     immediate = False
 
-    def __init__(self, images: Wholes, augmentation: PaperAugmentation) -> None:
+    def __init__(self, images: FullImages, augmentation: PaperAugmentation) -> None:
         self._images = images
         self._augmentation = augmentation
 
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:
         """Part of a batch; each image has a draw of its own."""
         places = range(len(positions))[part]
-        with undisturbed():
+        with preserve_global_rngs():
             return np.stack(
                 [
                     self._augmentation(
@@ -442,7 +440,7 @@ class Preparation:
         """
         placement = Placement.of(self.dataset, runtime=self.runtime, device=self.device)
         limit_bytes = self.dataset.memory_limit_gb * 1e9
-        augmented, used_bytes = self._augmented(images, train, limit_bytes=limit_bytes)
+        augmented, used_bytes = self._augment(images, train, limit_bytes=limit_bytes)
         prepared = self._squares(evaluated, evaluation, limit_bytes=limit_bytes - used_bytes)
         batches = TrainBatches(
             augmented,
@@ -460,7 +458,7 @@ class Preparation:
         )
         return Split(batches, measured, len(images.classes))
 
-    def _augmented(
+    def _augment(
         self, images: Images, indices: Integers, *, limit_bytes: float
     ) -> tuple[Augmented, int]:
         """The recipe's augmentation of some images, and the memory that they take."""
@@ -496,7 +494,7 @@ class Preparation:
             case other:
                 assert_never(other)
 
-    def _squares(self, images: Images, indices: Integers, *, limit_bytes: float) -> Squares:
+    def _squares(self, images: Images, indices: Integers, *, limit_bytes: float) -> EvalCrops:
         """Some images as evaluation sees them."""
         return squares(
             images,

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from widthopt.data.choice import DatasetChoice
+from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages
-from widthopt.data.subsets import fraction_of, members, permuted
+from widthopt.data.subsets import fraction_of, members, permute
 
 
 BRIGHTEST = 16
@@ -52,7 +52,7 @@ class Digits(DatasetChoice):
         labels = loaded.target.astype(np.int64)
         names = tuple(str(name) for name in loaded.target_names)
         shuffled = [
-            permuted(of_class, 0, "digits", i)
+            permute(of_class, 0, "digits", i)
             for i, of_class in enumerate(members(labels, len(names)))
         ]
         kept = [fraction_of(len(of_class), TRAIN) for of_class in shuffled]

@@ -83,7 +83,7 @@ class ArrayImages:
     def image(self, index: int, *, short_side: int | None = None) -> Image.Image:
         """One image in RGB, its short side not above ``short_side``."""
         image = _rgb(Image.fromarray(self.pixels[index]))
-        return image if short_side is None else reduced(image, short_side)
+        return image if short_side is None else reduce_image(image, short_side)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +132,13 @@ class FileImages:
                 colour = _rgb(image)
         except Exception as error:  # Pillow raises nearly anything on a broken file
             raise self.unreadable([index]) from error
-        return colour if short_side is None else reduced(colour, short_side, size=size)
+        return colour if short_side is None else reduce_image(colour, short_side, size=size)
 
     def broken(self) -> list[int]:
         """The indices of the files that cannot be decoded; every file is read once."""
         return [
             index
-            for index, readable in enumerate(threaded(self._decodes, range(len(self.paths))))
+            for index, readable in enumerate(map_threaded(self._decodes, range(len(self.paths))))
             if not readable
         ]
 
@@ -197,7 +197,7 @@ class UnreadableError(InputError):
         self.indices = tuple(indices)
 
 
-def reduced(
+def reduce_image(
     image: Image.Image, short_side: int, *, size: tuple[int, int] | None = None
 ) -> Image.Image:
     """The image with a short side not above ``short_side``; never enlarged.
@@ -221,7 +221,7 @@ def side_lengths(width: int, height: int, short_side: int) -> tuple[int, int]:
     return int(short_side * width / height), short_side
 
 
-def threaded(
+def map_threaded(
     task: Callable[[Item], Result], items: Sequence[Item], *, progress: str | None = None
 ) -> list[Result]:
     """What ``task`` gives for each item, in order, with a thread for each processor.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from widthopt.data.choice import Dataset, classes, origin
+from widthopt.data.dataset import Dataset, classes, origin
 from widthopt.data.images import NAMED, Integers
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed
@@ -24,7 +24,7 @@ def members(labels: Integers, classes: int) -> list[Integers]:
     return [np.flatnonzero(labels == label) for label in range(classes)]
 
 
-def permuted(indices: Integers, seed: int, *purpose: str | int) -> Integers:
+def permute(indices: Integers, seed: int, *purpose: str | int) -> Integers:
     """The indices in the random order that (seed, purpose) gives."""
     return np.random.default_rng(derived_seed(seed, *purpose)).permutation(indices)
 
@@ -34,7 +34,7 @@ def fraction_of(images: int, fraction: float) -> int:
     return math.floor(images * fraction + 0.5)
 
 
-def stratified(labels: Integers, *, classes: int, fraction: float, seed: int) -> list[Integers]:
+def stratify(labels: Integers, *, classes: int, fraction: float, seed: int) -> list[Integers]:
     """The images of each class that a fraction takes, in the order they are drawn.
 
     A smaller fraction at the same seed takes the beginning of the same order.
@@ -49,7 +49,7 @@ def stratified(labels: Integers, *, classes: int, fraction: float, seed: int) ->
         Indices into ``labels``, for each class.
     """
     return [
-        permuted(of_class, seed, "fraction", label)[: fraction_of(len(of_class), fraction)]
+        permute(of_class, seed, "fraction", label)[: fraction_of(len(of_class), fraction)]
         for label, of_class in enumerate(members(labels, classes))
     ]
 
@@ -123,10 +123,10 @@ class Sizes(NamedTuple):
             counts = np.bincount(images.labels, minlength=len(images.classes))
             return cls(tuple(counts.tolist()), len(dataset.test().labels))
         except InputError:
-            published = getattr(dataset, "published", None)
-            if published is None:
+            published_counts = getattr(dataset, "published_counts", None)
+            if published_counts is None:
                 raise
-            return cls(*published())
+            return cls(*published_counts())
 
 
 def search_counts(sizes: Sizes, *, fraction: float, validation: float, batch_size: int) -> Counts:
@@ -192,13 +192,13 @@ def check_fraction(dataset: Dataset, *, fraction: float, key: str) -> None:
     name, count = names[smallest], int(images[smallest])
     if count < LEAST:
         raise InputError(
-            f"{origin(dataset)}, but class {name} has {_counted(count)} to train on and a "
+            f"{origin(dataset)}, but class {name} has {_count_images(count)} to train on and a "
             "class needs 2, one of them for validation; add images or leave the class out"
         )
     left = fraction_of(count, fraction)
     if left < LEAST:
         raise InputError(
-            f"{key} is {fraction}, but class {name} is left with {_counted(left)} of "
+            f"{key} is {fraction}, but class {name} is left with {_count_images(left)} of "
             f"{count:,} and a class needs 2, one of them for validation; use "
             f"{smallest_fraction(count)} or more"
         )
@@ -211,6 +211,6 @@ def smallest_fraction(images: int) -> float:
     return math.ceil((LEAST - 0.5) / images * unit) / unit
 
 
-def _counted(images: int) -> str:
+def _count_images(images: int) -> str:
     """A number of images in words."""
     return "1 image" if images == 1 else f"{images:,} images"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from widthopt.data.choice import DatasetChoice, classes
+from widthopt.data.dataset import DatasetChoice, classes
 from widthopt.data.images import ArrayImages, FileImages, Images
 from widthopt.errors import InputError
 
@@ -28,7 +28,10 @@ class VisionDataset(DatasetChoice):
         download: Let torchvision download what is missing. It cannot download ImageNet.
     """
 
-    NEUTRAL: ClassVar[frozenset[str]] = DatasetChoice.NEUTRAL | {"root", "download"}
+    NON_IDENTITY_KEYS: ClassVar[frozenset[str]] = DatasetChoice.NON_IDENTITY_KEYS | {
+        "root",
+        "download",
+    }
 
     dataset: Named
     root: str
@@ -57,7 +60,7 @@ class VisionDataset(DatasetChoice):
         """How many classes there are; known without the images."""
         return {"CIFAR10": 10, "CIFAR100": 100, "FashionMNIST": 10, "ImageNet": 1000}[self.dataset]
 
-    def published(self) -> tuple[tuple[int, ...], int]:
+    def published_counts(self) -> tuple[tuple[int, ...], int]:
         """How many training images each class has, and how many test images there are.
 
         Known without the images. ImageNet's classes have 732 to 1,300; here they are alike.
@@ -159,7 +162,7 @@ class ImageFolder(DatasetChoice):
             implies ``verify``.
     """
 
-    NEUTRAL: ClassVar[frozenset[str]] = DatasetChoice.NEUTRAL | {"verify"}
+    NON_IDENTITY_KEYS: ClassVar[frozenset[str]] = DatasetChoice.NON_IDENTITY_KEYS | {"verify"}
 
     root: str
     verify: bool
@@ -250,9 +253,6 @@ def _file_images(
 
 def _torchvision_datasets() -> Any:
     """``torchvision.datasets``, imported when it is first needed: it brings torch along."""
-    import widthopt.operators  # noqa: F401, PLC0415 (goes before torchvision)
-
-    # isort: split
     from torchvision import datasets  # noqa: PLC0415
 
     return datasets

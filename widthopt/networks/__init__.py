@@ -1,15 +1,11 @@
-"""Networks at width multiplier 1: torchvision's by name, and any factory of a user's own.
+"""Networks at width multiplier 1: torchvision's by name, and custom ones built by a factory.
 
-A network says how it is built at a depth, where its stages and blocks lie, and how its
-weights start. Widths are not its business: `widthopt.surgery` sizes any network.
+A network defines how it is built at a depth, and where its stages and blocks are.
+`widthopt.networks.resize` gives any network its widths.
 """
 
 from typing import TYPE_CHECKING, Any
 
-import widthopt.operators  # noqa: F401  (before torchvision, which a user's network may import)
-
-
-# isort: split
 from widthopt.networks.custom import CustomNetwork
 from widthopt.networks.initialisation import initialise
 
@@ -22,10 +18,10 @@ __all__ = ["CustomNetwork", "TorchvisionNetwork", "initialise"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torchvision's networks where they are asked for.
+    """Import torchvision's networks when they are first used.
 
-    torchvision takes as long to import as torch, and most commands and all networks of a user's own
-    do without.
+    torchvision takes as long to import as torch; most commands and all custom networks do not
+    need it.
     """
     if name == "TorchvisionNetwork":
         from widthopt.networks.zoo import TorchvisionNetwork  # noqa: PLC0415 (see above)

@@ -1,4 +1,4 @@
-"""A network of the user's own, by the dotted name of the function or class that makes it."""
+"""A custom network, given by the dotted name of the function or class that builds it."""
 
 import inspect
 import re
@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError, InputError
 
 
 @dataclass(frozen=True)
 class CustomNetwork:
-    """Any factory; ``network=custom network.factory=my_module.my_network``.
+    """A network built by any factory: ``network=custom network.factory=my_module.my_network``.
 
     Attributes:
         name: The network's name in records and figures.
         factory: Dotted name of a callable that takes ``num_classes`` and returns a module.
             If it also takes ``depth``, it gets the depth multiplier.
         arguments: Further arguments of the factory, by name.
-        stages: Names of the modules whose children are the blocks of one stage each, for
+        stages_in: Names of the modules whose children are the blocks of one stage each, for
             extrapolation over depth.
-        rules: Tracing rules: dotted names of module types or functions, each with the dotted
+        rules_for: Tracing rules: dotted names of module types or functions, each with the dotted
             name of its rule.
     """
 
@@ -35,26 +35,28 @@ class CustomNetwork:
 
     def build(self, *, depth: int, classes: int) -> nn.Module:
         """See `widthopt.setting.Network`."""
-        factory = _found(self.factory, "network.factory")
+        factory = _import(self.factory, "network.factory")
         arguments = {"num_classes": classes, **self.arguments}
         if "depth" in inspect.signature(factory).parameters:
             arguments["depth"] = depth
         elif depth != 1:
-            raise InputError(
-                f"depth is {depth}, but {self.factory} takes no argument `depth`; give it one, or "
-                "use depth 1"
+            raise AxisError(
+                "depth",
+                f"{depth}, but {self.factory} takes no argument `depth`; add the argument, or use "
+                "depth 1",
             )
         try:
             model = factory(**arguments)
         except TypeError as error:
             raise InputError(
                 f"network.factory is {self.factory}, but it cannot be called with "
-                f"{', '.join(arguments)} ({error}); it takes num_classes and network.arguments"
+                f"{', '.join(arguments)} ({error}); make it accept num_classes and "
+                "network.arguments"
             ) from error
         if not isinstance(model, nn.Module):
             raise InputError(
-                f"network.factory is {self.factory}, but it returned a {type(model).__name__}; it "
-                "must return a torch.nn.Module"
+                f"network.factory is {self.factory}, but it returned {type(model).__name__}; "
+                "return a torch.nn.Module"
             )
         return model
 
@@ -74,20 +76,20 @@ class CustomNetwork:
 
     @property
     def rules(self) -> dict[Any, Callable[..., Any]]:
-        """The tracing rules, found by their names."""
+        """The tracing rules, imported by their names."""
         return {
-            _found(operation, "network.rules_for"): _found(rule, "network.rules_for")
+            _import(operation, "network.rules_for"): _import(rule, "network.rules_for")
             for operation, rule in self.rules_for.items()
         }
 
 
-def _found(name: str, key: str) -> Any:
-    """What a dotted name stands for."""
+def _import(name: str, key: str) -> Any:
+    """Import the object with a dotted name."""
     module, _, attribute = name.rpartition(".")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", module):
         raise InputError(
-            f"{key} is {name}, but a dotted name such as my_module.my_network is needed; the "
-            "module is looked for in the current folder too"
+            f"{key} is {name}, but it must be a dotted name such as my_module.my_network; give the "
+            "module too, which may be in the current folder"
         )
     try:
         return getattr(import_module(module), attribute)

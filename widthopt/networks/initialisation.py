@@ -1,7 +1,8 @@
-"""How weights start: as torchvision starts those of its own networks.
+"""Weight initialisation, as torchvision initialises its networks.
 
-A network that is not torchvision's starts by its own ``reset_parameters()``, if it has one,
-else as torch's layers do. The laws are those of the constructors in torchvision 0.21 to 0.28.
+Any network that is not torchvision's is initialised by its own ``reset_parameters()`` if it has
+one, else as torch's layers are. The initialisers are those of the constructors in torchvision
+0.21 to 0.28.
 """
 
 import math
@@ -12,31 +13,31 @@ from torch import nn
 from torch.nn import init
 
 
-Law = Callable[[str, nn.Module], None]
-"""Starts one layer, given its name in the network."""
+Initialiser = Callable[[str, nn.Module], None]
+"""Initialises one layer, given its name in the network."""
 
 
 def initialise(model: nn.Module, *, seed: int) -> None:
-    """Give every layer of a network fresh weights; the caller's generators stay untouched.
+    """Give every layer of a network fresh weights; the global rng state is preserved.
 
     Args:
-        model: Any network; its layers' sizes need not be those it was built with.
-        seed: The weights depend on this and on the network alone.
+        model: Any network. Its layers may have other sizes than those it was built with.
+        seed: The weights depend only on this and on the network.
     """
-    law = _law(type(model))
+    initialise_layer = _initialiser(type(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reset = getattr(model, "reset_parameters", None)
-        if law is None and callable(reset):
+        if initialise_layer is None and callable(reset):
             reset()
             return
-        # A module that resets its children itself has the last word, so children come first.
+        # A module that resets its children itself overrides them, so children come first.
         for name, module in reversed(list(model.named_modules())):
             own = getattr(module, "reset_parameters", None)
             if callable(own) and module is not model:
                 own()
-            if law is not None:
-                law(name, module)
+            if initialise_layer is not None:
+                initialise_layer(name, module)
 
 
 def _zero_bias(module: nn.Module) -> None:
@@ -120,11 +121,11 @@ def _googlenet(_: str, module: nn.Module) -> None:
         init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
 
 
-_LAWS: dict[str, Law] = {
+_INITIALISERS: dict[str, Initialiser] = {
     "torchvision.models.resnet.ResNet": _resnet,
     "torchvision.models.mobilenetv2.MobileNetV2": _mobilenet,
     "torchvision.models.mobilenetv3.MobileNetV3": _mobilenet,
-    "torchvision.models.vgg.VGG": _mobilenet,  # the same two laws: Gaussian by fan-out, and 0.01
+    "torchvision.models.vgg.VGG": _mobilenet,  # the same: Gaussian by fan-out, and 0.01
     "torchvision.models.mnasnet.MNASNet": _mnasnet,
     "torchvision.models.regnet.RegNet": _regnet,
     "torchvision.models.efficientnet.EfficientNet": _efficientnet,
@@ -134,13 +135,13 @@ _LAWS: dict[str, Law] = {
     "torchvision.models.inception.Inception3": _inception,
     "torchvision.models.googlenet.GoogLeNet": _googlenet,
 }
-"""Laws that differ from torch's own; AlexNet and ShuffleNetV2 start as torch's layers do.
+"""Initialisers that differ from torch's defaults, which AlexNet and ShuffleNetV2 use.
 
-The classes are named, since torchvision takes as long to import as torch.
+Keyed by class name, since torchvision takes as long to import as torch.
 """
 
 
-def _law(kind: type[nn.Module]) -> Law | None:
-    """The law of a network of torchvision's, or of one that a user has derived from it."""
-    laws = (_LAWS.get(f"{one.__module__}.{one.__qualname__}") for one in kind.__mro__)
-    return next((law for law in laws if law is not None), None)
+def _initialiser(kind: type[nn.Module]) -> Initialiser | None:
+    """Return the initialiser of a torchvision network, or of a subclass; None without one."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return next((_INITIALISERS[name] for name in names if name in _INITIALISERS), None)

@@ -1,4 +1,4 @@
-"""torchvision's classification CNNs by name, deepened where their builders take depths."""
+"""torchvision's classification CNNs by name, with a depth multiplier where builders allow it."""
 
 import inspect
 import re
@@ -8,14 +8,10 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-import widthopt.operators  # noqa: F401  (before torchvision)
-
-
-# isort: split
 from torch import nn
 from torchvision import models
 
-from widthopt.errors import InputError
+from widthopt.errors import AxisError, InputError
 
 
 @dataclass(frozen=True)
@@ -23,14 +19,14 @@ class TorchvisionNetwork:
     """A torchvision classification CNN; ``network=torchvision network.name=resnet50``.
 
     At depth multiplier 1 it is torchvision's own module, so torchvision's weights load into it.
-    Auxiliary heads are off: they exist only while training.
+    Auxiliary heads, which exist only during training, are off.
     """
 
     name: str
 
     def __post_init__(self) -> None:
         if self.name not in _names():
-            close = [one for one in _names() if one[:4] == self.name[:4]] or _names()
+            close = [name for name in _names() if name[:4] == self.name[:4]] or _names()
             raise InputError(
                 f"network.name is {self.name}, but torchvision has no such classification CNN; "
                 f"choose among {', '.join(close)}"
@@ -45,15 +41,16 @@ class TorchvisionNetwork:
         if depth == 1:
             model: nn.Module = builder(**arguments)
             return model
-        return _deepened(self.name, builder, arguments, depth)
+        return _deepen(self.name, builder, arguments, depth)
 
     def stages(self, model: nn.Module) -> list[tuple[str, list[str]]]:
         """See `widthopt.setting.Network`."""
         if isinstance(model, (models.MobileNetV2, models.MobileNetV3)):
             return _mobile_stages(model)
-        pattern = next((one for kind, one in _STAGES.items() if isinstance(model, kind)), r"(?!)")
+        patterns = (pattern for kind, pattern in _STAGES.items() if isinstance(model, kind))
+        pattern = next(patterns, r"(?!)")
         stages = [
-            (name, [f"{name}.{child}" for child, one in module.named_children() if _is_block(one)])
+            (name, [f"{name}.{child}" for child, m in module.named_children() if _is_block(m)])
             for name, module in model.named_modules()
             if re.fullmatch(pattern, name)
         ]
@@ -61,7 +58,7 @@ class TorchvisionNetwork:
 
     @property
     def rules(self) -> dict[Any, Callable[..., Any]]:
-        """None: torchvision's CNNs need no rules of their own."""
+        """An empty mapping: torchvision's CNNs need no tracing rules."""
         return {}
 
 
@@ -74,18 +71,18 @@ _STAGES: dict[type[nn.Module], str] = {
     models.MNASNet: r"layers\.(8|9|1[0-3])",
     models.ShuffleNetV2: r"stage\d",
 }
-"""The modules whose children are the blocks of one stage, by the type of the network."""
+"""Pattern of the modules whose children are the blocks of a stage, by type of network."""
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a stage's child is a block: not the last 1x1 convolution of EfficientNet."""
+    """Whether a child of a stage is a block; EfficientNet's last 1x1 convolution is not."""
     return not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.SiLU))
 
 
 def _mobile_stages(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """MobileNet's blocks lie in one row; a stage begins where a block has no shortcut.
+    """Group the blocks of a MobileNet into stages; a block without a shortcut starts a stage.
 
-    MobileNetV3-Large's very first block has one all the same.
+    The first block of MobileNetV3-Large starts a stage although it has a shortcut.
     """
     stages: list[tuple[str, list[str]]] = []
     for name, block in model.named_modules():
@@ -98,24 +95,25 @@ def _mobile_stages(model: nn.Module) -> list[tuple[str, list[str]]]:
 
 
 def _names() -> list[str]:
-    """Names of the classification CNNs: no transformers, no detection, segmentation or video."""
+    """Return the names of the classification CNNs: no transformers, detection or video."""
     no_cnn = re.compile("vit_|swin|maxvit")
     return [name for name in models.list_models(module=models) if not no_cnn.match(name)]
 
 
-def _deepened(
+def _deepen(
     name: str, builder: Callable[..., Any], arguments: Mapping[str, Any], depth: int
 ) -> nn.Module:
     kind = inspect.signature(builder).return_annotation
     deepen = _DEEPEN.get(kind)
     if deepen is None:
-        raise InputError(
-            f"depth is {depth}, but torchvision's builder of {name} takes no depths; use depth 1, "
-            "or a ResNet, RegNet, EfficientNet, ConvNeXt, DenseNet or mobilenet_v2"
+        raise AxisError(
+            "depth",
+            f"{depth}, but torchvision's builder of {name} takes no depths; use depth 1, or a "
+            "ResNet, RegNet, EfficientNet, ConvNeXt, DenseNet or mobilenet_v2",
         )
-    with _constructions_of(kind) as seen, suppress(_SeenError):
+    with _record_constructions(kind) as recorded, suppress(_RecordedError):
         builder(**arguments)
-    args, kwargs = seen[0]
+    args, kwargs = recorded[0]
     given = inspect.signature(kind.__init__).bind(None, *args, **kwargs).arguments
     keywords = {**given, **given.get("kwargs", {})}
     keywords = {key: value for key, value in keywords.items() if key not in {"self", "kwargs"}}
@@ -123,29 +121,29 @@ def _deepened(
     return deepened
 
 
-class _SeenError(Exception):
-    """Ends a builder once it has said what it would construct."""
+class _RecordedError(Exception):
+    """Stops a builder when it calls the constructor of its network."""
 
 
 @contextmanager
-def _constructions_of(
+def _record_constructions(
     kind: type[nn.Module],
 ) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The arguments that a builder gives a network's constructor, which does not run.
+    """Record the arguments that a builder passes to a network's constructor, which does not run.
 
-    torchvision keeps the depths of a named network inside its builder, and this is where they
-    come out. Not to be used from two threads at once.
+    torchvision keeps the depths of a named network inside its builder; this reads them. It is not
+    thread-safe.
     """
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     original = kind.__init__
 
     def record(_: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append((args, kwargs))
-        raise _SeenError
+        recorded.append((args, kwargs))
+        raise _RecordedError
 
     kind.__init__ = record  # type: ignore[method-assign, assignment]  # restored below
     try:
-        yield seen
+        yield recorded
     finally:
         kind.__init__ = original  # type: ignore[method-assign]
 
@@ -155,7 +153,7 @@ def _resnet(given: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 
 def _mobilenet_v2(given: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """MobileNetV2's stages but the first and the last, which have one block (section 3.4)."""
+    """Deepen all stages but the first and the last, which have one block (section 3.4)."""
     table = given.get("inverted_residual_setting") or [
         # expansion, channels, blocks, stride (Sandler et al., 2018, table 2)
         [1, 16, 1, 1],
@@ -198,4 +196,4 @@ _DEEPEN: dict[type[nn.Module], Callable[[Mapping[str, Any], int], dict[str, Any]
     models.ConvNeXt: _num_layers("block_setting"),
     models.DenseNet: _densenet,
 }
-"""What a depth multiplier changes in the arguments of each network's constructor."""
+"""Functions that return the deepened constructor arguments, by type of network."""

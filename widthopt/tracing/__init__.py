@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from widthopt.errors import InputError
-from widthopt.tracing.assembly import assembled
+from widthopt.tracing.assembly import assemble
 from widthopt.tracing.labels import (
     NONE,
     Call,
@@ -71,7 +71,7 @@ def trace(
     named = {name for name, _ in _values(model)}
     labeller = _Labeller(traced, rules, resolution, parameters=named)
     labeller.run(torch.empty(1, 3, resolution, resolution, device="meta"))
-    return assembled(labeller.ledger, tuple(Stage(name, tuple(blocks)) for name, blocks in stages))
+    return assemble(labeller.ledger, tuple(Stage(name, tuple(blocks)) for name, blocks in stages))
 
 
 def symbolic_trace(model: nn.Module, rules: Rules | None = None) -> fx.GraphModule:
@@ -180,9 +180,9 @@ class _Labeller(fx.Interpreter):
             return None
         if not any(isinstance(one, torch.Tensor) for one in flat(result)):
             return result  # sizes, and arithmetic on them
-        return self._ruled(node, result)
+        return self._apply_rule(node, result)
 
-    def _ruled(self, node: fx.Node, result: Any) -> Any:
+    def _apply_rule(self, node: fx.Node, result: Any) -> Any:
         module = self._module(node)
         call = Call(
             ledger=self.ledger,

@@ -13,14 +13,14 @@ from widthopt.widthgraph import (
     Norm,
     Parameter,
     Rewrite,
-    Run,
+    Span,
     Stage,
     Variable,
     WidthGraph,
 )
 
 
-def assembled(ledger: Ledger, stages: tuple[Stage, ...]) -> WidthGraph:
+def assemble(ledger: Ledger, stages: tuple[Stage, ...]) -> WidthGraph:
     """The graph of everything that was recorded while a network was traced."""
     assembly = _Assembly(ledger)
     return WidthGraph(
@@ -159,7 +159,7 @@ class _Assembly:
         starts = np.concatenate([[0], np.flatnonzero(new) + 1])
         lengths = np.diff(starts, append=len(variables))
         columns = (variables[starts], classes[starts], lengths, sizes[starts] * channels.repeat)
-        return tuple(Run(*run) for run in zip(*(one.tolist() for one in columns), strict=True))
+        return tuple(Span(*run) for run in zip(*(one.tolist() for one in columns), strict=True))
 
     def picks(self, reads: Channels, places: Labels) -> tuple[int, ...]:
         """Places of labels, as places of blocks."""

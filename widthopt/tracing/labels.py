@@ -166,11 +166,11 @@ class Call:
         outputs = self.shape[reads.dim] if writes is None else 0
         first = next((one for one in self.ledger.layers if one.name == self.name), None)
         if first is not None:
-            tied(self, first.reads, reads)
+            tie_operands(self, first.reads, reads)
             if writes is None:
                 writes = Channels(first.writes.labels, dim=reads.dim)
             else:
-                tied(self, first.writes, writes)
+                tie_operands(self, first.writes, writes)
         elif writes is None:
             writes = Channels(self.ledger.mint(self.name, outputs), dim=reads.dim)
         self.ledger.layers.append(LabelledLayer(self.name, kind, coefficient, reads, writes))
@@ -180,9 +180,9 @@ class Call:
         """Record that axis ``dim`` of a parameter has these channels."""
         known = self.ledger.parameters.setdefault((name, dim), channels)
         if known is not channels:
-            tied(self, known, channels)
+            tie_operands(self, known, channels)
 
-    def selected(self, source: str, places: Labels, dim: int) -> Channels:
+    def select(self, source: str, places: Labels, dim: int) -> Channels:
         """Record that the result is these blocks of another node, and return its channels."""
         reads = self.ledger.sources[source]
         writes = Channels(reads.labels[places], reads.repeat, dim)
@@ -217,7 +217,7 @@ def place(node: fx.Node) -> str:
     return f"module `{paths[-1]}`" if paths else "the network's own forward"
 
 
-def tied(call: Call, one: Channels, other: Channels) -> Channels:
+def tie_operands(call: Call, one: Channels, other: Channels) -> Channels:
     """Tie two operands of one elementwise operation; the channels of the result."""
     if one is NONE or other is NONE:
         return other if one is NONE else one
@@ -246,7 +246,7 @@ def tied_channels(call: Call) -> Any:
                 continue
             if result is not NONE and dim != result.dim:
                 raise call.refuse("it combines tensors whose channels lie on different axes")
-            result = tied(call, result, Channels(one.labels, one.repeat, dim))
+            result = tie_operands(call, result, Channels(one.labels, one.repeat, dim))
     for one, shape in operands:
         dim = result.dim - (len(call.shape) - len(shape))
         if result is NONE or (isinstance(one, Channels) and one is not NONE) or dim < 0:

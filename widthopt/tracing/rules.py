@@ -25,7 +25,7 @@ from widthopt.tracing.labels import (
     Rule,
     flat,
     same_channels,
-    tied,
+    tie_operands,
     tied_channels,
 )
 
@@ -101,7 +101,7 @@ def _normalisation(call: Call) -> Any:
         raise call.refuse("it normalises other axes than the channels")
     for name, _, earlier in call.ledger.norms:
         if name == call.name:  # called again with the same scales
-            tied(call, earlier, channels)
+            tie_operands(call, earlier, channels)
     batch = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 (their base class)
     call.ledger.norms.append((call.name, batch and bool(module.affine), channels))
     return channels
@@ -135,7 +135,7 @@ def _concatenation(call: Call) -> Channels:
     if call.argument(1, "dim", 0) % len(call.shape) == first.dim:
         return Channels(np.concatenate([one.labels for one in parts]), first.repeat, first.dim)
     for one in parts[1:]:
-        tied(call, first, one)
+        tie_operands(call, first, one)
     return first
 
 
@@ -152,17 +152,17 @@ def _reduction(call: Call) -> Channels:
 def _permutation(call: Call) -> Channels:
     order = call.argument(1, "dims")
     order = list(order) if isinstance(order, (tuple, list)) else list(call.args[1:])
-    return _reordered(call, [dim % len(call.shape) for dim in order])
+    return _reorder(call, [dim % len(call.shape) for dim in order])
 
 
 def _transposition(call: Call) -> Channels:
     one, other = call.dims([call.argument(1, "dim0"), call.argument(2, "dim1")])
     order = list(range(len(call.shape)))
     order[one], order[other] = order[other], order[one]
-    return _reordered(call, order)
+    return _reorder(call, order)
 
 
-def _reordered(call: Call, order: Sequence[int]) -> Channels:
+def _reorder(call: Call, order: Sequence[int]) -> Channels:
     channels: Channels = call.args[0]
     if channels is NONE:
         return NONE
@@ -179,7 +179,7 @@ def _reordered(call: Call, order: Sequence[int]) -> Channels:
 
 
 def _reshape(call: Call) -> Channels:
-    """A view, reshape or flatten: channels are flattened with what follows, or shuffled."""
+    """A view, reshape or flatten: channels are flattened with what follows, or shuffle."""
     channels: Channels = call.args[0]
     after = call.shape
     if channels is NONE:
@@ -195,10 +195,10 @@ def _reshape(call: Call) -> Channels:
     if channels.labels.ndim == PAIR:
         if after[place] != channels.labels.size or channels.places is None:
             raise call.refuse("it splits the channels in a way that is no channel shuffle")
-        return call.selected(channels.source, channels.places.reshape(-1), place)
+        return call.select(channels.source, channels.places.reshape(-1), place)
     behind = math.prod(call.before[channels.dim + 1 :])
     if after[place] in {channels.entries, channels.entries * behind}:
-        return _flattened(call, channels, place)
+        return _flatten(call, channels, place)
     pair = after[place : place + PAIR]
     if channels.repeat == 1 and math.prod(pair) == channels.entries:
         call.ledger.sources[call.source] = channels
@@ -207,7 +207,7 @@ def _reshape(call: Call) -> Channels:
     raise call.refuse("it splits the channels in a way that is no channel shuffle")
 
 
-def _flattened(call: Call, channels: Channels, place: int) -> Channels:
+def _flatten(call: Call, channels: Channels, place: int) -> Channels:
     """Channels on axis ``place`` of the result, alone or with all that was behind them."""
     size = call.shape[place]
     repeat = channels.repeat * (size // channels.entries)
@@ -221,7 +221,7 @@ def _flattened(call: Call, channels: Channels, place: int) -> Channels:
     return result
 
 
-def _picked(call: Call, pick: Callable[[Labels], Labels]) -> Channels:
+def _pick(call: Call, pick: Callable[[Labels], Labels]) -> Channels:
     """Some of the channels of the first argument, in the order that ``pick`` puts them."""
     channels: Channels = call.args[0]
     if channels.labels.ndim != 1:
@@ -234,20 +234,20 @@ def _picked(call: Call, pick: Callable[[Labels], Labels]) -> Channels:
     return Channels(channels.labels[places], channels.repeat, channels.dim, call.source, places)
 
 
-def _recorded(call: Call, channels: Channels) -> Channels:
+def _record(call: Call, channels: Channels) -> Channels:
     if channels.places is None:
         return channels
-    return call.selected(channels.source, channels.places, channels.dim)
+    return call.select(channels.source, channels.places, channels.dim)
 
 
 def _channel_shuffle(call: Call) -> Channels:
     module: Any = call.module
     groups: int = module.groups if module is not None else call.argument(1, "groups")
 
-    def shuffled(entries: Labels) -> Labels:
+    def shuffle(entries: Labels) -> Labels:
         return entries.reshape(groups, -1).T.ravel()
 
-    return _recorded(call, _picked(call, shuffled))
+    return _record(call, _pick(call, shuffle))
 
 
 def _parts(call: Call, ends: Sequence[int], dim: int) -> tuple[Channels, ...]:
@@ -256,7 +256,7 @@ def _parts(call: Call, ends: Sequence[int], dim: int) -> tuple[Channels, ...]:
     if channels is NONE or dim != channels.dim:
         return tuple(channels for _ in ends)
     pieces = [slice(start, end) for start, end in pairwise([0, *ends])]
-    return tuple(_picked(call, itemgetter(piece)) for piece in pieces)
+    return tuple(_pick(call, itemgetter(piece)) for piece in pieces)
 
 
 def _chunk(call: Call) -> tuple[Channels, ...]:
@@ -282,7 +282,7 @@ def _item(call: Call) -> Any:
     whole, index = call.args[0], call.args[1]
     if not isinstance(whole, Channels):
         part = whole[index]
-        return _recorded(call, part) if isinstance(part, Channels) else part
+        return _record(call, part) if isinstance(part, Channels) else part
     if whole is NONE:
         return NONE
     indices = list(index) if isinstance(index, tuple) else [index]
@@ -300,10 +300,10 @@ def _item(call: Call) -> Any:
         return replace(whole, dim=whole.dim - gone)
     if any(one != slice(None) for one in indices[: whole.dim] + indices[whole.dim + 1 :]):
         raise call.refuse("it slices channels and positions at once")
-    return _recorded(call, _picked(call, lambda entries: entries[mine]))
+    return _record(call, _pick(call, lambda entries: entries[mine]))
 
 
-def _unsqueezed(call: Call) -> Channels:
+def _unsqueeze(call: Call) -> Channels:
     channels: Channels = call.args[0]
     if channels is NONE:
         return NONE
@@ -311,7 +311,7 @@ def _unsqueezed(call: Call) -> Channels:
     return replace(channels, dim=channels.dim + (dim <= channels.dim))
 
 
-def _squeezed(call: Call) -> Channels:
+def _squeeze(call: Call) -> Channels:
     channels: Channels = call.args[0]
     dims = [dim for dim in call.dims(call.argument(1, "dim")) if call.before[dim] == 1]
     if channels is NONE:
@@ -397,8 +397,8 @@ FUNCTION_RULES: dict[str, Rule] = {
     "chunk": _chunk,
     "split": _split,
     "getitem": _item,
-    "unsqueeze": _unsqueezed,
-    "squeeze": _squeezed,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
     "pad": _padding,
     "layer_norm": _functional_layer_norm,
     "channel_shuffle": _channel_shuffle,

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from widthopt import distributed
 from widthopt.errors import InputError
+from widthopt.files import write_atomically
 from widthopt.identity import key
-from widthopt.store import write_atomically
 from widthopt.tracking.about import LONGEST_TAG, About
 from widthopt.tracking.client import Client, End, Kept, Where, reason
 from widthopt.tracking.lines import Lines, Row
+from widthopt.training import distributed
 
 
 __all__ = ["About", "Row", "Tracker", "Tracking", "show_in", "show_media", "tracked"]

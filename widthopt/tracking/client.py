@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from widthopt.errors import InputError
-from widthopt.store import write_atomically
+from widthopt.files import write_atomically
 from widthopt.tracking import lines
 from widthopt.tracking.about import About
 from widthopt.tracking.lines import Row

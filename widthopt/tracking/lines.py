@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from widthopt.store import write_atomically
+from widthopt.files import write_atomically
 
 
 Row = Mapping[str, Any]

@@ -1,0 +1,39 @@
+"""Channels by layer for each method: the form of the paper's figure A1."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from widthopt.records import Record, Summary, by_method
+from widthopt.reporting.figures.style import COLOURS, MARKERS
+
+
+def draw(axes: Axes, records: Sequence[Record]) -> None:
+    """Draw the channel count of each width variable, in forward order.
+
+    The mean over seeds as a line, one standard deviation as a shade. The vertical axis is
+    logarithmic: widths differ by more than ten times within one network.
+    """
+    names = list(records[0].found.channels)
+    places = range(len(names))
+    for method, ones in by_method(records).items():
+        counts = [Summary.of(one.found.channels[name] for one in ones) for name in names]
+        means = [count.mean for count in counts]
+        axes.plot(
+            places,
+            means,
+            color=COLOURS[method],
+            marker=MARKERS[method],
+            markersize=4,
+            linewidth=1.5,
+            label=method,
+        )
+        low = [max(1.0, count.mean - count.std) for count in counts]
+        high = [count.mean + count.std for count in counts]
+        axes.fill_between(places, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(list(places), names, rotation=60, ha="right", fontsize=7)
+    axes.set(xlabel="width variable, in forward order", ylabel="channels")
+    axes.set_title(f"{records[0].network}, {records[0].dataset}: channels at equal FLOPs")
+    axes.legend()

@@ -1,0 +1,242 @@
+"""How alike the widths of all searches are: the paper's figure A2."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from widthopt.records import Record, Summary
+from widthopt.reporting.figures.grid import NOTHING, TextTable
+from widthopt.reporting.figures.groups import Axis, Group, clash_notes, panels, source_words
+from widthopt.reporting.figures.style import PRINTED_INCHES, RC, SMALL
+from widthopt.widths import cosine
+
+
+MOST_VALUES = 12
+"""Rows of a map whose cells have room for their values."""
+
+LETTER_INCHES = 0.065
+"""Width of a letter of a source's name."""
+
+MOST_INCHES = 4.0
+"""Side of a map that stands alone."""
+
+COLOUR_MAP = "viridis"
+"""Perceptually uniform, and legible in grey."""
+
+
+class Entry(NamedTuple):
+    """One row and column of a map: the records of an algorithm and a source."""
+
+    algorithm: str
+    source: str
+    records: Sequence[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class PairwiseCosine:
+    """Figure A2: are optimised widths alike, within an algorithm and between them?
+
+    Similarity is that of the multipliers of the target, after extrapolation, as a mean over the
+    seeds that both sides have.
+
+    Attributes:
+        name: Stem of the files' names.
+        title: What a reader sees above the figure.
+        axis: What differs between sources and target.
+        panels: The paper's label of each network's panel.
+        claim: What the paper says, in a sentence.
+
+    Source: paper appendix D.
+    """
+
+    name: str
+    title: str
+    axis: Axis
+    panels: Mapping[str, str]
+    claim: str = ""
+
+    def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
+        """One figure, a map for each network, all with the same scale."""
+        shown = panels(records, self.panels, self.axis)
+        entries = [self._entries(group) for _, _, group in shown]
+        matrices = [_matrix(ones) for ones in entries]
+        values = [
+            value for one in matrices for row in one for value in row if not math.isnan(value)
+        ]
+        least = min(0.95, math.floor(20 * min(values, default=0.0)) / 20)
+        columns = min(2, max(1, len(shown)))
+        rows = max(1, -(-len(shown) // columns))
+        with mpl.rc_context({**RC, "axes.grid": False}):
+            longest = max((len(one.source) for ones in entries for one in ones), default=0)
+            margin = LETTER_INCHES * longest
+            side = min(MOST_INCHES, (PRINTED_INCHES - 0.4 - margin) / columns)
+            size = (PRINTED_INCHES, 1.4 + rows * (side + 0.7 + margin))
+            figure = Figure(figsize=size, layout="compressed")
+            figure.suptitle(self.title)
+            cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+            image = None
+            for axes, (_, title, _), ones, matrix in zip(
+                cells, shown, entries, matrices, strict=False
+            ):
+                axes.set_title(title, loc="left", fontsize=9, pad=18 if ones else 6)
+                if ones:
+                    image = _map(axes, ones, matrix, least)
+                    shared = [one[:2] for one in ones] == [one[:2] for one in entries[0]]
+                    if shared and axes is not cells[0] and columns > 1:
+                        axes.tick_params(labelleft=axes.get_subplotspec().is_first_col())
+                else:
+                    axes.text(0.5, 0.5, "no records yet", ha="center", transform=axes.transAxes)
+                    axes.set(xticks=[], yticks=[])
+            for axes in cells[len(shown) :]:
+                axes.set_axis_off()
+            if image is not None:
+                figure.colorbar(
+                    image, ax=cells, orientation="horizontal", shrink=0.5, aspect=40,
+                    label="cosine similarity of multipliers",
+                )  # fmt: skip
+        return {self.name: figure}
+
+    def _entries(self, group: Group | None) -> list[Entry]:
+        if group is None:
+            return []
+        return [
+            Entry(series, source_words(source, self.axis), ones)
+            for series, points in group.series(self.axis, "algorithm").items()
+            for source, ones in points.items()
+        ]
+
+    def table(self, records: Sequence[Record]) -> TextTable:
+        """The maps' numbers, and each one's similarity to un-optimised widths.
+
+        A column stands for the same algorithm and source in each network.
+        """
+        shown = panels(records, self.panels, self.axis)
+        names: dict[tuple[str, str], None] = {}
+        for _, _, group in shown:
+            names.update(dict.fromkeys((one.algorithm, one.source) for one in self._entries(group)))
+        rows: list[tuple[str, ...]] = []
+        notes = [self.claim] if self.claim else []
+        for network, title, group in shown:
+            name = title.removeprefix(f"({self.panels[network]}) ")
+            entries = self._entries(group)
+            if not entries:
+                notes.append(f"{name}: no records yet.")
+            matrix = _matrix(entries)
+            for entry, line in zip(entries, matrix, strict=True):
+                cells = {
+                    (other.algorithm, other.source): _format(value)
+                    for other, value in zip(entries, line, strict=True)
+                }
+                rows.append(
+                    (
+                        name,
+                        entry.algorithm,
+                        entry.source,
+                        _format(to_uniform(entry.records)),
+                        *(cells.get(column, NOTHING) for column in names),
+                    )
+                )
+        columns = (
+            "network", "algorithm", f"source {self.axis}", "cosine to uniform",
+            *(f"{algorithm} {source}" for algorithm, source in names),
+        )  # fmt: skip
+        return TextTable(self.title, columns, tuple(rows), (*notes, *clash_notes(shown)))
+
+
+def mean_cosine(ones: Sequence[Record], others: Sequence[Record]) -> float:
+    """Mean cosine similarity over the seeds that both have; NaN where there is none.
+
+    Widths over other variables cannot be compared, and count as not there.
+    """
+    by_seed = {one.found.seed: one.found.multipliers for one in others}
+    return _mean(
+        cosine(one.found.multipliers, by_seed[one.found.seed])
+        for one in ones
+        if by_seed.get(one.found.seed, {}).keys() == one.found.multipliers.keys()
+    )
+
+
+def to_uniform(ones: Sequence[Record]) -> float:
+    """Mean cosine similarity to un-optimised widths, the vector of ones."""
+    return _mean(
+        cosine(one.found.multipliers, dict.fromkeys(one.found.multipliers, 1.0)) for one in ones
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return Summary.of(values).mean if values else math.nan
+
+
+def _format(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.3f}"
+
+
+def _matrix(entries: Sequence[Entry]) -> list[list[float]]:
+    """Similarities of all pairs; symmetric, so each is computed once."""
+    size = range(len(entries))
+    half = {
+        (row, column): mean_cosine(entries[row].records, entries[column].records)
+        for row in size
+        for column in size
+        if row <= column
+    }
+    return [[half[min(row, column), max(row, column)] for column in size] for row in size]
+
+
+def _map(
+    axes: Axes, entries: Sequence[Entry], matrix: Sequence[Sequence[float]], least: float
+) -> Any:
+    """Draw a map; what the colour bar needs."""
+    image = axes.imshow(matrix, cmap=COLOUR_MAP, vmin=least, vmax=1.0)
+    sources = [entry.source for entry in entries]
+    axes.set_xticks(range(len(entries)), sources, rotation=90, fontsize=SMALL)
+    axes.set_yticks(range(len(entries)), sources, fontsize=SMALL)
+    axes.tick_params(length=2)
+    start = 0
+    for algorithm in dict.fromkeys(entry.algorithm for entry in entries):
+        count = sum(entry.algorithm == algorithm for entry in entries)
+        axes.add_patch(
+            Rectangle(
+                (start - 0.5, start - 0.5), count, count, fill=False, edgecolor="white",
+                linewidth=2.5,
+            )
+        )  # fmt: skip
+        axes.add_patch(
+            Rectangle(
+                (start - 0.5, start - 0.5), count, count, fill=False, edgecolor="black",
+                linewidth=1.2,
+            )
+        )  # fmt: skip
+        axes.annotate(
+            algorithm,
+            (start + (count - 1) / 2, 1.0),
+            (0, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            fontsize=SMALL,
+            annotation_clip=False,
+        )
+        start += count
+    if len(entries) <= MOST_VALUES:
+        for row, line in enumerate(matrix):
+            for column, value in enumerate(line):
+                if not math.isnan(value):
+                    light = value < (least + 1) / 2
+                    axes.text(
+                        column, row, _short(value), ha="center", va="center", fontsize=SMALL,
+                        color="white" if light else "black",
+                    )  # fmt: skip
+    return image
+
+
+def _short(value: float) -> str:
+    """Two digits that fit a cell: ``.96``, and ``1`` for what rounds to it."""
+    return f"{value:.2f}".removeprefix("0").removesuffix(".00")

@@ -1,0 +1,68 @@
+"""Accuracy against the overhead that was saved: the form of the paper's figures 3 to 6."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from widthopt.records import Record, Summary, baseline, by_algorithm, by_method
+from widthopt.reporting.figures.style import COLOURS, MARKERS, SERIES
+
+
+LEAST_SPAN = 2.0
+"""Points of accuracy that the vertical axis shows at least, so that noise looks small."""
+
+
+APART = 1.2
+"""Per cent that points of several algorithms are moved apart, for most direct ones save 0."""
+
+
+def draw(axes: Axes, records: Sequence[Record]) -> None:
+    """Draw one point for each searched setting, and the un-optimised baseline as a line.
+
+    Methods differ by marker, and by colour too where there is one algorithm. Several are drawn
+    a little to the left and right of where they are, so that they do not hide one another.
+
+    Bars and the shade are one sample standard deviation over seeds. The overhead is that
+    counted, relative to a search on the target itself, so its unit cancels.
+    """
+    groups = by_algorithm(records)
+    if plain := baseline(records):
+        _baseline(axes, Summary.of(one.top1 for one in plain))
+    places = [0.0]
+    for number, (algorithm, its) in enumerate(groups.items()):
+        for method, ones in by_method(its).items():
+            if method == "uniform":
+                continue
+            top1 = Summary.of(one.top1 for one in ones)
+            saved = Summary.of(100 * one.found.saved for one in ones)
+            places.append(saved.mean + APART * (number - (len(groups) - 1) / 2))
+            axes.errorbar(
+                places[-1],
+                top1.mean,
+                yerr=top1.std or None,
+                color=COLOURS[method] if len(groups) == 1 else SERIES[number % len(SERIES)],
+                marker=MARKERS[method],
+                markersize=6,
+                capsize=3,
+                linestyle="none",
+                label=f"{algorithm}, {method}",
+            )
+    axes.set_xlim(min(-4.0, min(places) - 2), 104)  # a proxy may be dearer than its target
+    axes.margins(y=0.2)
+    low, high = axes.get_ylim()
+    slack = max(0.0, LEAST_SPAN - (high - low)) / 2
+    axes.set_ylim(low - slack, high + slack)
+    axes.set(
+        xlabel="width optimization overhead saved (%)",
+        ylabel=f"{records[0].dataset} top-1 accuracy (%)",
+    )
+    axes.set_title(f"{records[0].network}: accuracy at equal FLOPs (multiply-adds)")
+    axes.legend()
+
+
+def _baseline(axes: Axes, top1: Summary) -> None:
+    """The un-optimised network, which is the same whatever searches beside it."""
+    colour = COLOURS["uniform"]
+    axes.axhline(top1.mean, color=colour, linestyle="--", label="uniform")
+    low, high = top1.mean - top1.std, top1.mean + top1.std
+    axes.axhspan(low, high, color=colour, alpha=0.1, linewidth=0)

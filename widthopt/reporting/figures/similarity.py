@@ -1,0 +1,73 @@
+"""How alike the widths are that were found: the form of the paper's table 1 and figure A2."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+
+from rich.table import Table
+
+from widthopt.records import Record, Summary, by_algorithm, by_method
+from widthopt.reporting.figures.summary import new_table
+from widthopt.widths import cosine
+
+
+def table(records: Sequence[Record]) -> Table:
+    """Cosine similarities of the multipliers of the target, by algorithm and method.
+
+    ``seeds``: between two seeds of one method; ``direct``: with those found on the target itself,
+    at the same seed; ``uniform``: with un-optimised ones. Means, and after them the least.
+    ``budget`` is how many of the searches say that they reached their budget.
+
+    Source: paper appendix D.
+    """
+    result = new_table(records)
+    for name in ("algorithm", "method"):
+        result.add_column(name, no_wrap=True)
+    for name in ("seeds", "direct", "uniform", "budget"):
+        result.add_column(name, justify="right", no_wrap=True)
+    groups = {name: by_method(its) for name, its in by_algorithm(records).items()}
+    for algorithm, methods in groups.items():
+        direct = {one.found.seed: one for one in _direct(algorithm, groups)}
+        for method, ones in methods.items():
+            if method == "uniform":
+                continue
+            reached = [
+                one for one in ones if one.found.diagnostics.get("budget_reached") is not False
+            ]
+            result.add_row(
+                algorithm,
+                method,
+                _cosine_text(combinations(ones, 2)),
+                _cosine_text(
+                    (one, direct[one.found.seed]) for one in ones if one.found.seed in direct
+                )
+                if method != "direct"
+                else "-",
+                _format(cosine(one.found.multipliers, _ones(one)) for one in ones),
+                f"{len(reached)} of {len(ones)}",
+            )
+    return result
+
+
+def _direct(
+    algorithm: str, groups: Mapping[str, Mapping[str, Sequence[Record]]]
+) -> Sequence[Record]:
+    """The direct searches of an algorithm; those that several proxies share have but its name."""
+    names = [name for name in groups if f"{algorithm} ".startswith(f"{name} ")]
+    found = [groups[name]["direct"] for name in sorted(names, key=len) if "direct" in groups[name]]
+    return found[-1] if found else ()
+
+
+def _ones(record: Record) -> dict[str, float]:
+    return dict.fromkeys(record.found.multipliers, 1.0)
+
+
+def _cosine_text(pairs: Iterable[tuple[Record, Record]]) -> str:
+    return _format(cosine(one.found.multipliers, other.found.multipliers) for one, other in pairs)
+
+
+def _format(values: Iterable[float]) -> str:
+    values = list(values)
+    if not values:
+        return "-"
+    mean = f"{Summary.of(values).mean:.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f})"

@@ -1,0 +1,84 @@
+"""The table at the end of a run: what each method found, cost and reached."""
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from widthopt.records import Record, Summary, baseline, by_algorithm, by_method
+
+
+def table(records: Sequence[Record]) -> Table:
+    """One row for each method, with means over seeds; fits a terminal of 80 columns.
+
+    ``channels`` are the least and the most of all seeds. ``overhead`` is in
+    MACs as counted, ``nominal`` the idealised law's saving factor; ``saved`` is relative to a
+    search on the target itself. Seconds are those of search and final training. Records of
+    several algorithms have a row for each of them, and less in it.
+    """
+    groups = by_algorithm(records)
+    several = len(groups) > 1
+    result = new_table(records)
+    names = ["method", "channels", "MACs", "params", "overhead", "nominal", "saved"]
+    names += ["top-1 %", "seconds"]
+    if several:
+        names = ["algorithm", *(name for name in names if name not in {"params", "nominal"})]
+    for name in names:
+        left = name in {"algorithm", "method", "channels"}
+        result.add_column(name, justify="left" if left else "right", no_wrap=True)
+    plain = baseline(records)
+    found = [("-", "uniform", plain)] if plain else []
+    for algorithm, its in groups.items():
+        of_methods = by_method(its).items()
+        found += [(algorithm, method, ones) for method, ones in of_methods if method != "uniform"]
+    for algorithm, method, ones in found:
+        cells = {"algorithm": algorithm, **_cells(method, ones)}
+        result.add_row(*(cells[name] for name in names))
+    return result
+
+
+def new_table(records: Sequence[Record]) -> Table:
+    """A table that says which network, data and how many seeds it is of."""
+    first = records[0]
+    seeds = len({record.found.seed for record in records})
+    return Table(
+        title=f"{first.network} on {first.dataset}, {seeds} seed{'s' if seeds > 1 else ''}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+
+
+def _cells(method: str, records: Sequence[Record]) -> dict[str, str]:
+    """A row by column: one method of one algorithm over seeds."""
+    found = [one.found for one in records]
+    search = Summary.of(one.search_seconds for one in found).mean
+    train = Summary.of(one.train_seconds for one in records).mean
+    overhead = Summary.of(one.overhead_macs for one in found).mean
+    searched = overhead > 0
+    return {
+        "method": method,
+        "channels": channels(records),
+        "MACs": short(Summary.of(one.macs for one in found).mean),
+        "params": short(Summary.of(one.parameters for one in found).mean),
+        "overhead": short(overhead) if searched else "-",
+        "nominal": f"{found[0].nominal_saving:.3g}x" if searched else "-",
+        "saved": f"{100 * Summary.of(one.saved for one in found).mean:.1f}%" if searched else "-",
+        "top-1 %": str(Summary.of(one.top1 for one in records)),
+        "seconds": f"{search:.0f}+{train:.0f}",
+    }
+
+
+def channels(records: Sequence[Record]) -> str:
+    """The least and the most channels of any layer in these records."""
+    counts = [count for one in records for count in one.found.channels.values()]
+    return f"{min(counts)}-{max(counts)}"
+
+
+def short(count: float) -> str:
+    """A count with a unit prefix: 1.81G."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{prefix}"
+    return f"{count:.0f}"

@@ -1,0 +1,262 @@
+"""Accuracy and similarity on two data sets, configuration by configuration: the paper's table 1."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from widthopt.records import Record, Summary
+from widthopt.reporting.figures.cosine import mean_cosine, to_uniform
+from widthopt.reporting.figures.grid import NOTHING, TextTable
+from widthopt.reporting.figures.groups import Group, clash_notes, direct_groups
+from widthopt.reporting.figures.style import (
+    COLOURS,
+    MARKERS,
+    PRINTED_INCHES,
+    RC,
+    SMALL,
+    series_style,
+)
+
+
+Configuration = tuple[float, float]
+"""Depth and width multiplier of a target, which is the order that the paper shows them in."""
+
+PAPER_CONFIGURATIONS: Mapping[Configuration, str] = {
+    (1, 0.312): "0.3w,1d",
+    (1, 0.5): "0.5w,1d",
+    (1, 0.707): "0.7w,1d",
+    (1, 1.0): "1w,1d",
+    (1, 1.414): "1.4w,1d",
+    (1, 1.732): "1.7w,1d",
+    (2, 1.0): "1w,2d",
+    (3, 1.0): "1w,3d",
+    (4, 1.0): "1w,4d",
+}
+"""The paper's columns. Source: paper appendix C, table 1."""
+
+PAPER_NETWORK = "resnet18"
+
+PAPER: Mapping[tuple[str, str], Sequence[float]] = {
+    ("CIFAR-100", "uniform"): (61.1, 64.6, 66.5, 67.5, 68.8, 69.4, 68.7, 69.0, 69.9),
+    ("CIFAR-100", "dmcp"): (60.8, 64.5, 66.4, 67.4, 68.4, 69.2, 68.5, 69.0, 69.8),
+    ("ImageNet", "uniform"): (53.1, 61.7, 66.8, 70.7, 73.4, 75.0, 74.4, 76.2, 77.0),
+    ("ImageNet", "dmcp"): (56.2, 64.1, 68.2, 71.8, 74.3, 75.3, 74.7, 76.0, 77.0),
+    ("cosine(CIFAR-100, ImageNet)", "dmcp"): (
+        0.96, 0.95, 0.95, 0.94, 0.94, 0.95, 0.91, 0.91, 0.92,
+    ),
+    ("cosine(CIFAR-100, uniform)", "dmcp"): (
+        0.93, 0.92, 0.92, 0.92, 0.91, 0.92, 0.88, 0.88, 0.88,
+    ),
+}  # fmt: skip
+"""The paper's numbers, in the order of its columns. Source: paper appendix C, table 1."""
+
+
+class Row(NamedTuple):
+    """Records of one data set and one way to find widths, by configuration."""
+
+    dataset: str
+    widths: str
+    records: Mapping[Configuration, Sequence[Record]]
+
+
+@dataclass(frozen=True, slots=True)
+class Table1:
+    """Table 1: are widths that were found on two data sets alike, and do they help on both?
+
+    Only un-optimised widths and those that were searched on the target itself are looked at.
+
+    Attributes:
+        name: Stem of the files' names.
+        title: What a reader sees above the table.
+        datasets: Data sets by name, with their labels in the paper.
+        network: The network's name.
+        claim: What the paper says, in a sentence.
+
+    Source: paper appendix C, table 1.
+    """
+
+    name: str
+    title: str
+    datasets: Mapping[str, str]
+    network: str
+    claim: str = ""
+
+    def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
+        """One figure, a panel for each data set: accuracy of each configuration.
+
+        Hollow markers are the paper's numbers.
+        """
+        rows, _ = self._rows(records)
+        configurations = _configurations(rows)
+        order = sorted({row.widths for row in rows} - {"uniform"})
+        with mpl.rc_context(RC):
+            panels = list(self.datasets.values())
+            size = (PRINTED_INCHES, 3.9)
+            figure = Figure(figsize=size, layout="constrained")
+            figure.suptitle(self.title)
+            cells = figure.subplots(1, max(1, len(panels)), squeeze=False).flat
+            handles: dict[str, Any] = {}
+            for axes, label in zip(cells, panels, strict=False):
+                its = [row for row in rows if row.dataset == label]
+                axes.set_title(f"{self.network}, {label}", loc="left", fontsize=9)
+                if not its:
+                    axes.text(0.5, 0.5, "no records yet", ha="center", transform=axes.transAxes)
+                    axes.set(xticks=[], yticks=[])
+                    continue
+                for row in its:
+                    number = order.index(row.widths) if row.widths in order else -1
+                    self._line(axes, row, configurations, number)
+                names = [_column(one) for one in configurations]
+                axes.set_xticks(range(len(names)), names, rotation=60, fontsize=SMALL)
+                axes.set_xlim(-0.5, len(names) - 0.5)
+                axes.set(
+                    xlabel="width and depth multiplier of the target", ylabel="top-1 accuracy (%)"
+                )
+                drawn, said = axes.get_legend_handles_labels()
+                handles.update(zip(said, drawn, strict=True))
+            names = [name for one in ("uniform", *order) for name in (one, f"{one}, paper")]
+            names = [name for name in names if name in handles]
+            if names:
+                figure.legend(
+                    [handles[name] for name in names],
+                    names,
+                    loc="outside lower center",
+                    ncols=4,
+                    fontsize=SMALL,
+                )
+        return {self.name: figure}
+
+    def _line(
+        self, axes: Axes, row: Row, configurations: Sequence[Configuration], number: int
+    ) -> None:
+        """One row's accuracy with deviations, and the paper's beside it."""
+        style: dict[str, Any] = {
+            "color": COLOURS["uniform"],
+            "marker": MARKERS["uniform"],
+            "linestyle": "--",
+        }
+        style = style if number < 0 else series_style(number)
+        there = [one for one in configurations if one in row.records]
+        top1 = [Summary.of(one.top1 for one in row.records[place]) for place in there]
+        axes.errorbar(
+            [configurations.index(one) for one in there],
+            [one.mean for one in top1],
+            yerr=[one.std for one in top1] if any(one.seeds > 1 for one in top1) else None,
+            label=row.widths,
+            markersize=4,
+            linewidth=1.3,
+            capsize=2,
+            **style,
+        )
+        paper = self._paper(row.dataset, row.widths)
+        printed = [one for one in configurations if one in paper]
+        if printed:
+            axes.plot(
+                [configurations.index(one) for one in printed],
+                [paper[one] for one in printed],
+                color=style["color"],
+                marker=style["marker"],
+                markerfacecolor="none",
+                markersize=7,
+                linestyle="none",
+                label=f"{row.widths}, paper",
+            )
+
+    def table(self, records: Sequence[Record]) -> TextTable:
+        """The paper's rows and columns: accuracies by data set, then similarities of widths."""
+        rows, notes = self._rows(records)
+        configurations = _configurations(rows)
+        lines: list[tuple[str, ...]] = []
+
+        def add(what: str, widths: str, ours: Mapping[Configuration, str], *, digits: int) -> None:
+            lines.append(
+                (what, widths, "ours", *(ours.get(one, NOTHING) for one in configurations))
+            )
+            paper = self._paper(what, widths)
+            if any(one in paper for one in configurations):
+                cells = (
+                    f"{paper[o]:.{digits}f}" if o in paper else NOTHING for o in configurations
+                )
+                lines.append((what, widths, "paper", *cells))
+
+        for row in rows:
+            cells = {
+                place: str(Summary.of(one.top1 for one in ones))
+                for place, ones in row.records.items()
+            }
+            add(row.dataset, row.widths, cells, digits=1)
+        searched = [row for row in rows if row.widths != "uniform"]
+        for one, other in combinations(searched, 2):
+            if one.widths == other.widths:
+                shared = one.records.keys() & other.records.keys()
+                cells = {place: _format(mean_cosine(one.records[place], other.records[place]))
+                         for place in shared}  # fmt: skip
+                add(f"cosine({one.dataset}, {other.dataset})", one.widths, cells, digits=2)
+        for row in searched:
+            cells = {place: _format(to_uniform(ones)) for place, ones in row.records.items()}
+            add(f"cosine({row.dataset}, uniform)", row.widths, cells, digits=2)
+        columns = ("what", "widths", "from", *(_column(one) for one in configurations))
+        notes = [self.claim, *notes] if self.claim else notes
+        return TextTable(self.title, columns, tuple(lines), tuple(notes))
+
+    def _paper(self, what: str, widths: str) -> dict[Configuration, float]:
+        """The paper's numbers of a row; none where it has no such row or network."""
+        numbers = PAPER.get((what, widths)) if self.network == PAPER_NETWORK else None
+        return dict(zip(PAPER_CONFIGURATIONS, numbers, strict=True)) if numbers else {}
+
+    def _rows(self, records: Sequence[Record]) -> tuple[list[Row], list[str]]:
+        """Rows by data set, the un-optimised first; and what was left out or is missing."""
+        rows, notes = [], []
+        everything = direct_groups(records, network=self.network)
+        for dataset, label in self.datasets.items():
+            by_resolution: dict[float, dict[Configuration, Group]] = {}
+            for group in everything:
+                if group.dataset == dataset:
+                    resolution = group.target["resolution"]
+                    by_resolution.setdefault(resolution, {})[_place(group)] = group
+            if not by_resolution:
+                notes.append(f"{label}: no records yet.")
+                continue
+            most = max(by_resolution, key=lambda resolution: len(by_resolution[resolution]))
+            others = sorted(by_resolution.keys() - {most})
+            if others:
+                left_out = ", ".join(f"{one:g}" for one in others)
+                notes.append(f"{label}: at {most:g} pixels; left out: {left_out}.")
+            its = by_resolution[most]
+            rows.append(Row(label, "uniform", {place: one.uniform for place, one in its.items()}))
+            for name in sorted({one.algorithm for group in its.values() for one in group.searched}):
+                ones = {
+                    place: [one for one in group.searched if one.algorithm == name]
+                    for place, group in its.items()
+                }
+                rows.append(Row(label, name, ones))
+            shown = [(dataset, f"{label}, {_column(place)}", one) for place, one in its.items()]
+            notes += clash_notes(shown)
+        there = [
+            row._replace(records={place: ones for place, ones in row.records.items() if ones})
+            for row in rows
+        ]
+        return [row for row in there if row.records], notes
+
+
+def _configurations(rows: Sequence[Row]) -> list[Configuration]:
+    return sorted({place for row in rows for place in row.records})
+
+
+def _place(group: Group) -> Configuration:
+    return group.target["depth"], group.target["width"]
+
+
+def _column(place: Configuration) -> str:
+    depth, width = place
+    return PAPER_CONFIGURATIONS.get(place, f"{width:g}w,{depth:g}d")
+
+
+def _format(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.2f}"

@@ -1,0 +1,389 @@
+"""Accuracy against the saved overhead, source by source: the paper's figures 3 to 6.
+
+*Saved* is the part of the direct search's overhead, as counted; *direct* is the point whose source
+is the target itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
+
+from widthopt.records import Record, Summary
+from widthopt.reporting.figures.grid import NOTHING, TextTable
+from widthopt.reporting.figures.groups import (
+    Axis,
+    By,
+    Group,
+    Source,
+    clash_notes,
+    panels,
+    source_words,
+)
+from widthopt.reporting.figures.savings import LEAST_SPAN
+from widthopt.reporting.figures.style import COLOURS, PRINTED_INCHES, RC, SMALL, series_style
+
+
+BASELINE = "uniform (not optimised)"
+"""How the legend calls the baseline."""
+
+APART_POINTS = 2.5
+"""Points of type that neighbouring series are drawn apart, so that bars do not hide bars."""
+
+LEGEND_LETTERS = 75
+"""Letters of a legend that fit beside one another."""
+
+TILTED_POINTS = 3.7
+"""Height of a letter's place in a tilted name, in points of type."""
+
+LABEL_GAP = 7.0
+"""Per cent of the horizontal axis between two labels of sources, at least."""
+
+POINTS_PER_PERCENT = 1.8
+"""Width of a panel in points of type by per cent of its axis, roughly; places labels only."""
+
+
+class SizedRequest(NamedTuple):
+    """What the seeds of one source came to.
+
+    Attributes:
+        saved: Per cent of the direct overhead that was saved, as counted; the seeds' mean.
+        top1: Top-1 accuracy over seeds, in per cent.
+        records: One for each seed.
+    """
+
+    saved: float
+    top1: Summary
+    records: Sequence[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Figures 3a-d, 4, 5a-d and 6: does accuracy stay when widths come from a cheaper search?
+
+    Attributes:
+        name: Stem of the files' names.
+        title: What a reader sees above the figure.
+        axis: What differs between sources and target.
+        series: What a line is: an algorithm, or a strategy of extrapolation (figure 4).
+        panels: The paper's label of each network's panel.
+        claim: What the paper says, in a sentence.
+        paper_saved: Per cent of the overhead that the paper says can be saved, by network.
+
+    Source: paper section 4, figures 3 to 6.
+    """
+
+    name: str
+    title: str
+    axis: Axis
+    series: By
+    panels: Mapping[str, str]
+    claim: str
+    paper_saved: Mapping[str, float]
+
+    def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
+        """One figure, a panel for each network: accuracy against what was saved.
+
+        Bars and the baseline's shade are one sample standard deviation over seeds. Series are
+        drawn a little apart sideways; their data are not moved.
+        """
+        shown = panels(records, self.panels, self.axis)
+        curves = [self._curves(group) for _, _, group in shown]
+        order = sorted({name for ones in curves for name in ones})
+        sources = {source for ones in curves for points in ones.values() for source in points}
+        longest = max((len(source_words(one, self.axis)) for one in sources), default=0)
+        pad = 20.0 + TILTED_POINTS * longest
+        columns = min(2, max(1, len(shown)))
+        rows = max(1, -(-len(shown) // columns))
+        with mpl.rc_context(RC):
+            size = (PRINTED_INCHES, 0.9 + rows * (2.7 + pad / 72))
+            figure = Figure(figsize=size, layout="constrained")
+            figure.suptitle(self.title)
+            cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+            handles: dict[str, Any] = {}
+            for axes, (_, title, group), ones in zip(cells, shown, curves, strict=False):
+                self._panel(axes, group, ones, order)
+                axes.set_title(title, loc="left", pad=pad, fontsize=9)
+                drawn, names = axes.get_legend_handles_labels()
+                handles.update(zip(names, drawn, strict=True))
+            for axes in cells[len(shown) :]:
+                axes.set_axis_off()
+            names = [name for name in [*order, BASELINE] if name in handles]
+            if names:
+                figure.legend(
+                    [handles[name] for name in names],
+                    names,
+                    title=f"above the panels: the source's {self._source_name()}",
+                    loc="outside lower center",
+                    ncols=4 if sum(map(len, names)) < LEGEND_LETTERS else 2,
+                    fontsize=SMALL,
+                    title_fontsize=SMALL,
+                )
+        return {self.name: figure}
+
+    def _source_name(self) -> str:
+        return "width, depth, resolution, fraction" if self.axis == "compound" else self.axis
+
+    def _curves(self, group: Group | None) -> dict[str, dict[Source, SizedRequest]]:
+        """Points of each series, from the target's own down."""
+        if group is None:
+            return {}
+        return {
+            name: {source: _point(ones) for source, ones in points.items()}
+            for name, points in group.series(self.axis, self.series).items()
+        }
+
+    def _panel(
+        self,
+        axes: Axes,
+        group: Group | None,
+        curves: Mapping[str, Mapping[Source, SizedRequest]],
+        order: Sequence[str],
+    ) -> None:
+        axes.set_xlabel("width optimization overhead saved (%)")
+        axes.set_xlim(-4, 104)
+        if group is None:
+            axes.text(0.5, 0.5, "no records yet", ha="center", transform=axes.transAxes)
+            axes.set_yticks([])
+            return
+        axes.set_ylabel(f"{group.dataset} top-1 accuracy (%)")
+        heights = []
+        if group.uniform:
+            heights.append(Summary.of(one.top1 for one in group.uniform))
+            _baseline(axes, heights[0])
+        saved: dict[Source, list[float]] = {}
+        for name, points in curves.items():
+            _curve(axes, list(points.values()), name=name, number=order.index(name), of=len(order))
+            for source, point in points.items():
+                heights.append(point.top1)
+                saved.setdefault(source, []).append(point.saved)
+        places = {source: sum(values) / len(values) for source, values in saved.items()}
+        if places:
+            axes.set_xlim(left=min(-4.0, min(places.values()) - 4))
+        axes.set_ylim(*_limits(heights))
+        _label_sources(axes, {source_words(one, self.axis): x for one, x in places.items()})
+
+    def table(self, records: Sequence[Record]) -> TextTable:
+        """A row for each point of each series, and the paper's number beside ours.
+
+        Differences are between means, in points of accuracy. *Still above uniform* is the
+        largest saving whose mean accuracy is above uniform's mean; *as good as direct* the
+        largest whose mean is at most one of direct's deviations below direct's mean.
+        """
+        shown = panels(records, self.panels, self.axis)
+        rows: list[tuple[str, ...]] = []
+        notes = [self.claim] if self.claim else []
+        for network, title, group in shown:
+            name = title.removeprefix(f"({self.panels[network]}) ")
+            paper = self.paper_saved.get(network)
+            if paper is not None:
+                notes.append(f"{name}: the paper saves up to {paper:g}%.")
+            if group is None:
+                notes.append(f"{name}: no records yet.")
+                continue
+            uniform = Summary.of(one.top1 for one in group.uniform) if group.uniform else None
+            if uniform is not None:
+                rows.append(_baseline_row(name, uniform))
+            above, alike = [], []
+            for series, points in self._curves(group).items():
+                direct = points.get(group.direct(self.axis))
+                rows += [
+                    (name, series, source_words(source, self.axis), *_cells(point, uniform, direct))
+                    for source, point in points.items()
+                ]
+                proxies = {
+                    source_words(source, self.axis): point
+                    for source, point in points.items()
+                    if point is not direct
+                }
+                above.append(f"{series} {_above(proxies, uniform)}")
+                alike.append(f"{series} {_matching(proxies, direct)}")
+            if above:
+                notes.append(f"{name}: saved, still above uniform: {'; '.join(above)}.")
+                notes.append(
+                    f"{name}: saved, within a deviation of direct or better: {'; '.join(alike)}."
+                )
+        columns = (
+            "network", "series", f"source {self.axis}", "seeds", "saved %", "nominal",
+            "seconds saved %", "top-1 %", "minus uniform", "minus direct", "flags",
+        )  # fmt: skip
+        return TextTable(self.title, columns, tuple(rows), (*notes, *clash_notes(shown)))
+
+
+def _point(records: Sequence[Record]) -> SizedRequest:
+    saved = Summary.of(100 * one.found.saved for one in records)
+    return SizedRequest(saved.mean, Summary.of(one.top1 for one in records), records)
+
+
+def _baseline(axes: Axes, top1: Summary) -> None:
+    colour = COLOURS["uniform"]
+    axes.axhline(top1.mean, color=colour, linestyle="--", linewidth=1.2, label=BASELINE, zorder=1.5)
+    low, high = top1.mean - top1.std, top1.mean + top1.std
+    axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _curve(axes: Axes, points: Sequence[SizedRequest], *, name: str, number: int, of: int) -> None:
+    """A line through the means, and a bar where there are seeds enough for a deviation."""
+    ordered = sorted(points, key=lambda point: point.saved)
+    inches = APART_POINTS * (number - (of - 1) / 2) / 72
+    figure = axes.get_figure()
+    assert figure is not None
+    shift = ScaledTranslation(inches, 0, figure.dpi_scale_trans)
+    bars = any(point.top1.seeds > 1 for point in ordered)
+    axes.errorbar(
+        [point.saved for point in ordered],
+        [point.top1.mean for point in ordered],
+        yerr=[point.top1.std for point in ordered] if bars else None,
+        transform=axes.transData + shift,
+        label=name,
+        markersize=4.5,
+        linewidth=1.3,
+        elinewidth=0.9,
+        capsize=2.0,
+        **series_style(number),
+    )
+
+
+def _limits(heights: Sequence[Summary]) -> tuple[float, float]:
+    """The vertical axis: all that is drawn with its deviations, and some room."""
+    low = min(one.mean - one.std for one in heights)
+    high = max(one.mean + one.std for one in heights)
+    slack = max(0.08 * (high - low), (LEAST_SPAN - (high - low)) / 2)
+    return low - slack, high + slack
+
+
+def _label_sources(axes: Axes, words: Mapping[str, float]) -> None:
+    """Name each source above the panel, where it saves; a thin line leads to a moved name.
+
+    Names lean towards the panel's middle, so that long ones stay above it.
+    """
+    spread = _spread(list(words.values()), gap=LABEL_GAP)
+    for (text, place), moved in zip(words.items(), spread, strict=True):
+        shift = POINTS_PER_PERCENT * (moved - place)
+        right = place > 50  # noqa: PLR2004 (the middle)
+        axes.annotate(
+            "",
+            xy=(place, 1.0),
+            xytext=(shift, 8),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            arrowprops={
+                "arrowstyle": "-", "linewidth": 0.6, "color": "#777777", "shrinkA": 0, "shrinkB": 0,
+            },
+            annotation_clip=False,
+        )  # fmt: skip
+        axes.annotate(
+            text,
+            xy=(place, 1.0),
+            xytext=(shift, 9),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            rotation=-45 if right else 45,
+            ha="right" if right else "left",
+            rotation_mode="anchor",
+            fontsize=SMALL,
+            annotation_clip=False,
+        )
+
+
+def _spread(places: Sequence[float], *, gap: float) -> list[float]:
+    """Places at least a gap apart, in the same order, near to where they were."""
+    order = sorted(range(len(places)), key=lambda number: places[number])
+    runs: list[tuple[float, list[int]]] = []  # centre and members of labels that touch
+    for number in order:
+        runs.append((places[number], [number]))
+        while len(runs) > 1:
+            (left, ones), (right, others) = runs[-2:]
+            if right - left >= gap * (len(ones) + len(others)) / 2:
+                break
+            members = ones + others
+            runs[-2:] = [(sum(places[one] for one in members) / len(members), members)]
+    moved = list(places)
+    for centre, members in runs:
+        for rank, number in enumerate(members):
+            moved[number] = centre + gap * (rank - (len(members) - 1) / 2)
+    return moved
+
+
+def _baseline_row(name: str, top1: Summary) -> tuple[str, ...]:
+    return (
+        name, "uniform", NOTHING, str(top1.seeds), NOTHING, NOTHING, NOTHING, _accuracy(top1),
+        NOTHING, NOTHING, NOTHING,
+    )  # fmt: skip
+
+
+def _cells(
+    point: SizedRequest, uniform: Summary | None, direct: SizedRequest | None
+) -> tuple[str, ...]:
+    """From ``seeds`` to ``flags``."""
+    return (
+        str(point.top1.seeds),
+        f"{point.saved:z.2f}",
+        f"{point.records[0].found.nominal_saving:.4g}x",
+        _saved_seconds_text(point, direct),
+        _accuracy(point.top1),
+        _difference(point.top1, uniform),
+        _difference(point.top1, None if direct is None else direct.top1),
+        _flags(point.records),
+    )
+
+
+def _saved_seconds_text(point: SizedRequest, direct: SizedRequest | None) -> str:
+    """In wall-clock time, where a proxy may save less than it does in MACs."""
+    whole = _seconds(direct) if direct else 0.0
+    return f"{100 * (1 - _seconds(point) / whole):z.1f}" if whole > 0 else NOTHING
+
+
+def _seconds(point: SizedRequest) -> float:
+    return Summary.of(one.found.search_seconds for one in point.records).mean
+
+
+def _accuracy(top1: Summary) -> str:
+    return f"{top1.mean:.2f}±{top1.std:.2f}" if top1.seeds > 1 else f"{top1.mean:.2f}"
+
+
+def _difference(top1: Summary, other: Summary | None) -> str:
+    return NOTHING if other is None else f"{top1.mean - other.mean:+z.2f}"
+
+
+def _flags(records: Sequence[Record]) -> str:
+    """How many searches say of themselves that they went well, and what went wrong in others."""
+    diagnostics, seeds = [one.found.diagnostics for one in records], len(records)
+    words = []
+    for name, said in (("valid", "valid"), ("budget_reached", "budget reached")):
+        if any(name in one for one in diagnostics):
+            good = sum(one.get(name) is not False for one in diagnostics)
+            words.append(f"{said} {good} of {seeds}")
+    for name, said in (("unchanged", "pruned nothing"), ("collapsed", "fell to the floor")):
+        bad = sum(bool(one.get(name)) for one in diagnostics)
+        if bad:
+            words.append(f"{said} {bad} of {seeds}")
+    return "; ".join(words) or NOTHING
+
+
+def _above(proxies: Mapping[str, SizedRequest], uniform: Summary | None) -> str:
+    """The largest saving that is still more accurate than un-optimised widths."""
+    if uniform is None:
+        return "unknown"
+    return _largest(
+        {source: one for source, one in proxies.items() if one.top1.mean > uniform.mean}
+    )
+
+
+def _matching(proxies: Mapping[str, SizedRequest], direct: SizedRequest | None) -> str:
+    """The largest saving that is within a deviation of the direct search, or better."""
+    if direct is None or direct.top1.seeds == 1:
+        return "unknown (no direct search)" if direct is None else "unknown (one seed)"
+    bound = direct.top1.mean - direct.top1.std
+    return _largest({source: one for source, one in proxies.items() if one.top1.mean >= bound})
+
+
+def _largest(points: Mapping[str, SizedRequest]) -> str:
+    if not points:
+        return "none"
+    source = max(points, key=lambda source: points[source].saved)
+    return f"{points[source].saved:.1f}% (source {source})"

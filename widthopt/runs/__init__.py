@@ -1,0 +1,1 @@
+"""From a request to stored results: planning, the store, and the work itself."""

@@ -1,0 +1,384 @@
+"""One request end to end: search on the proxy, extrapolate, train the target, evaluate.
+
+Searches and trainings are entries of the store, named by everything that their result
+depends on, so none is done twice; a run's folder gathers what belongs to one request.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from widthopt import data
+from widthopt.algorithms import SearchResult
+from widthopt.files import check_writable, write_atomically, writing
+from widthopt.projection import nominal_saving
+from widthopt.records import Record, WidthResult, from_plain, to_json
+from widthopt.request import Request
+from widthopt.runs.point import SizedRequest, axis_values
+from widthopt.runs.states import current_job
+from widthopt.runs.store import StoreEntry
+from widthopt.seeds import derived_seed
+from widthopt.tracking import Tracker, tracked
+from widthopt.tracking.metrics import in_figure
+from widthopt.training import distributed
+from widthopt.training.evaluation import evaluate
+from widthopt.training.loop import Interrupted, Log, train
+from widthopt.widths import TOLERANCE, Match, multipliers
+
+
+logger = logging.getLogger("widthopt")
+
+
+def search_widths(request: Request, *, method: str = "transfer") -> WidthResult:
+    """Search and extrapolate for the first seed, without the final training.
+
+    Raises:
+        InputError: Something asked for cannot be done.
+    """
+    point = SizedRequest(replace(request, methods=(method,)))
+    check_writable(Path(request.root))
+    return _search_widths(point, method, request.seeds[0])
+
+
+def run_request(point: SizedRequest, show: Callable[[str], None] = logger.info) -> list[Record]:
+    """Everything that a request asks for; what was done before is not done again.
+
+    Args:
+        point: What to do, checked.
+        show: Called with a line about each stage before it begins.
+
+    Returns:
+        One record for each method and seed; also in the run's folder, with the resolved
+        configuration, channel counts and links to the stages, which hold the checkpoints.
+
+    Raises:
+        InputError: Results cannot be written, or an algorithm cannot go on.
+    """
+    request = point.request
+    if distributed.rank() > 0:  # the first of several processes writes for all
+        return [
+            run_training(point, method, seed)
+            for seed in request.seeds
+            for method in request.methods
+        ]
+    point.store.check()
+    for folder in (point.folder, point.folder / "channels"):
+        check_writable(folder)
+    write_atomically(point.folder / "config.yaml", OmegaConf.to_yaml(dict(request.fields)))
+    write_atomically(point.folder / "graph.json", point.target_blueprint.graph.to_json())
+    records = []
+    with log_to_file(point.folder / "run.log"):
+        for seed in request.seeds:
+            for method in request.methods:
+                show(f"{method}, seed {seed}")
+                records.append(_record(point, method, seed))
+                write_atomically(point.folder / "record.json", to_json(records))
+    return records
+
+
+def _record(point: SizedRequest, method: str, seed: int) -> Record:
+    """One method at one seed, and its channels and links in the run's folder."""
+    record = run_training(point, method, seed)
+    content = {"network": record.network, **record.found.to_plain()}
+    path = point.folder / "channels" / f"{method}-seed{seed}.json"
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    for kind, name in record.stages.items():
+        _link(point.folder / f"{kind}-{method}-seed{seed}", Path("..") / "stages" / name)
+    return record
+
+
+def _search_widths(point: SizedRequest, method: str, seed: int) -> WidthResult:
+    result = run_search(point, method, seed)
+    target = point.target_blueprint
+    match: Match = point.request.extrapolation(
+        result.multipliers,
+        source=point.blueprint(method).graph,
+        target=target.graph,
+        budget_macs=point.budget_macs,
+    )
+    if match.shortfall > TOLERANCE:
+        logger.warning(
+            "%s: %.2f %% of the budget is left over, because one step of any width costs more",
+            method, 100 * match.shortfall,
+        )  # fmt: skip
+    diagnostics = {**result.diagnostics, "budget_shortfall": match.shortfall}
+    return WidthResult(
+        method=method,
+        seed=seed,
+        channels=match.channels,
+        multipliers=multipliers(match.channels, target.graph),
+        alpha=match.alpha,
+        macs=match.macs,
+        budget_macs=match.budget_macs,
+        parameters=target.parameters(match.channels),
+        overhead_macs=result.overhead_macs,
+        direct_overhead_macs=_direct_overhead_macs(point, method, result),
+        nominal_saving=nominal_saving(point.target, point.setting(method)),
+        search_seconds=result.seconds,
+        diagnostics=diagnostics,
+        searched=result.multipliers,
+    )
+
+
+def _direct_overhead_macs(point: SizedRequest, method: str, result: SearchResult) -> int:
+    """What a search on the target itself takes: counted where this is one, else foretold."""
+    if method == "transfer" and point.proxy != point.target:
+        return point.overhead_macs("direct")
+    return result.overhead_macs
+
+
+def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
+    """The search of a method, done now or before.
+
+    Args:
+        point: What it belongs to.
+        method: ``direct`` or ``transfer``; there is nothing to do for ``uniform``.
+        seed: One of the point's.
+
+    Raises:
+        InputError: The algorithm cannot search this network.
+    """
+    algorithm, setting = point.algorithm(method), point.setting(method)
+    if method == "uniform":
+        ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
+        return SearchResult(ones, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
+    stage = point.search_entry(method, seed)
+    with _claim_entry(stage, point.device) as done:
+        if done is None:
+            with _open_tracker(point, "search", method, seed, stage) as tracker:
+                result = algorithm.search(
+                    setting,
+                    point.search_data(setting, seed),
+                    budget_macs=point.search_budget(method),
+                    context=point.context(seed, stage.folder, tracker),
+                )
+                if tracker is not None:
+                    with tracker.careful():
+                        _show_search(tracker, point, method, result)
+                if distributed.rank() == 0:  # before W&B is waited for
+                    stage.finish(result.to_plain())
+            return result
+    return SearchResult.from_plain(done)
+
+
+def run_training(point: SizedRequest, method: str, seed: int) -> Record:
+    """The final training of a method, done now or before, and its search before it.
+
+    Args:
+        point: What it belongs to.
+        method: One of `widthopt.records.METHODS`.
+        seed: One of the point's.
+    """
+    one = _search_widths(point, method, seed)
+    stage = point.train_entry(method, seed)
+    with _claim_entry(stage, point.device) as before:
+        if before is None:
+            with _open_tracker(point, "train", method, seed, stage) as tracker:
+                done = _train_and_record(point, one, stage, tracker)
+        else:
+            done = before
+    return record_of(done, method=method, algorithm=point.request.algorithm.name)
+
+
+def _train_and_record(
+    point: SizedRequest, found: WidthResult, stage: StoreEntry, tracker: Tracker | None
+) -> dict[str, Any]:
+    """Train and evaluate the target at what was found, and keep the record."""
+    measured = _train_target(point, found.channels, found.seed, stage.folder, tracker)
+    stages = {"train": stage.folder.name}
+    if found.method != "uniform":
+        stages["search"] = point.search_entry(found.method, found.seed).folder.name
+    record = Record(
+        network=point.request.network.name,
+        dataset=point.request.dataset.name,
+        algorithm=point.request.algorithm.name,
+        target=axis_values(point.target),
+        proxy=axis_values(point.setting(found.method)),
+        extrapolation=point.strategy(found.method),
+        found=found,
+        top1=measured["top1"],
+        top5=measured["top5"],
+        train_macs=int(measured["macs"]),
+        train_seconds=measured["seconds"],
+        train_loss=measured["loss"],
+        stages=stages,
+    )
+    if tracker is not None:
+        with tracker.careful():
+            _show_training(tracker, record)
+    if distributed.rank() == 0:
+        stage.finish(record.to_plain())
+    return record.to_plain()
+
+
+def record_of(result: Mapping[str, Any], *, method: str, algorithm: str) -> Record:
+    """The record in a training's result, as one of the requests that share it has it.
+
+    A transfer whose proxy is the target is a direct search; a network that is not optimised is
+    the same beside every algorithm.
+    """
+    record = from_plain(result)
+    return replace(record, algorithm=algorithm, found=replace(record.found, method=method))
+
+
+@contextmanager
+def _claim_entry(stage: StoreEntry, device: torch.device) -> Iterator[dict[str, Any] | None]:
+    """Work on a stage alone, and write down what ended the work if it is not done.
+
+    Of processes that work together the first claims it for all of them. An interruption is no
+    failure: the work goes on from its checkpoint.
+
+    Yields:
+        The result, if it is there already.
+    """
+    first = distributed.rank() == 0
+    with stage.claim(job=current_job()) if first else nullcontext():
+        done = distributed.broadcast(stage.result() if first else None, device=device)
+        try:
+            yield done
+        except (Exception, SystemExit) as error:
+            if not isinstance(error, Interrupted):
+                stage.fail(error, rank=distributed.rank())
+            raise
+
+
+@contextmanager
+def _open_tracker(
+    point: SizedRequest, kind: str, method: str, seed: int, stage: StoreEntry
+) -> Iterator[Tracker | None]:
+    """Track the work on a stage."""
+    about = point.about(kind, method, seed, stage)
+    with tracked(
+        point.request.tracking, about, stage.folder, interruptions=(Interrupted,)
+    ) as tracker:
+        yield tracker
+
+
+def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: SearchResult) -> None:
+    """What a search came to, for its tracked run."""
+    graph = point.blueprint(method).graph
+    moves = result.details.get("moves", ())
+    tracker.rows(
+        [
+            {"slimming/move": place, "slimming/macs": one["macs"], "slimming/errors": one["errors"]}
+            for place, one in enumerate(moves)
+        ]
+    )
+    channels = {name: one * graph.channels[name] for name, one in result.multipliers.items()}
+    tracker.widths(channels, result.multipliers)
+    tracker.summary(
+        {
+            "overhead_macs": result.overhead_macs,
+            "budget_macs": point.search_budget(method),
+            "seconds": result.seconds,
+            **{f"flags/{name}": one for name, one in result.diagnostics.items()},
+            **dict(_flatten_details("details", result.details)),
+        }
+    )
+
+
+def _flatten_details(start: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Single values by name, those of tables within tables too; lists are left out."""
+    for name, one in values.items():
+        if isinstance(one, Mapping):
+            yield from _flatten_details(f"{start}/{name}", one)
+        elif not isinstance(one, list | tuple):
+            yield f"{start}/{name}", one
+
+
+def _show_training(tracker: Tracker, record: Record) -> None:
+    """What a training came to, for its tracked run."""
+    found = record.found
+    tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
+    tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
+    saved = 100 * found.saved
+    shown = [
+        in_figure(name, network=record.network, saved_pct=saved, top1=record.top1)
+        for name in tracker.about.figures
+    ]
+    tracker.rows([row for row, _ in shown])  # a row is what lines of W&B are drawn from
+    tracker.summary(
+        {
+            "test/top1": record.top1,
+            "test/top5": record.top5,
+            "alpha": found.alpha,
+            "macs": found.macs,
+            "budget_macs": found.budget_macs,
+            "parameters": found.parameters,
+            "overhead_macs": found.overhead_macs,
+            "overhead_saved_pct": saved,
+            "seconds": record.train_seconds,
+            **{f"flags/{name}": one for name, one in found.diagnostics.items()},
+            **{name: one for _, summary in shown for name, one in summary.items()},
+        }
+    )
+
+
+def _train_target(
+    point: SizedRequest, channels: Mapping[str, int], seed: int, folder: Path, log: Log | None
+) -> dict[str, float]:
+    """Train the target at these channels on all of its data, and evaluate it."""
+    request = point.request
+    split = data.target_split(
+        request.dataset,
+        resolution=point.target.resolution,
+        seed=seed,
+        recipe=request.recipe,
+        runtime=request.runtime,
+        device=point.device,
+    )
+    model = point.target_blueprint.build(channels, seed=derived_seed(seed, "weights"))
+    trained = train(
+        model,
+        split.train,
+        recipe=request.recipe,
+        epochs=request.recipe.epochs,
+        seed=derived_seed(seed, "training"),
+        runtime=request.runtime,
+        folder=folder,
+        label="training",
+        log=log,
+    )
+    accuracy = evaluate(model, split.evaluation, runtime=request.runtime)
+    return {
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "test_images": accuracy.images,
+        "macs": 3 * point.target_blueprint.graph.macs(channels) * trained.images,
+        "seconds": trained.seconds,
+        "loss": trained.loss,
+        "train_top1": trained.top1,
+    }
+
+
+def _link(path: Path, to: Path) -> None:
+    """A link in the run's folder to a stage, remade where it leads elsewhere."""
+    if path.is_symlink() and path.readlink() == to:
+        return
+    with writing(path.parent):
+        path.unlink(missing_ok=True)
+        path.symlink_to(to)
+
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Write what is logged to a file too, all of it."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(logging.DEBUG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()

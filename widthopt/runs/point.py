@@ -1,0 +1,234 @@
+"""A request checked and sized: its settings, networks, budget, and the names of its results."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from widthopt import data, identity
+from widthopt.algorithms import SearchContext, WidthSearch
+from widthopt.algorithms.uniform import Uniform
+from widthopt.data import Dataset, Sizes, Split
+from widthopt.networks.resize import Blueprint
+from widthopt.request import Request
+from widthopt.runs.states import current_job
+from widthopt.runs.store import Store, StoreEntry
+from widthopt.setting import Setting
+from widthopt.tracking import About
+from widthopt.training.devices import resolve_device
+from widthopt.training.loop import Log
+from widthopt.widths import match_macs
+
+
+class SizedRequest:
+    """A request checked and sized, before any work: its settings, networks and budget.
+
+    Raises:
+        InputError: Anything asked for cannot be done; nothing has started or been written.
+    """
+
+    def __init__(
+        self, request: Request, *, images: bool = True, figures: Sequence[str] | None = None
+    ) -> None:
+        """Check and size a request.
+
+        Args:
+            request: What is asked for.
+            images: Whether its images must be there, as they must to run it.
+            figures: Names of the figures that show it; those of the request if None.
+        """
+        self.request = request
+        names = [figure.name for figure in request.figures] if figures is None else figures
+        self.figures = tuple(names)
+        if images:
+            data.check(request.dataset, fraction=1.0)
+        self.target = request.target_setting
+        transfer = "transfer" in request.methods
+        self.proxy = request.projection(self.target) if transfer else self.target
+        if images and transfer:
+            data.check(request.dataset, fraction=self.proxy.fraction)
+        self.target_blueprint = request.blueprint(self.target)
+        self.proxy_blueprint = request.blueprint(self.proxy)
+        graph = self.target_blueprint.graph
+        self.budget_macs = graph.macs() if request.budget_macs is None else request.budget_macs
+        ones = dict.fromkeys(graph.free, 1.0)
+        match_macs(graph, ones, budget_macs=self.budget_macs)
+        if transfer:
+            # Finds out now whether the proxy's widths can be carried over.
+            request.extrapolation(
+                dict.fromkeys(self.proxy_blueprint.graph.free, 1.0),
+                source=self.proxy_blueprint.graph,
+                target=graph,
+                budget_macs=self.budget_macs,
+            )
+        self.device = resolve_device(request.runtime)
+
+    def with_seeds(self, seeds: Sequence[int]) -> "SizedRequest":
+        """The same request for other seeds; nothing is checked or sized again."""
+        fields = {**self.request.fields, "seeds": tuple(seeds)}
+        other = copy.copy(self)
+        other.__dict__.pop("folder", None)  # its name follows from the fields
+        other.request = replace(self.request, seeds=tuple(seeds), fields=fields)
+        return other
+
+    def setting(self, method: str) -> Setting:
+        """What a method searches."""
+        return self.proxy if method == "transfer" else self.target
+
+    def blueprint(self, method: str) -> Blueprint:
+        """The network of `setting`."""
+        return self.proxy_blueprint if method == "transfer" else self.target_blueprint
+
+    def algorithm(self, method: str) -> WidthSearch:
+        """What a method searches with."""
+        return Uniform("uniform") if method == "uniform" else self.request.algorithm
+
+    def context(self, seed: int, folder: Path, log: Log | None = None) -> SearchContext:
+        """What a search runs under."""
+        return SearchContext(self.request.recipe, self.request.runtime, seed, folder, log)
+
+    def about(self, kind: str, method: str, seed: int, stage: StoreEntry) -> About:
+        """What a person finds a stage's tracked run by."""
+        request = self.request
+        train = kind == "train"
+        return About(
+            id=request.tracking.run_id(stage.folder.name),
+            kind="baseline" if train and method == "uniform" else kind,
+            network=request.network.name,
+            dataset=request.dataset.name,
+            algorithm=self.algorithm(method).name,
+            method=method,
+            seed=seed,
+            source=axis_values(self.setting(method)),
+            target=axis_values(self.target) if train else None,
+            figures=self.figures,
+            tags=request.tracking.tags,
+            fields={
+                "stage": stage.fields,
+                "budget_macs": self.budget_macs if train else self.search_budget(method),
+                "search": None
+                if not train or method == "uniform"
+                else self.search_entry(method, seed).folder.name,
+                "job": current_job(),
+            },
+            extrapolation=self.strategy(method) if train else "",
+        )
+
+    def search_data(self, setting: Setting, seed: int) -> Split:
+        """The images that a search sees: some of the training images, and none of the test's."""
+        return data.search_split(
+            self.request.dataset,
+            resolution=setting.resolution,
+            fraction=setting.fraction,
+            seed=seed,
+            recipe=self.request.recipe,
+            runtime=self.request.runtime,
+            device=self.device,
+        )
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """How many images there are."""
+        return Sizes.of(self.request.dataset)
+
+    @property
+    def train_macs(self) -> int:
+        """What the final training takes, at the budget."""
+        recipe = self.request.recipe
+        counts = data.target_counts(self.sizes, batch_size=recipe.batch_size)
+        return 3 * self.budget_macs * counts.per_epoch * recipe.epochs
+
+    def overhead_macs(self, method: str) -> int:
+        """What the search of a method takes, in closed form."""
+        setting, recipe = self.setting(method), self.request.recipe
+        counts = data.search_counts(
+            self.sizes,
+            fraction=setting.fraction,
+            validation=self.request.dataset.validation,
+            batch_size=recipe.batch_size,
+        )
+        return self.algorithm(method).overhead_macs(
+            setting, counts, recipe=recipe, budget_macs=self.search_budget(method)
+        )
+
+    @cached_property
+    def store(self) -> Store:
+        """Where stages are kept."""
+        return Store(Path(self.request.root) / "stages")
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of this request's run, named by its content."""
+        fields = self.request.fields
+        key = identity.key("run", fields)
+        name = f"{self.request.network.name}-{self.request.dataset.name}-{key}"
+        return Path(self.request.root) / name.replace("/", "_")
+
+    def search_entry(self, method: str, seed: int) -> StoreEntry:
+        """The stage of a search; the same for all requests that need the same one."""
+        setting, fields = self.setting(method), self.request.fields
+        recipe = {key: one for key, one in fields["recipe"].items() if key != "epochs"}
+        named = {
+            "network": fields["network"],
+            "dataset": _naming(self.request.dataset, fields["dataset"]),
+            "setting": axis_values(setting),
+            "algorithm": fields["algorithm"],
+            "recipe": recipe,
+            "budget": self._budget_share,
+            "seed": seed,
+        }
+        return self.store.entry("search", named)
+
+    def train_entry(self, method: str, seed: int) -> StoreEntry:
+        """The stage of a final training, named by where its channels come from.
+
+        So it has its name before the search has found them. How widths are carried to another
+        depth is part of it only where there is another.
+        """
+        fields = self.request.fields
+        recipe = {key: one for key, one in fields["recipe"].items() if key != "search_epochs"}
+        named = {
+            "network": fields["network"],
+            "dataset": _naming(self.request.dataset, fields["dataset"]),
+            "setting": axis_values(self.target),
+            "origin": {
+                "search": None if method == "uniform" else self.search_entry(method, seed).key,
+                "extrapolation": {**fields["extrapolation"], "strategy": self.strategy(method)},
+                "budget": self._budget_share,
+            },
+            "recipe": recipe,
+            "seed": seed,
+        }
+        return self.store.entry("train", named)
+
+    def strategy(self, method: str) -> str:
+        """How a method carries widths to the target's depth; empty where there is no need."""
+        deeper = self.setting(method).depth != self.target.depth
+        return self.request.extrapolation.strategy if deeper else ""
+
+    @property
+    def _budget_share(self) -> float:
+        """The budget as a part of what the un-optimised target costs."""
+        return self.budget_macs / self.target_blueprint.graph.macs()
+
+    def search_budget(self, method: str) -> int:
+        """MACs that the searched network may cost once optimised: the same share of its own."""
+        return round(self._budget_share * self.blueprint(method).graph.macs())
+
+
+def axis_values(setting: Setting) -> dict[str, float]:
+    """Width, depth, resolution and fraction of a setting, by name."""
+    return {
+        "width": setting.width,
+        "depth": setting.depth,
+        "resolution": setting.resolution,
+        "fraction": setting.fraction,
+    }
+
+
+def _naming(dataset: Dataset, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The data set's values that results depend on."""
+    neutral: frozenset[str] = getattr(dataset, "NON_IDENTITY_KEYS", frozenset())
+    return {key: value for key, value in fields.items() if key not in neutral}

@@ -1,0 +1,1 @@
+"""Sweeps as launchers start them, and the commands about their runs."""

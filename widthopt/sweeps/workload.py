@@ -1,0 +1,319 @@
+"""A sweep as launchers see it: planned whole, each run written down, and reported at the end.
+
+Launchers know `Sweep` by name alone (``conf/hydra/launcher``).
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+
+from hydra_plugins.widthopt_launchers.sweeper import EXPERIMENT
+from hydra_plugins.widthopt_launchers.workload import Task
+from widthopt.config.compose import build_requests
+from widthopt.config.typed import to_plain
+from widthopt.errors import InputError
+from widthopt.files import check_writable, write_atomically, writing
+from widthopt.reporting import console
+from widthopt.reporting.sweeps import draw, show
+from widthopt.runs.execute import run_request
+from widthopt.runs.manifest import Manifest
+from widthopt.runs.plan import GPU_MACS_PER_SECOND, Plan, Run
+from widthopt.runs.states import State
+from widthopt.runs.store import Store, StoreEntry, failure_reason
+from widthopt.sweeps.worker import FORMAT, read_spec
+from widthopt.training.loop import Interrupted
+
+
+logger = logging.getLogger("widthopt")
+
+
+logger = logging.getLogger("widthopt")
+
+
+ASK_GPU_HOURS = 24.0
+"""Accelerator hours from which a sweep asks before it starts."""
+
+
+class _Staged:
+    """What is alike in all work whose items are stages; see `Workload`."""
+
+    interruptions = (Interrupted,)
+
+    @property
+    def imports(self) -> Sequence[str]:
+        """See `Workload`."""
+        return ()
+
+    def entry(self, name: str) -> StoreEntry:
+        """The stage of an task."""
+        raise NotImplementedError
+
+    def job(self, name: str) -> str:
+        """See `Workload`."""
+        return str((self.entry(name).submission() or {}).get("job", ""))
+
+    def record_job(self, name: str, job: str, **details: str) -> None:
+        """See `Workload`."""
+        self.entry(name).record_job(job, **details)
+
+    def is_done(self, name: str) -> bool:
+        """See `Workload`."""
+        return self.entry(name).result() is not None
+
+    def failure(self, name: str) -> str:
+        """See `Workload`."""
+        return failure_reason(self.entry(name))
+
+
+class Sweep(_Staged):
+    """The work of a sweep as it is composed; see `Workload`.
+
+    Attributes:
+        plan: Its points and runs.
+        root: Where they are kept.
+    """
+
+    def __init__(self, loader: ConfigLoader, points: Sequence[Sequence[str]]) -> None:
+        """Plan it; nothing is started or written.
+
+        Args:
+            loader: Hydra's.
+            points: The overrides of each.
+
+        Raises:
+            InputError: Something asked for cannot be done.
+        """
+        asked = build_requests(loader, points)
+        roots = sorted({one.root for one in asked})
+        if len(roots) > 1:
+            raise InputError(
+                f"root is {' and '.join(roots)}, but a sweep is kept in one folder; name one"
+            )
+        self.plan = Plan.of(asked)
+        self.root = Path(roots[0])
+        self._title = _title(points)
+        self._states: dict[str, State] = {}
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What is kept of it beside its runs."""
+        tracking = to_plain(self.plan.points[0].point.request)["tracking"]
+        return Manifest.of(self.plan, title=self._title, tracking=tracking)
+
+    @property
+    def name(self) -> str:
+        """See `Workload`."""
+        return self.manifest.name
+
+    @property
+    def imports(self) -> Sequence[str]:
+        """See `_Staged`: what reads images, and what tracks runs."""
+        asked = [one.point.request for one in self.plan.points]
+        names = [name for one in asked for name in getattr(one.dataset, "IMPORTS", ())]
+        names += [name for one in asked for name in one.tracking.imports]
+        return list(dict.fromkeys(names))
+
+    def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
+        """See `Workload`."""
+        self._states = self.plan.states(live)
+        cost = self.plan.cost(self._states, nodes=1, macs_per_second=GPU_MACS_PER_SECOND)
+        if cost.gpu_hours_left > ASK_GPU_HOURS and not assume_yes:
+            _ask(cost.gpu_hours_left)
+        check_writable(self.root)
+        self.store.check()
+        console.show_plan(self.plan, self._states)
+        folder = self.root / "sweeps"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{self.manifest.name}.json", self.manifest.to_json())
+
+    @cached_property
+    def store(self) -> Store:
+        """Where its stages are kept."""
+        return Store(self.root / "stages")
+
+    def tasks(self) -> Sequence[Task]:
+        """See `Workload`: what takes longest first, searches before trainings."""
+        left = [run for name, run in self.plan.runs.items() if self._states[name] != "done"]
+        left.sort(key=lambda run: (run.kind == "train", -run.macs))
+        names = {run.name for run in left}
+        return [
+            Task(
+                run.name, run.what, tuple(one for one in run.needs if one in names), run.macs,
+                getattr(run.point.request.resources, run.kind),
+            )
+            for run in left
+        ]  # fmt: skip
+
+    def entry(self, name: str) -> StoreEntry:
+        """See `_Staged`."""
+        return self.plan.runs[name].stage
+
+    def write_spec(self, name: str) -> Path:
+        """See `Workload`."""
+        run = self.plan.runs[name]
+        folder = run.stage.folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        run.stage.forget_failure()
+        write_atomically(
+            folder / "spec.json", json.dumps(_spec_of(run, self._figures(name)), indent=2) + "\n"
+        )
+        return folder / "spec.json"
+
+    def _figures(self, name: str) -> list[str]:
+        """The figures that show a run: what a person finds it by where runs are tracked."""
+        names = {
+            figure.name: None
+            for point in self.plan.points
+            if name in (point.search, point.train)
+            for figure in point.figures
+        }
+        return list(names)
+
+    def end(self) -> None:
+        """See `Workload`: figures where an experiment has some, else tables."""
+        states = self.plan.states()
+        done = False
+        for point in {id(one.point): one.point for one in self.plan.points}.values():
+            mine = [one for one in self.plan.points if one.point is point]
+            if all(states[one.train] == "done" for one in mine):
+                seeds = sorted({one.seed for one in mine})
+                gathered = point.with_seeds(seeds)
+                records = run_request(gathered, show=logger.debug)
+                if not self.manifest.figures:
+                    console.draw(records, gathered.folder / "figures")
+                done = True
+        if self.manifest.figures:
+            draw(self.root, [self.manifest])
+        elif done:
+            show(self.root, [self.manifest])
+
+
+class StoredSweep(_Staged):
+    """The work of a sweep as it was frozen before: nothing is composed; see `Workload`.
+
+    Attributes:
+        manifest: What is kept of the sweep.
+        root: Where its runs are kept.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, names: Collection[str] = ()) -> None:
+        """Take up a sweep.
+
+        Args:
+            root: The folder that runs are kept in.
+            manifest: As `load_manifests` returns it.
+            names: The runs to do, and what they need; all of them if there are none.
+        """
+        self.root, self.manifest = root, manifest
+        self._stages = manifest.entries(Store(root / "stages"))
+        own = manifest.own
+        wanted = set(names) or set(own)
+        wanted |= {need for name in wanted for need in own[name]["needs"]}
+        self._names = [name for name in own if name in wanted]
+        self._states: dict[str, State] = {}
+
+    @property
+    def name(self) -> str:
+        """See `Workload`."""
+        return self.manifest.name
+
+    def entry(self, name: str) -> StoreEntry:
+        """See `_Staged`."""
+        return self._stages[name]
+
+    def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
+        """See `Workload`; what was asked once is not asked again."""
+        del assume_yes
+        check_writable(self.root)
+        Store(self.root / "stages").check()
+        self._states = self.manifest.states(Store(self.root / "stages"), live)
+
+    def tasks(self) -> Sequence[Task]:
+        """See `Workload`."""
+        own = self.manifest.own
+        left = [name for name in self._names if self._states[name] != "done"]
+        left.sort(key=lambda name: (own[name]["kind"] == "train", -own[name]["macs"]))
+        return [
+            Task(
+                name, own[name]["what"],
+                tuple(need for need in own[name]["needs"] if need in left),
+                own[name]["macs"],
+                self._spec(name)["config"]["resources"][own[name]["kind"]],
+            )
+            for name in left
+        ]  # fmt: skip
+
+    def write_spec(self, name: str) -> Path:
+        """See `Workload`: it was frozen when the sweep was started."""
+        self._spec(name)
+        self.entry(name).forget_failure()
+        return self.entry(name).folder / "spec.json"
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        return read_spec(self.entry(name).folder / "spec.json")
+
+    def end(self) -> None:
+        """See `Workload`."""
+        if self.manifest.figures:
+            draw(self.root, [self.manifest])
+        else:
+            show(self.root, [self.manifest])
+
+
+def _title(points: Sequence[Sequence[str]]) -> str:
+    """What a sweep is called: by its experiments, or just a sweep."""
+    names: dict[str, None] = {}
+    for words in points:
+        for word in words:
+            key, _, value = word.partition("=")
+            if key == EXPERIMENT and value:
+                names[value] = None
+    return "+".join(names) if 0 < len(names) <= 3 else "paper" if names else "sweep"  # noqa: PLR2004
+
+
+def _ask(gpu_hours: float) -> None:
+    """Ask whether so much is meant.
+
+    Raises:
+        InputError: It is not, or there is nobody to ask.
+    """
+    if sys.stdin.isatty():
+        sys.stderr.write(f"This takes about {gpu_hours:,.0f} GPU hours. Start it? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() in {"y", "yes"}:
+            return
+    raise InputError(
+        f"the sweep is {gpu_hours:,.0f} GPU hours, but more than {ASK_GPU_HOURS:g} are started "
+        "only if that is meant; add --yes, or narrow it"
+    )
+
+
+def _spec_of(run: Run, figures: Sequence[str]) -> dict[str, Any]:
+    """All that a process needs to do a run.
+
+    Its root is left out, for it is the one that the run lies in, wherever that is then; other
+    paths start from ``launch_folder``, the folder that the sweep was given in.
+    """
+    config = to_plain(run.point.request)
+    del config["root"]
+    config["methods"], config["seeds"] = [run.method], [run.seed]
+    config["runtime"]["progress"] = False
+    return {
+        "format": FORMAT,
+        "kind": run.kind,
+        "method": run.method,
+        "seed": run.seed,
+        "needs": list(run.needs),
+        "figures": list(figures),
+        "home": os.getcwd(),  # noqa: PTH109 (as the user sees it)
+        "config": config,
+    }
