@@ -88,7 +88,14 @@ class Fraction:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A projection of up to four axes; an axis that is None keeps the target's value."""
+    """A projection of up to four axes; an axis that is None keeps the target's value.
+
+    Attributes:
+        width: Width multiplier of the proxy, above 0.
+        depth: Depth multiplier of the proxy, from 1.
+        resolution: Side of the proxy's square input, in pixels.
+        fraction: Part of the training images that the search uses, in (0, 1].
+    """
 
     width: float | None
     depth: int | None

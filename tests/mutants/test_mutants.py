@@ -20,7 +20,16 @@ FAULTS = [
     for path in sorted(Path(__file__).parent.glob("*.toml"))
     for fault in tomllib.loads(path.read_text())["fault"]
 ]
-PARTS = ["README.md", "conf", "launchers", "pyproject.toml", "setup.cfg", "tests", "widthopt"]
+PARTS = [
+    "README.md",
+    "conf",
+    "docs",
+    "launchers",
+    "pyproject.toml",
+    "setup.cfg",
+    "tests",
+    "widthopt",
+]
 """What tests read."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 SECONDS = 300

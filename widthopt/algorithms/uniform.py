@@ -10,7 +10,11 @@ from widthopt.setting import Recipe, Setting
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """The baseline of every figure."""
+    """The baseline of every figure.
+
+    Attributes:
+        name: The algorithm's name in records.
+    """
 
     name: str
 

@@ -20,6 +20,9 @@ class TorchvisionNetwork:
 
     At depth multiplier 1 it is torchvision's own module, so torchvision's weights load into it.
     Auxiliary heads, which exist only during training, are off.
+
+    Attributes:
+        name: The name of the network in ``torchvision.models``.
     """
 
     name: str
