@@ -290,8 +290,8 @@ def test_what_merely_runs_is_no_part_of_the_fields():
         (
             "network._target_=os.path",
             (
-                "network._target_ is os.path, but it must be a dataclass, whose fields give the types of "
-                "name a dataclass"
+                "network._target_ is os.path, but it must be a dataclass, whose fields give the "
+                "types of the values; name a dataclass"
             ),
         ),
         (
@@ -359,7 +359,7 @@ def test_a_value_of_another_type_is_refused(override, line):
 
 def test_a_table_is_wanted_where_there_is_one():
     assert refused("network=custom", "network.factory=a.b", "network.arguments=[1]") == (
-        "network.arguments is [1], but it replaces a value of another kind (a table, a list or a "
+        "network.arguments is [1], but it replaces a value of another kind (a mapping, a list or a "
         "single value); see widthopt --help"
     )
 
@@ -407,7 +407,7 @@ def test_a_networks_own_arguments_are_added_one_by_one():
 
 def test_a_setting_from_elsewhere_that_is_not_there_is_named():
     line = refused("root=${oc.env:WIDTHOPT_NOT_SET}")
-    assert line.startswith("root cannot be read, but it must be (")
+    assert line.startswith("root cannot be read (")
     assert "WIDTHOPT_NOT_SET" in line
 
 
