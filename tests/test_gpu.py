@@ -11,8 +11,8 @@ from widthopt.config import compose
 from widthopt.data import Split
 from widthopt.setting import Runtime, Setting
 from widthopt.surgery import Blueprint
-from widthopt.tracking import About, tracked
-from widthopt.tracking.lines import rows
+from widthopt.tracking import About, open_tracker
+from widthopt.tracking.files import TrackingFiles
 from widthopt.training import train
 
 
@@ -63,7 +63,7 @@ def test_the_memory_in_a_trainings_rows_is_its_own_peak(tmp_path):
         method="direct", seed=0, source=axes, target=axes, figures=(), tags=(), fields={},
     )  # fmt: skip
     model = Small(4)
-    with tracked(request.tracking, about, tmp_path) as log:
+    with open_tracker(request.tracking, about, tmp_path) as log:
         train(
             model, Synthetic(), recipe=request.recipe, epochs=1, seed=0, runtime=RUNTIME, log=log
         )  # fmt: skip

@@ -21,16 +21,14 @@ from widthopt.errors import InputError
 from widthopt.pipeline import Point, run
 from widthopt.setting import Setting
 from widthopt.surgery import Blueprint
-from widthopt.tracking import About, Tracker, tracked
-from widthopt.tracking.client import End, Kept
-from widthopt.tracking.lines import Lines, rows
-from widthopt.tracking.metrics import known
-from widthopt.tracking.secrets import HIDDEN, hidden
-from widthopt.tracking.sync import sync
+from widthopt.tracking import About, Tracker, open_tracker
+from widthopt.tracking.files import End, TrackingFiles
+from widthopt.tracking.secrets import HIDDEN, redact
+from widthopt.tracking.sync import Sent, sync, tracked_runs
 from widthopt.training import Diverged, Interrupted, Loop, _Rows, train
 
 
-TRACKING = replace(compose(["tracking=disabled"]).tracking, every=3)
+TRACKING = replace(compose(["tracking=disabled"]).tracking, log_every_steps=3)
 RECIPE = replace(compose(["recipe=smoke"]).recipe, batch_size=16, search_epochs=4, epochs=4)
 AXES = {"width": 0.312, "depth": 1, "resolution": 8, "fraction": 1.0}
 ABOUT = About(
@@ -50,11 +48,16 @@ ABOUT = About(
 NOT_REPEATED = ("time", "perf/images_per_second")
 
 
+def rows(folder):
+    """The complete rows of a run."""
+    return [row for row, _ in TrackingFiles(folder).rows()]
+
+
 def repeated(folder):
     """The rows of a run, without what depends on the clock."""
     return [
         {name: value for name, value in row.items() if name not in NOT_REPEATED}
-        for row in rows(folder / "metrics.jsonl")
+        for row in rows(folder)
     ]
 
 
@@ -84,7 +87,7 @@ def found_by(name, folder, log, interrupt=None):
 def searched(name, folder, interrupt=None, tracking=TRACKING):
     """The same, tracked: its rows are in the folder."""
     about = replace(ABOUT, kind="search")
-    with tracked(tracking, about, folder, interruptions=(Interrupted,)) as log:
+    with open_tracker(tracking, about, folder, interruptions=(Interrupted,)) as log:
         return found_by(name, folder, log, interrupt)
 
 
@@ -94,7 +97,7 @@ def searched(name, folder, interrupt=None, tracking=TRACKING):
 def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     trained(tmp_path, Synthetic(), log)
-    found = rows(tmp_path / "metrics.jsonl")
+    found = rows(tmp_path)
     # Four epochs of four steps, and every third step.
     assert [row["step"] for row in found] == [3, 4, 6, 8, 9, 12, 15, 16]
     assert ["train/top1" in row for row in found] == [row["step"] % 4 == 0 for row in found]
@@ -114,15 +117,15 @@ def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch)
 
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     trained(tmp_path, Slow(), Tracker(TRACKING, ABOUT, tmp_path))
-    rates = [row["perf/images_per_second"] for row in rows(tmp_path / "metrics.jsonl")]
+    rates = [row["perf/images_per_second"] for row in rows(tmp_path)]
     assert rates == [8.0] * 6 + [16.0] * 2
 
 
 def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
     """The first step is taken at a rate of zero, so its gradient is that of the fresh network."""
-    log = Tracker(replace(TRACKING, every=1), ABOUT, tmp_path)
+    log = Tracker(replace(TRACKING, log_every_steps=1), ABOUT, tmp_path)
     trained(tmp_path, Synthetic(), log)
-    first = rows(tmp_path / "metrics.jsonl")[0]
+    first = rows(tmp_path)[0]
     torch.manual_seed(0)
     model = Small(4).train()
     images, labels = next(iter(Synthetic().epoch(0)))
@@ -151,7 +154,7 @@ def test_accuracies_in_an_epochs_row_are_those_of_its_own_images(tmp_path, monke
         model, Synthetic(), recipe=RECIPE, epochs=4, seed=0, runtime=RUNTIME, folder=tmp_path,
         log=log,
     )  # fmt: skip
-    last, places = rows(tmp_path / "metrics.jsonl")[-1], []
+    last, places = rows(tmp_path)[-1], []
     for images, labels in Synthetic().epoch(3):
         for scores, label in zip(model(images).tolist(), labels.tolist(), strict=True):
             places.append(sum(one > scores[label] for one in scores))
@@ -171,15 +174,13 @@ def test_the_accelerators_memory_is_the_peak_since_the_training_began(tmp_path, 
     loop.device = torch.device("cuda")
     _Rows(loop, Synthetic(), Tracker(TRACKING, ABOUT, tmp_path)).epoch()
     assert told == ["begin"]
-    (row,) = rows(tmp_path / "metrics.jsonl")
+    (row,) = rows(tmp_path)
     assert row["perf/gpu_memory_gib"] == 1.5
 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
-def test_a_search_logs_only_what_is_declared_and_finds_what_it_would_untracked(name, tmp_path):
+def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_path):
     found = searched(name, tmp_path / "tracked")
-    names = {key for row in repeated(tmp_path / "tracked") for key in row} - {"step"}
-    assert [one for one in sorted(names) if not known(one)] == []
     plain = found_by(name, tmp_path / "plain", None)
     assert plain.multipliers == found.multipliers
     assert plain.overhead_macs == found.overhead_macs
@@ -216,7 +217,7 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
 
     monkeypatch.setattr("widthopt.algorithms.autoslim.Sandwich", Watching)
     monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, accumulation=2))
-    searched("autoslim", tmp_path, tracking=replace(TRACKING, every=1))
+    searched("autoslim", tmp_path, tracking=replace(TRACKING, log_every_steps=1))
     # In each micro-batch the widest, the narrowest and two random ones.
     narrowest = [(one + other) / 2 for one, other in zip(seen[1::8], seen[5::8], strict=True)]
     logged = [row["search/loss_narrowest"] for row in repeated(tmp_path) if row["step"] <= 16]
@@ -271,7 +272,7 @@ def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
     class Watching(Tracker):
         def keep(self):
             super().keep()
-            last = rows(tmp_path / "metrics.jsonl")[-1]["step"]
+            last = rows(tmp_path)[-1]["step"]
             seen.append((last, (tmp_path / "checkpoints" / f"step-{last:08d}").exists()))
 
     trained(tmp_path, Synthetic(), Watching(TRACKING, ABOUT, tmp_path))
@@ -281,10 +282,10 @@ def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
 def test_a_run_that_ended_before_its_training_began_keeps_its_rows(tmp_path):
     with pytest.raises(Interrupted):
         trained(tmp_path, Synthetic(interrupt=10), Tracker(TRACKING, ABOUT, tmp_path))
-    before = rows(tmp_path / "metrics.jsonl")
-    with pytest.raises(InputError), tracked(TRACKING, ABOUT, tmp_path):
+    before = rows(tmp_path)
+    with pytest.raises(InputError), open_tracker(TRACKING, ABOUT, tmp_path):
         raise InputError("the images are not there today")
-    assert rows(tmp_path / "metrics.jsonl") == before != []
+    assert rows(tmp_path) == before != []
 
 
 def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
@@ -328,13 +329,12 @@ def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch,
 
 
 def test_a_line_that_was_cut_short_is_no_row(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
-    assert rows(path) == [{"step": 1, "a": 1}]
-    lines = Lines(path)
-    assert lines.cut(7) == [{"step": 1, "a": 1}]
-    lines.add({"step": 2, "a": 3})
-    assert rows(path) == [{"step": 1, "a": 1}, {"step": 2, "a": 3}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
+    assert rows(tmp_path) == [{"step": 1, "a": 1}]
+    files = TrackingFiles(tmp_path)
+    files.cut(7)
+    files.append({"step": 2, "a": 3})
+    assert rows(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 3}]
 
 
 @contextmanager
@@ -354,12 +354,12 @@ def test_what_a_full_disk_would_not_take_is_one_warning_and_is_written_later(tmp
     with files_no_longer_than(100):
         for step in range(1, 6):
             log.row(step, {"loss": 1.0})
-    whole = rows(tmp_path / "metrics.jsonl")
+    whole = rows(tmp_path)
     assert [row["step"] for row in whole] == [1]
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
     log.row(6, {"loss": 1.0})
     log.close()
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
     warnings = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (")
@@ -374,7 +374,7 @@ def test_rows_that_had_no_place_at_the_start_are_written_once_there_is_one(tmp_p
     (tmp_path / "stages").unlink()
     log.row(2, {"loss": 1.0})
     log.close()
-    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in rows(folder)] == [1, 2]
     assert [one.levelname for one in caplog.records].count("WARNING") == 1
 
 
@@ -383,9 +383,9 @@ def test_a_row_that_found_no_room_is_written_at_the_end(tmp_path):
     log.resume(0)
     with files_no_longer_than(10):
         log.row(1, {"loss": 1.0})
-    assert rows(tmp_path / "metrics.jsonl") == []
+    assert rows(tmp_path) == []
     log.close()
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
 def test_numbers_of_any_kind_are_written_and_what_is_none_hurts_no_run(tmp_path, caplog):
@@ -397,7 +397,7 @@ def test_numbers_of_any_kind_are_written_and_what_is_none_hurts_no_run(tmp_path,
     log.close()
     found = [
         {name: one for name, one in row.items() if name != "time"}
-        for row in rows(tmp_path / "metrics.jsonl")
+        for row in rows(tmp_path)
     ]
     assert found == [
         {"step": 1, "train/loss": 0.5, "train/top1": 3}, {"step": 3, "train/loss": 1.0},
@@ -409,7 +409,7 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     log.row(1, {"loss": float("nan"), "top1": 3.0})
     log.close()
-    (row,) = rows(tmp_path / "metrics.jsonl")
+    (row,) = rows(tmp_path)
     assert row.keys() == {"step", "time", "train/top1"}
 
 
@@ -423,7 +423,7 @@ def test_widths_are_a_file_rows_by_layer_and_lists(tmp_path):
         "multipliers": {"conv1": 0.5, "conv2": 2.0},
         "alpha": 1.5,
     }
-    told = rows(tmp_path / "metrics.jsonl")[1:]
+    told = rows(tmp_path)[1:]
     names = ("step", "layer/index", "layers/small/channels", "layers/small/multiplier")
     assert [tuple(row[name] for name in names) for row in told] == [(8, 0, 30, 0.5), (9, 1, 8, 2.0)]
     assert log.end.summary["widths/channels"] == [30, 8]
@@ -433,7 +433,7 @@ def test_widths_of_a_search_are_no_network_that_a_figure_shows(tmp_path):
     log = Tracker(TRACKING, replace(ABOUT, kind="search"), tmp_path)
     log.widths({"conv1": 30}, {"conv1": 0.5})
     log.close()
-    (row,) = rows(tmp_path / "metrics.jsonl")
+    (row,) = rows(tmp_path)
     assert row.keys() - {"step", "time"} == {
         "layer/index", "layers/search/channels", "layers/search/multiplier",
     }  # fmt: skip
@@ -456,7 +456,7 @@ def test_a_run_ends_as_its_work_did(error, code, preempted, why, tmp_path):
     kept = []
 
     def work():
-        with tracked(TRACKING, ABOUT, tmp_path, interruptions=(Interrupted,)) as log:
+        with open_tracker(TRACKING, ABOUT, tmp_path, interruptions=(Interrupted,)) as log:
             kept.append(log)
             if error is not None:
                 raise error
@@ -472,16 +472,16 @@ def test_a_run_ends_as_its_work_did(error, code, preempted, why, tmp_path):
 
 def test_a_tracked_run_that_goes_on_untracked_ends_as_its_work_did(tmp_path):
     """A server is told so with the next sync, and nothing else is begun for W&B."""
-    kept = Kept(tmp_path)
-    kept.begin(ABOUT, project="p", entity=None)
-    kept.end(End(code=1, preempted=True))
-    with tracked(TRACKING, ABOUT, tmp_path) as log:
+    files = TrackingFiles(tmp_path)
+    files.begin({**ABOUT.init, "project": "p", "entity": None})
+    files.write_end(End(code=1, preempted=True))
+    with open_tracker(TRACKING, ABOUT, tmp_path) as log:
         log.row(1, {"loss": 2.0})
         log.summary({"test/top1": 50.0})
-    assert (kept.ended.code, kept.ended.preempted) == (0, False)
-    assert kept.ended.summary == {"test/top1": 50.0}
-    assert not kept.whole
-    with tracked(TRACKING, ABOUT, tmp_path / "another") as log:
+    assert (files.end.code, files.end.preempted) == (0, False)
+    assert files.end.summary == {"test/top1": 50.0}
+    assert not files.is_fully_synced
+    with open_tracker(TRACKING, ABOUT, tmp_path / "another") as log:
         log.row(1, {"loss": 2.0})
     assert not (tmp_path / "another" / "tracking").exists()
 
@@ -489,27 +489,30 @@ def test_a_tracked_run_that_goes_on_untracked_ends_as_its_work_did(tmp_path):
 # Names.
 
 
-def test_a_run_is_found_by_figure_network_algorithm_and_seed():
-    assert ABOUT.name == "train small noise dmcp w0.312>w1.732 d1 r8 f1 s2"
-    assert ABOUT.group == "train/small/noise/dmcp/w0.312>w1.732-d1-r8-f1"
-    assert ABOUT.labels == ["fig3_width", "small", "noise", "dmcp", "transfer", "seed2", "mine"]
-    assert (ABOUT.config["source_width"], ABOUT.config["target_width"]) == (0.312, 1.732)
+def test_a_run_has_its_figures_network_algorithm_and_seed_in_name_and_tags():
+    init = ABOUT.init
+    assert init["name"] == "train small noise dmcp w0.312>w1.732 d1 r8 f1 s2"
+    assert init["group"] == "train/small/noise/dmcp/w0.312>w1.732-d1-r8-f1"
+    assert init["tags"] == ["fig3_width", "small", "noise", "dmcp", "transfer", "seed2", "mine"]
+    config = init["config"]
+    assert (config["source_width"], config["target_width"]) == (0.312, 1.732)
 
 
-def test_seeds_share_a_group_and_nothing_else_does():
-    assert replace(ABOUT, seed=0).group == ABOUT.group
-    assert replace(ABOUT, seed=0).name != ABOUT.name
-    for other in (
+def test_runs_that_differ_in_the_seed_alone_share_a_group():
+    group = ABOUT.init["group"]
+    assert replace(ABOUT, seed=0).init["group"] == group
+    assert replace(ABOUT, seed=0).init["name"] != ABOUT.init["name"]
+    for about in (
         replace(ABOUT, algorithm="morphnet"),
         replace(ABOUT, network="large"),
         replace(ABOUT, source={**AXES, "width": 0.5}),
         replace(ABOUT, kind="search", target=None),
     ):
-        assert other.group != ABOUT.group
+        assert about.init["group"] != group
 
 
-def test_tags_are_no_longer_than_w_and_b_takes():
-    assert max(map(len, replace(ABOUT, network="n" * 99).labels)) == 64
+def test_tags_are_as_short_as_w_and_b_requires():
+    assert max(map(len, replace(ABOUT, network="n" * 99).init["tags"])) == 64
 
 
 def test_the_id_of_a_run_is_its_stages_and_a_salt_makes_another():
@@ -524,12 +527,12 @@ def test_the_id_of_a_run_is_its_stages_and_a_salt_makes_another():
 
 
 def test_tracking_names_no_run_and_is_frozen_with_it():
-    one = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.every=7"])
+    one = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.log_every_steps=7"])
     other = compose(["tracking=disabled"])
     assert one.fields == other.fields
     again = request(_config(frozen(one)))
     assert again.tracking == one.tracking
-    assert again.tracking.every == 7
+    assert again.tracking.log_every_steps == 7
 
 
 def _config(values):
@@ -557,20 +560,20 @@ def test_offline_is_the_default():
             "tracking.mode is on, but it must be one of offline, online, disabled; correct it",
         ),
         (
-            "tracking.every=0",
+            "tracking.log_every_steps=0",
             (
-                "tracking.every is 0, but it is a number of steps; use a whole number from 1 up; "
-                "correct it"
+                "tracking.log_every_steps is 0, but it must be an integer of at least 1; correct it"
+                ""
             ),
         ),
         (
             "tracking.project=''",
-            "tracking.project is , but it has 1 to 128 characters, and none of /\\#?%:; correct it",
+            "tracking.project is , but a project has 1 to 128 characters, and none of /\\#?%:; correct it",
         ),
         (
             "tracking.project=me/mine",
             (
-                "tracking.project is me/mine, but it has 1 to 128 characters, and none of "
+                "tracking.project is me/mine, but a project has 1 to 128 characters, and none of "
                 "/\\#?%:; correct it"
             ),
         ),
@@ -580,7 +583,7 @@ def test_offline_is_the_default():
         ),
         (
             "tracking.finish_seconds=0",
-            "tracking.finish_seconds is 0.0, but it is a number above 0; correct it",
+            "tracking.finish_seconds is 0.0, but it must be a finite number above 0; correct it",
         ),
     ],
 )
@@ -596,7 +599,7 @@ def test_a_mistake_in_tracking_is_one_line(override, line):
 def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypatch):
     key = "a1" * 20
     monkeypatch.setenv("MY_TOKEN", "correct-horse-battery")
-    assert hidden(
+    assert redact(
         {
             "api_key": "x",
             "nested": {"Password": "y", "path": f"/home/me/{key}/data", "list": [key, 3, None]},
@@ -618,7 +621,7 @@ def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypa
 def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     code = (
         "import sys, widthopt; widthopt.trace; import widthopt.sweeps;"
-        "import widthopt.tracking.sync, widthopt.dashboard;"
+        "import widthopt.tracking.sync, widthopt.tracking.send, widthopt.dashboard;"
         "sys.exit(any(one.startswith('wandb') for one in sys.modules))"
     )
     import subprocess  # noqa: PLC0415
@@ -627,56 +630,28 @@ def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     assert done.returncode == 0
 
 
-def test_wandb_imported_ahead_starts_nothing(tmp_path):
-    code = (
-        "import os, threading, widthopt.tracking.preload\n"
-        "assert os.environ['WANDB_ERROR_REPORTING'] == 'false'\n"
-        "assert threading.active_count() == 1\n"
-        "own = '/proc/self/fd/'\n"
-        "links = [os.readlink(own + one) for one in os.listdir(own)[:-1]]\n"
-        "assert not any('socket' in one for one in links), links\n"
-        "try: os.waitpid(-1, os.WNOHANG)\n"
-        "except ChildProcessError: print('no child')\n"
-    )
-    import subprocess  # noqa: PLC0415
-
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == "no child\n"
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_sync_of_nothing_says_so(tmp_path):
     (tmp_path / "runs").mkdir()
     done = widthopt("sync", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "0 sent, 0 had been sent before, 0 still run\n")
 
 
-def test_runs_are_sent_with_a_pause_between_them_and_tried_again_after_a_while(
-    tmp_path, monkeypatch
-):
-    """Without a server: what is looked at is when a run is told, and what is waited for."""
-    for name in ("train-a", "train-b", "train-c"):
-        kept = Kept(tmp_path / "stages" / name)
-        kept.begin(ABOUT, project="width-transfer", entity=None)
-        kept.end(End())
-    seen = []
-    answers = iter(["", "full", "full", "", ""])
+def test_runs_are_sent_one_by_one_until_three_in_a_row_are_refused(tmp_path, monkeypatch):
+    """Without a server: the test looks at the order of calls and pauses."""
+    for name in "abcdefg":
+        TrackingFiles(tmp_path / "stages" / name).begin(ABOUT.init)
+    calls, answers = [], iter(["sent", "refused", "refused", "sent", *["refused"] * 3])
 
-    def tell(kept, seconds):
-        seen.append((kept.folder.name, seconds))
-        return next(answers)
+    def send(files):
+        calls.append(files.folder.name)
+        return Sent(files.folder.name, next(answers))
 
-    monkeypatch.setattr("widthopt.tracking.sync._tell", tell)
-    found = list(sync(tmp_path, pause_seconds=7.0, wait=seen.append, finish_seconds=9.0))
-    assert [(one.name, one.state) for one in found] == [
-        ("train-a", "sent"), ("train-b", "sent"), ("train-c", "sent"),
-    ]  # fmt: skip
-    b = ("train-b", 9.0)
-    assert seen == [("train-a", 9.0), 7.0, b, 5.0, b, 20.0, b, 7.0, ("train-c", 9.0)]
+    monkeypatch.setattr("widthopt.tracking.sync._sync_run", send)
+    monkeypatch.setattr("widthopt.tracking.sync.time.sleep", calls.append)
+    runs = tracked_runs(tmp_path, "abcdefg")
+    assert [sent.state for sent in sync(runs, pause_seconds=7.0)][-3:] == ["refused"] * 3
+    assert calls == ["a", 7.0, "b", 7.0, "c", 7.0, "d", 7.0, "e", 7.0, "f", 7.0, "g"]
+    assert [files.folder.name for files in tracked_runs(tmp_path, ["b", "c"])] == ["b", "c"]
 
 
 def test_sync_names_what_is_no_sweep(tmp_path):

@@ -16,17 +16,15 @@ import termios
 import textwrap
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, NETWORK, TINY, command, prepare
 from wandb_server import KEY, Server
 
-from widthopt.tracking import About, show_in
-from widthopt.tracking.client import End, Kept
-from widthopt.tracking.lines import rows
-from widthopt.tracking.metrics import X_AXES
+from widthopt.tracking import About
+from widthopt.tracking.files import End, TrackingFiles
+from widthopt.tracking.send import X_AXES
 
 
 pytestmark = pytest.mark.skipif(
@@ -37,7 +35,7 @@ ISOLATED = shutil.which("unshare") is not None and (
     subprocess.run(["unshare", "-rn", "true"], check=False, capture_output=True).returncode == 0  # noqa: S607
 )
 BARE = {name: one for name, one in ENVIRONMENT.items() if not name.startswith("WANDB")}
-WORDS = (*(one for one in TINY if not one.startswith("tracking")), "tracking.every=5")
+WORDS = (*(one for one in TINY if not one.startswith("tracking")), "tracking.log_every_steps=5")
 SWEEP = (
     "-m", "--config-dir", "conf", *WORDS, "experiment=mine", "seeds=[0],[1]",
     "recipe.learning_rate=0.4,1e12", "methods=[transfer]",
@@ -62,20 +60,20 @@ hydra:
 CHILD = textwrap.dedent("""
     import json, logging, sys, time
     from pathlib import Path
-    from widthopt.tracking import About, Tracking, tracked
+    from widthopt.tracking import About, Tracking, open_tracker
 
     options = json.loads(sys.argv[1])
     logging.basicConfig(format="%(levelname)s %(message)s")
     tracking = Tracking(mode=options["mode"], project="width-transfer", entity=None, tags=(),
-                        salt="", every=50, start_seconds=8,
-                        finish_seconds=options.get("finish_seconds", 4))
+                        salt="", log_every_steps=50,
+                        init_timeout_seconds=8, finish_seconds=options.get("finish_seconds", 4))
     axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
 
     def one(name, wait_at):
         about = About(id=name, kind="train", network="n", dataset="d", algorithm="dmcp",
                       method="direct", seed=0, source=axes, target=axes, figures=("fig3",),
                       tags=(), fields=options.get("fields", {}))
-        with tracked(tracking, about, Path(options["folder"]) / name) as log:
+        with open_tracker(tracking, about, Path(options["folder"]) / name) as log:
             log.resume(options.get("from", -1))
             for step in range(options.get("from", 0) + 1, options["steps"] + 1):
                 log.row(step, {"loss": 1 / step, "epoch": step / 10})
@@ -143,7 +141,7 @@ def inspected(segment):
 
 def logged(folder):
     """The rows of a run by their steps, as they are kept."""
-    return {row["step"]: row for row in rows(folder / "metrics.jsonl")}
+    return {row["step"]: row for row, _ in TrackingFiles(folder).rows()}
 
 
 def assert_same_rows(run, folder):
@@ -328,7 +326,7 @@ def test_the_widths_shown_are_those_of_the_result(swept):
 def check_server(server, folder):
     """Every run, row and artifact of the sweep is there, once."""
     figures = sorted(
-        one.parent.parent.name for one in folder.glob("runs/report/*/tracking/run.json")
+        one.parent.parent.name for one in folder.glob("runs/report/*/tracking/wandb.json")
     )
     assert sorted(server.runs) == sorted(
         [*(one.name for one in stages(folder) if (one / "tracking").exists()), *figures]
@@ -400,8 +398,6 @@ def test_w_and_bs_own_tool_sends_a_sweep_too(swept, tmp_path):
         own = start_wandb_sync(tmp_path, server)
         assert own.returncode == 0, own.stderr
         check_server(server, tmp_path)
-        done = synced(tmp_path, server)  # knows what the other has sent
-        assert done.stderr.splitlines()[-1] == "0 sent, 7 had been sent before, 0 still run"
 
 
 def test_what_would_be_sent_is_named_without_sending_it(swept, tmp_path):
@@ -416,98 +412,18 @@ def test_what_would_be_sent_is_named_without_sending_it(swept, tmp_path):
     assert sorted(done.stdout.splitlines()) == sorted([*mine, "train-other"])
 
 
-def test_a_run_is_found_by_the_figures_of_a_later_sweep_too(tmp_path):
-    waiting_runs(tmp_path, "train-x", "search-x")
-    kept, search = (Kept(tmp_path / "runs" / "stages" / one) for one in ("train-x", "search-x"))
-    kept.end(End(summary={"overhead_saved_pct": 80.0, "test/top1": 70.0, "macs": 5}))
-    search.begin(replace(search.about, kind="search"), project="width-transfer", entity=None)
-    search.end(End())
-    with Server() as server:
-        assert synced(tmp_path, server).returncode == 0
-        for _ in range(2):  # again it changes nothing
-            show_in(["fig3", "fig4"], kept.folder)
-            show_in(["fig4"], search.folder)
-        assert not kept.whole
-        assert kept.about.figures == ("fig3", "fig4")
-        assert synced(tmp_path, server).stderr.endswith(
-            "2 sent, 0 had been sent before, 0 still run\n"
-        )
-        run = server.runs["train-x"]
-        assert run.steps == sorted(logged(kept.folder)) == [1, 2, 3]
-        assert {name: one for name, one in run.history[-1].items() if "fig" in name} == {
-            "figures/fig4/saved_pct": 80.0, "figures/fig4/n/top1": 70.0,
-        }  # fmt: skip
-        assert {"fig3", "fig4", "seed0"} <= set(run.fields["tags"])
-        assert {"fig4", "seed0"} <= set(server.runs["search-x"].fields["tags"])
-        assert run.summary["figures/fig4/top1"] == 70
-        assert run.summary["macs"] == 5
-        assert synced(tmp_path, server).stderr.startswith("0 sent, 2 had been sent before")
-
-
-def test_what_was_not_sent_before_a_later_sweep_is_sent_with_its_figures(tmp_path):
-    """Also where W&B's own tool, which knows nothing of them, sends it first."""
-    ended(child(tmp_path, environment(None, key=""), mode="offline"))
-    kept = Kept(tmp_path / "stages" / "train-x")
-    kept.end(End(summary={"overhead_saved_pct": 80.0, "test/top1": 70.0}))
-    (tmp_path / "runs").mkdir()
-    kept.folder.parent.rename(tmp_path / "runs" / "stages")
-    kept = Kept(tmp_path / "runs" / "stages" / "train-x")
-    show_in(["fig4"], kept.folder)
-    with Server() as server:
-        assert start_wandb_sync(tmp_path, server).returncode == 0
-        assert not kept.whole
-        assert synced(tmp_path, server).returncode == 0
-        (run,) = server.runs.values()
-        assert_same_rows(run, kept.folder)
-        assert "figures/fig4/n/top1" in run.history[-1]
-
-
-def test_what_is_sent_elsewhere_is_sent_whole(tmp_path):
-    """Under another name, or to another project, a server has nothing of it."""
-    waiting_runs(tmp_path, "train-x")
-    kept = Kept(tmp_path / "runs" / "stages" / "train-x")
-    about = kept.about
-    for project, named in (("other", about), ("width-transfer", replace(about, id="train-x-salt"))):
-        kept.begin(about, project="width-transfer", entity=None)
-        kept.end(End())
-        kept.sent(1)
-        assert (kept.whole, kept.sent_step) == (True, 1)
-        kept.begin(named, project=project, entity=None)
-        kept.end(End())
-        assert (kept.whole, kept.sent_step) == (False, -1)
-
-
-def test_rows_behind_those_that_w_and_bs_own_tool_sent_too_early_are_sent(tmp_path):
-    process = child(tmp_path, environment(None, key=""), mode="offline", wait_at=10)
-    assert process.stdout.readline() == "waiting\n"
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "stages").symlink_to(tmp_path / "stages")
-    time.sleep(2.5)  # until W&B's file has the rows
-    with Server() as server:
-        assert start_wandb_sync(tmp_path, server).returncode == 0
-        (run,) = server.runs.values()
-        early = list(run.steps)
-        assert early
-        assert max(early) <= 10
-        print(file=process.stdin, flush=True)
-        ended(process)
-        done = synced(tmp_path, server)
-        assert done.stderr.endswith("1 sent, 0 had been sent before, 0 still run\n")
-        assert_same_rows(run, tmp_path / "stages" / "train-x")
-
-
 def waiting_runs(folder, *names):
     """Runs that are done and wait to be sent; no client of W&B's has seen them."""
     axes = {"width": 1.0, "depth": 1, "resolution": 8, "fraction": 1.0}
     for name in names:
-        kept = Kept(folder / "runs" / "stages" / name)
+        files = TrackingFiles(folder / "runs" / "stages" / name)
         about = About(
             id=name, kind="train", network="n", dataset="d", algorithm="dmcp", method="direct",
             seed=0, source=axes, target=axes, figures=(), tags=(), fields={},
         )  # fmt: skip
-        kept.begin(about, project="width-transfer", entity=None)
-        kept.metrics.write_text('{"step": 1, "time": 1.5, "train/loss": 1.0}\n')
-        kept.end(End())
+        files.begin({**about.init, "project": "width-transfer", "entity": None})
+        files.append({"step": 1, "time": 1.5, "train/loss": 1.0})
+        files.write_end(End())
 
 
 def test_a_run_that_a_server_refuses_holds_up_no_other(tmp_path):
@@ -556,19 +472,19 @@ def test_figures_are_sent_again_when_they_are_other_ones_and_without_what_is_gon
     waiting_runs(tmp_path, "figures-x")
     report = tmp_path / "runs" / "report"
     (tmp_path / "runs" / "stages").rename(report)
-    kept = Kept(report / "figures-x")
-    kept.metrics.unlink()
+    files = TrackingFiles(report / "figures-x")
+    files.metrics.unlink()
     (report / "mine.csv").write_text("top1\n71\n")
-    kept.end(End(media={"figures/mine": "../mine.png", "tables/mine": "../mine.csv"}))
+    files.write_end(End(media={"figures/mine": "../mine.png", "tables/mine": "../mine.csv"}))
     with Server() as server:
         assert synced(tmp_path, server).returncode == 0
         (run,) = server.runs.values()
         assert [sorted(one for one in row if one[0] != "_") for row in run.history] == [
             ["tables/mine"]
         ]
-        assert kept.whole
+        assert files.is_fully_synced
         (report / "mine.csv").write_text("top1\n72\n")
-        assert not kept.whole
+        assert not files.is_fully_synced
         assert synced(tmp_path, server).returncode == 0
         assert run.steps == [0, 1]
         assert run.complete
@@ -742,18 +658,16 @@ def test_online_a_requeued_run_is_one_run_with_every_row_once(number, network):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_sent_before_it_was_done_goes_on_behind_what_was_sent(network):
+def test_a_run_that_was_synced_while_interrupted_resumes_after_the_rows_of_the_server(network):
     stage, _, _ = interrupted(network, None, "offline", signal.SIGKILL)
     with Server() as server:
         assert synced(network, server).returncode == 0
         (run,) = server.runs.values()
-        assert run.exit_code == 1
+        assert (run.exit_code, run.preempting > 0) == (1, True)
         assert len(run.history) > 0
         done = one_run(network, None, "tracking=offline", *LONG, key="")
         assert done.returncode == 0, done.stderr
-        # Its file has what is new alone: W&B's own tool would double the rest.
-        own = start_wandb_sync(network, server)
-        assert own.returncode == 0, own.stderr
+        assert synced(network, server).returncode == 0
         assert run.steps == sorted(logged(stage))
         assert (run.complete, run.exit_code) == (True, 0)
 
@@ -796,7 +710,7 @@ def test_a_server_that_is_not_there_is_one_warning_and_the_run_is_well(fault, wh
         server.refuse = {"UpsertBucket"} if fault == "refuses" else set()
         wrong, seconds = ended(child(tmp_path, env))
     (warning,) = warned(wrong)
-    assert "tracking=online went wrong" in warning
+    assert "tracking=online failed" in warning
     assert why in warning or "no end within 4 s" in warning  # on a busy machine
     assert "`widthopt sync` sends them later" in warning
     assert seconds < 15
@@ -838,7 +752,7 @@ def test_a_server_that_fails_in_the_middle_is_one_warning_and_a_bounded_end(faul
         assert time.monotonic() - before < 25
         assert seconds < 15
         (warning,) = warned(wrong)
-        assert "tracking=online went wrong" in warning
+        assert "tracking=online failed" in warning
         setattr(server, fault, False)
         server.silent = False
         done = start(tmp_path, "sync", "--root", ".", env=environment(server))
@@ -857,7 +771,7 @@ def test_a_server_that_hangs_at_the_very_end_is_one_warning_and_a_bounded_end(tm
         server.silent = True
         wrong, seconds = ended(process)
         (warning,) = warned(wrong)
-        assert "tracking=online went wrong" in warning
+        assert "tracking=online failed" in warning
         assert seconds < 15
 
 
@@ -898,7 +812,7 @@ def test_w_and_bs_process_may_die_and_the_runs_after_it_are_tracked(mode, tmp_pa
                 os.kill(pid, signal.SIGKILL)
         wrong, _ = ended(process)
         (warning,) = warned(wrong)
-        assert f"tracking={mode} went wrong" in warning
+        assert f"tracking={mode} failed" in warning
         assert wrong.splitlines() == [warning]
         for name in names:
             assert len(logged(tmp_path / "stages" / name)) == 31
@@ -1029,7 +943,7 @@ def test_only_the_first_of_several_processes_tracks(tmp_path):
         import sys
         from pathlib import Path
         import torch
-        from widthopt.tracking import About, Tracking, tracked
+        from widthopt.tracking import About, Tracking, open_tracker
         rank = int(sys.argv[1])
         torch.distributed.init_process_group(
             "gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
@@ -1037,9 +951,9 @@ def test_only_the_first_of_several_processes_tracks(tmp_path):
         about = About(id="train-x", kind="train", network="n", dataset="d", algorithm="dmcp",
                       method="direct", seed=0, source=axes, target=axes, figures=(), tags=(),
                       fields={{}})
-        tracking = Tracking(mode="offline", project="p", entity=None, tags=(), salt="", every=50,
-                            start_seconds=60, finish_seconds=60)
-        with tracked(tracking, about, Path("{tmp_path}/stages") / str(rank)) as log:
+        tracking = Tracking(mode="offline", project="p", entity=None, tags=(), salt="", 
+                            log_every_steps=50, init_timeout_seconds=60, finish_seconds=60)
+        with open_tracker(tracking, about, Path("{tmp_path}/stages") / str(rank)) as log:
             if log is not None:
                 log.row(1, {{"loss": 1.0}})
         print(rank, log is None, "wandb" in sys.modules)
@@ -1054,7 +968,7 @@ def test_only_the_first_of_several_processes_tracks(tmp_path):
         for rank in range(2)
     ]
     said = [process.communicate(timeout=60)[0] for process in processes]
-    assert said == ["0 False True\n", "1 True False\n"]
+    assert said == ["0 False False\n", "1 True False\n"]
     assert [one.name for one in (tmp_path / "stages").iterdir()] == ["0"]
 
 
@@ -1064,5 +978,5 @@ def test_without_w_and_b_a_run_is_well_and_says_so_once(tmp_path):
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
     wrong, _ = ended(child(tmp_path, env, mode="offline"))
     (warning,) = warned(wrong)
-    assert "tracking=offline went wrong (No module named wandb)" in warning
+    assert "tracking=offline failed (No module named wandb)" in warning
     assert len(logged(tmp_path / "stages" / "train-x")) == 21

@@ -372,7 +372,7 @@ def _dashboard(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
     from widthopt import dashboard  # noqa: PLC0415
     from widthopt.config import compose  # noqa: PLC0415 (imports torch)
-    from widthopt.tracking.client import reason  # noqa: PLC0415
+    from widthopt.tracking.secrets import error_line  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER
     figures: dict[str, Any] = {}
@@ -391,14 +391,14 @@ def _dashboard(words: Sequence[str]) -> None:
         return
     if entity is None:
         raise InputError("--entity is missing, but a dashboard belongs to one; add --entity=...")
-    kept = arguments.root / "dashboard.json"
+    sent = arguments.root / "dashboard.json"
     try:
-        urls = dashboard.push(shown, project=project, entity=entity, kept=kept)
+        urls = dashboard.push(shown, project=project, entity=entity, sent=sent)
     except InputError:
         raise
     except Exception as error:
         raise Failed(
-            f"the dashboard was not sent ({reason(error)}); the same command sends it again"
+            f"the dashboard was not sent ({error_line(error)}); the same command sends it again"
         ) from error
     for url in urls:
         logger.info("%s", url)
@@ -418,7 +418,7 @@ def _sync(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
     if not arguments.pause >= 0:
         raise InputError(f"--pause is {arguments.pause:g}, but it is from 0 up; correct it")
-    from widthopt.tracking.sync import sync, tracked  # noqa: PLC0415 (imports torch)
+    from widthopt.tracking.sync import sync, tracked_runs  # noqa: PLC0415
 
     root, names = _existing(arguments.root), None
     if arguments.sweeps:
@@ -426,15 +426,15 @@ def _sync(words: Sequence[str]) -> None:
 
         chosen = manifests(root, arguments.sweeps)
         names = {name for one in chosen for name in (*one.runs, figures_run(one))}
+    runs = tracked_runs(root, names)
     if arguments.dry_run:
-        asked = [one for one in tracked(root) if names is None or one.folder.name in names]
-        left = [one.folder.name for one in asked if not one.whole]
+        left = [files.folder.name for files in runs if not files.is_fully_synced]
         for name in left:
             sys.stdout.write(f"{name}\n")
-        logger.info("%d of %d runs are to be sent", len(left), len(asked))
+        logger.info("%d of %d runs are to be sent", len(left), len(runs))
         return
     counts = {"sent": 0, "known": 0, "running": 0, "refused": 0}
-    for one in sync(root, names=names, pause_seconds=arguments.pause):
+    for one in sync(runs, pause_seconds=arguments.pause):
         counts[one.state] += 1
         if one.state == "sent":
             logger.info("%s", one.name)

@@ -31,8 +31,7 @@ from widthopt.seeds import derived_seed
 from widthopt.setting import Network, Recipe, Resources, Runtime, Setting
 from widthopt.store import Stage, Store, this_job, writable, write_atomically, writing
 from widthopt.surgery import Blueprint
-from widthopt.tracking import About, Tracker, Tracking, tracked
-from widthopt.tracking.metrics import in_figure
+from widthopt.tracking import About, Tracker, Tracking, open_tracker
 from widthopt.training import Interrupted, Log, train
 from widthopt.widths import TOLERANCE, Match, match_macs, multipliers
 
@@ -458,7 +457,7 @@ def searched(point: Point, method: str, seed: int) -> SearchResult:
                     conditions=point.conditions(seed, stage.folder, tracker),
                 )
                 if tracker is not None:
-                    with tracker.careful():
+                    with tracker.best_effort():
                         _show_search(tracker, point, method, result)
                 if distributed.rank() == 0:  # before W&B is waited for
                     stage.finish(asdict(result))
@@ -507,7 +506,7 @@ def _record_of(point: Point, found: Found, stage: Stage, tracker: Tracker | None
         stages=stages,
     )
     if tracker is not None:
-        with tracker.careful():
+        with tracker.best_effort():
             _show_training(tracker, record)
     if distributed.rank() == 0:
         stage.finish(asdict(record))
@@ -551,7 +550,7 @@ def _tracked(
 ) -> Iterator[Tracker | None]:
     """Track the work on a stage."""
     about = point.about(kind, method, seed, stage)
-    with tracked(
+    with open_tracker(
         point.request.tracking, about, stage.folder, interruptions=(Interrupted,)
     ) as tracker:
         yield tracker
@@ -595,13 +594,14 @@ def _show_training(tracker: Tracker, record: Record) -> None:
     tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
     tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
     saved = 100 * found.saved
-    shown = [
-        in_figure(name, network=record.network, saved_pct=saved, top1=record.top1)
-        for name in tracker.about.figures
-    ]
-    tracker.rows([row for row, _ in shown])  # a row is what lines of W&B are drawn from
+    curves: dict[str, float] = {}
+    for name in tracker.about.figures:  # so that a panel shows the runs of its figure alone
+        curves |= {f"figures/{name}/saved_pct": saved, f"figures/{name}/top1": record.top1}
+        top1 = {f"figures/{name}/{record.network}/top1": record.top1}
+        tracker.rows([{f"figures/{name}/saved_pct": saved, **top1}])  # W&B draws lines from rows
     tracker.summary(
         {
+            **curves,
             "test/top1": record.top1,
             "test/top5": record.top5,
             "alpha": found.alpha,
@@ -612,7 +612,6 @@ def _show_training(tracker: Tracker, record: Record) -> None:
             "overhead_saved_pct": saved,
             "seconds": record.train_seconds,
             **{f"flags/{name}": one for name, one in found.flags.items()},
-            **{name: one for _, summary in shown for name, one in summary.items()},
         }
     )
 

@@ -36,7 +36,7 @@ from widthopt.store import (
     write_atomically,
     writing,
 )
-from widthopt.tracking import About, show_in, show_media
+from widthopt.tracking import About, log_media
 from widthopt.training import Interrupted
 
 
@@ -129,10 +129,9 @@ class Sweep(_Staged):
 
     @property
     def imports(self) -> Sequence[str]:
-        """See `_Staged`: what reads images, and what tracks runs."""
+        """See `_Staged`: what reads images."""
         asked = [one.point.request for one in self.plan.points]
         names = [name for one in asked for name in getattr(one.dataset, "IMPORTS", ())]
-        names += [name for one in asked for name in one.tracking.imports]
         return list(dict.fromkeys(names))
 
     def begin(self, *, sure: bool, live: Collection[str] = ()) -> None:
@@ -515,7 +514,6 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
     results: dict[str, dict[str, Any] | None] = {}
     for sweep in sweeps:
         stages = sweep.stages(store)
-        _find(sweep, stages)
         kinds |= {name: one for name, one in sweep.figures.items() if not only or name in only}
         for point in sweep.points:
             pairs = [(point["train"], point["method"]), (point["baseline"], "uniform")]
@@ -539,16 +537,6 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
         for name in sweep.figures:
             files |= media[name]
         _track(root, sweep, files)
-
-
-def _find(sweep: Manifest, stages: Mapping[str, Stage]) -> None:
-    """See that a sweep's tracked runs are found by its figures, whoever did them first."""
-    shown: dict[str, dict[str, None]] = {}
-    for point in sweep.points:
-        for name in (point["train"], point["baseline"], *sweep.runs[point["train"]]["needs"]):
-            shown.setdefault(name, {}).update(dict.fromkeys(point["figures"]))
-    for name, found in shown.items():
-        show_in(list(found), stages[name].folder)
 
 
 def figures_run(sweep: Manifest) -> str:
@@ -583,7 +571,7 @@ def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for file in media.values():  # as this sweep has it: another's report draws the same name
         write_atomically(folder / file, (root / "report" / file).read_bytes())
-    show_media(how, about, folder, media)
+    log_media(how, about, folder, media)
 
 
 def show(root: Path, sweeps: Sequence[Manifest]) -> None:
