@@ -418,7 +418,7 @@ def _sync(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
     if not arguments.pause >= 0:
         raise InputError(f"--pause is {arguments.pause:g}, but it is from 0 up; correct it")
-    from widthopt.tracking.sync import sync, tracked_runs  # noqa: PLC0415
+    from widthopt.tracking.send import sync, tracked_runs  # noqa: PLC0415
 
     root, names = _existing(arguments.root), None
     if arguments.sweeps:
@@ -434,12 +434,12 @@ def _sync(words: Sequence[str]) -> None:
         logger.info("%d of %d runs are to be sent", len(left), len(runs))
         return
     counts = {"sent": 0, "known": 0, "running": 0, "refused": 0}
-    for one in sync(runs, pause_seconds=arguments.pause):
-        counts[one.state] += 1
-        if one.state == "sent":
-            logger.info("%s", one.name)
-        elif one.state == "refused":
-            logger.warning("%s was not sent (%s)", one.name, one.why)
+    for name, state, why in sync(runs, pause_seconds=arguments.pause):
+        counts[state] += 1
+        if state == "sent":
+            logger.info("%s", name)
+        elif state == "refused":
+            logger.warning("%s was not sent (%s)", name, why)
     sent, known, running, refused = counts.values()
     logger.info("%d sent, %d had been sent before, %d still run", sent, known, running)
     if refused:
