@@ -1,7 +1,6 @@
 """What a run writes down as it goes, without W&B; `test_wandb.py` has W&B's real client."""
 
 import json
-import os
 import resource
 import sys
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from widthopt.surgery import Blueprint
 from widthopt.tracking import About, Tracker, open_tracker
 from widthopt.tracking.files import End, TrackingFiles
 from widthopt.tracking.secrets import HIDDEN, redact
-from widthopt.tracking.sync import Sent, sync, tracked_runs
+from widthopt.tracking.send import sync, tracked_runs
 from widthopt.training import Diverged, Interrupted, Loop, _Rows, train
 
 
@@ -97,12 +96,12 @@ def searched(name, folder, interrupt=None, tracking=TRACKING):
 def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     trained(tmp_path, Synthetic(), log)
-    found = rows(tmp_path)
+    result = rows(tmp_path)
     # Four epochs of four steps, and every third step.
-    assert [row["step"] for row in found] == [3, 4, 6, 8, 9, 12, 15, 16]
-    assert ["train/top1" in row for row in found] == [row["step"] % 4 == 0 for row in found]
-    assert [row["epoch"] for row in found] == [row["step"] / 4 for row in found]
-    assert all(row["perf/images_per_second"] > 0 for row in found)
+    assert [row["step"] for row in result] == [3, 4, 6, 8, 9, 12, 15, 16]
+    assert ["train/top1" in row for row in result] == [row["step"] % 4 == 0 for row in result]
+    assert [row["epoch"] for row in result] == [row["step"] / 4 for row in result]
+    assert all(row["perf/images_per_second"] > 0 for row in result)
 
 
 def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch):
@@ -131,7 +130,7 @@ def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
     images, labels = next(iter(Synthetic().epoch(0)))
     loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
     loss.backward()
-    length = sum(float(one.grad.double().square().sum()) for one in model.parameters()) ** 0.5
+    length = sum(float(entry.grad.double().square().sum()) for entry in model.parameters()) ** 0.5
     assert first["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert first["train/gradient_norm"] == pytest.approx(length, rel=1e-4)
     assert first["train/learning_rate"] == 0
@@ -157,7 +156,7 @@ def test_accuracies_in_an_epochs_row_are_those_of_its_own_images(tmp_path, monke
     last, places = rows(tmp_path)[-1], []
     for images, labels in Synthetic().epoch(3):
         for scores, label in zip(model(images).tolist(), labels.tolist(), strict=True):
-            places.append(sum(one > scores[label] for one in scores))
+            places.append(sum(entry > scores[label] for entry in scores))
     assert last["train/top1"] == 100 * sum(place < 1 for place in places) / 64
     assert last["train/top5"] == 100 * sum(place < 5 for place in places) / 64
     assert 0 < last["train/top1"] < last["train/top5"] < 100
@@ -165,25 +164,27 @@ def test_accuracies_in_an_epochs_row_are_those_of_its_own_images(tmp_path, monke
 
 def test_the_accelerators_memory_is_the_peak_since_the_training_began(tmp_path, monkeypatch):
     """A processor stands in for an accelerator; `test_gpu.py` has a real one."""
-    told = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: told.append("begin"))
+    logged_rows = []
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda _: logged_rows.append("begin")
+    )
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**29)
     loop = Loop(
         Small(4), recipe=RECIPE, steps_per_epoch=4, epochs=4, seed=0, runtime=RUNTIME
     )  # fmt: skip
     loop.device = torch.device("cuda")
     _Rows(loop, Synthetic(), Tracker(TRACKING, ABOUT, tmp_path)).epoch()
-    assert told == ["begin"]
+    assert logged_rows == ["begin"]
     (row,) = rows(tmp_path)
     assert row["perf/gpu_memory_gib"] == 1.5
 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
 def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_path):
-    found = searched(name, tmp_path / "tracked")
+    result = searched(name, tmp_path / "tracked")
     plain = found_by(name, tmp_path / "plain", None)
-    assert plain.multipliers == found.multipliers
-    assert plain.overhead_macs == found.overhead_macs
+    assert plain.multipliers == result.multipliers
+    assert plain.overhead_macs == result.overhead_macs
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,10 @@ def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_pat
         ),
     ],
 )  # fmt: skip
-def test_a_search_logs_the_diagnostics_that_its_specification_asks_for(name, wanted, tmp_path):
+def test_a_search_logs_the_diagnostics_that_its_specification_asks_for(name, expected, tmp_path):
     searched(name, tmp_path)
     names = {key for row in repeated(tmp_path) for key in row}
-    assert wanted <= names
+    assert expected <= names
 
 
 def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, monkeypatch):
@@ -219,7 +220,7 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
     monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, accumulation=2))
     searched("autoslim", tmp_path, tracking=replace(TRACKING, log_every_steps=1))
     # In each micro-batch the widest, the narrowest and two random ones.
-    narrowest = [(one + other) / 2 for one, other in zip(seen[1::8], seen[5::8], strict=True)]
+    narrowest = [(entry + second) / 2 for entry, second in zip(seen[1::8], seen[5::8], strict=True)]
     logged = [row["search/loss_narrowest"] for row in repeated(tmp_path) if row["step"] <= 16]
     assert logged == pytest.approx(narrowest, rel=1e-6)
 
@@ -296,11 +297,13 @@ def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
     seen, close = [], Tracker.close
 
     def watching(self):
-        seen.append(sorted(one.parent.name[:6] for one in tmp_path.glob("*/stages/*/result.json")))
+        seen.append(
+            sorted(entry.parent.name[:6] for entry in tmp_path.glob("*/stages/*/result.json"))
+        )
         close(self)
 
     monkeypatch.setattr(Tracker, "close", watching)
-    words = [one for one in TINY if not one.startswith("network.factory")]
+    words = [entry for entry in TINY if not entry.startswith("network.factory")]
     words += ["network.factory=network_of_results.MyNetwork", "methods=[transfer]"]
     run(Point(compose(words)))
     assert seen == [["search"], ["search", "train-"]]
@@ -311,18 +314,20 @@ def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "network_of_moves.py").write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path)
-    words = [one for one in TINY if not one.startswith("network.factory")]
-    asked = compose([*words, "network.factory=network_of_moves.MyNetwork", "methods=[transfer]"])
+    words = [entry for entry in TINY if not entry.startswith("network.factory")]
+    composed = compose([*words, "network.factory=network_of_moves.MyNetwork", "methods=[transfer]"])
 
-    class Own(type(asked.algorithm)):
+    class Own(type(composed.algorithm)):
         def search(self, *args, **options):
-            found = super().search(*args, **options)
-            return replace(found, details={"moves": ["a knight's"]})
+            result = super().search(*args, **options)
+            return replace(result, details={"moves": ["a knight's"]})
 
-    values = {one.name: getattr(asked.algorithm, one.name) for one in fields(asked.algorithm)}
-    (record,) = run(Point(replace(asked, algorithm=Own(**values))))
+    values = {
+        entry.name: getattr(composed.algorithm, entry.name) for entry in fields(composed.algorithm)
+    }
+    (record,) = run(Point(replace(composed, algorithm=Own(**values))))
     assert record.top1 > 0
-    assert [one for one in caplog.records if "cannot be written" in one.message]
+    assert [entry for entry in caplog.records if "cannot be written" in entry.message]
 
 
 # The file.
@@ -360,7 +365,7 @@ def test_what_a_full_disk_would_not_take_is_one_warning_and_is_written_later(tmp
     log.row(6, {"loss": 1.0})
     log.close()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    warnings = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    warnings = [entry.message for entry in caplog.records if entry.levelname == "WARNING"]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (")
 
@@ -375,7 +380,7 @@ def test_rows_that_had_no_place_at_the_start_are_written_once_there_is_one(tmp_p
     log.row(2, {"loss": 1.0})
     log.close()
     assert [row["step"] for row in rows(folder)] == [1, 2]
-    assert [one.levelname for one in caplog.records].count("WARNING") == 1
+    assert [entry.levelname for entry in caplog.records].count("WARNING") == 1
 
 
 def test_a_row_that_found_no_room_is_written_at_the_end(tmp_path):
@@ -395,14 +400,13 @@ def test_numbers_of_any_kind_are_written_and_what_is_none_hurts_no_run(tmp_path,
     log.row(3, {"loss": 1.0})
     log.summary({"flags/cut": [object()]})
     log.close()
-    found = [
-        {name: one for name, one in row.items() if name != "time"}
-        for row in rows(tmp_path)
+    result = [
+        {name: entry for name, entry in row.items() if name != "time"} for row in rows(tmp_path)
     ]
-    assert found == [
+    assert result == [
         {"step": 1, "train/loss": 0.5, "train/top1": 3}, {"step": 3, "train/loss": 1.0},
     ]  # fmt: skip
-    assert [one.levelname for one in caplog.records].count("WARNING") == 1
+    assert [entry.levelname for entry in caplog.records].count("WARNING") == 1
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
@@ -423,9 +427,12 @@ def test_widths_are_a_file_rows_by_layer_and_lists(tmp_path):
         "multipliers": {"conv1": 0.5, "conv2": 2.0},
         "alpha": 1.5,
     }
-    told = rows(tmp_path)[1:]
+    logged_rows = rows(tmp_path)[1:]
     names = ("step", "layer/index", "layers/small/channels", "layers/small/multiplier")
-    assert [tuple(row[name] for name in names) for row in told] == [(8, 0, 30, 0.5), (9, 1, 8, 2.0)]
+    assert [tuple(row[name] for name in names) for row in logged_rows] == [
+        (8, 0, 30, 0.5),
+        (9, 1, 8, 2.0),
+    ]
     assert log.end.summary["widths/channels"] == [30, 8]
 
 
@@ -516,22 +523,22 @@ def test_tags_are_as_short_as_w_and_b_requires():
 
 
 def test_the_id_of_a_run_is_its_stages_and_a_salt_makes_another():
-    one = Point(compose(["target.resolution=32"]), images=False)
-    stage = one.search_stage("transfer", 3)
-    assert one.about("search", "transfer", 3, stage).id == stage.folder.name
+    entry = Point(compose(["target.resolution=32"]), images=False)
+    stage = entry.search_stage("transfer", 3)
+    assert entry.about("search", "transfer", 3, stage).id == stage.folder.name
     salted = Point(compose(["target.resolution=32", "tracking.salt=again"]), images=False)
     assert salted.search_stage("transfer", 3).folder.name == stage.folder.name
-    other = salted.about("search", "transfer", 3, stage).id
-    assert other.startswith(stage.folder.name)
-    assert other != stage.folder.name
+    second = salted.about("search", "transfer", 3, stage).id
+    assert second.startswith(stage.folder.name)
+    assert second != stage.folder.name
 
 
 def test_tracking_names_no_run_and_is_frozen_with_it():
-    one = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.log_every_steps=7"])
-    other = compose(["tracking=disabled"])
-    assert one.fields == other.fields
-    again = request(_config(frozen(one)))
-    assert again.tracking == one.tracking
+    entry = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.log_every_steps=7"])
+    second = compose(["tracking=disabled"])
+    assert entry.fields == second.fields
+    again = request(_config(frozen(entry)))
+    assert again.tracking == entry.tracking
     assert again.tracking.log_every_steps == 7
 
 
@@ -561,14 +568,14 @@ def test_offline_is_the_default():
         ),
         (
             "tracking.log_every_steps=0",
-            (
-                "tracking.log_every_steps is 0, but it must be an integer of at least 1; correct it"
-                ""
-            ),
+            ("tracking.log_every_steps is 0, but it must be an integer of at least 1; correct it"),
         ),
         (
             "tracking.project=''",
-            "tracking.project is , but a project has 1 to 128 characters, and none of /\\#?%:; correct it",
+            (
+                "tracking.project is , but a project has 1 to 128 characters, and none of "
+                "/\\#?%:; correct it"
+            ),
         ),
         (
             "tracking.project=me/mine",
@@ -621,7 +628,7 @@ def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypa
 def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     code = (
         "import sys, widthopt; widthopt.trace; import widthopt.sweeps;"
-        "import widthopt.tracking.sync, widthopt.tracking.send, widthopt.dashboard;"
+        "import widthopt.tracking.send, widthopt.dashboard;"
         "sys.exit(any(one.startswith('wandb') for one in sys.modules))"
     )
     import subprocess  # noqa: PLC0415
@@ -644,12 +651,12 @@ def test_runs_are_sent_one_by_one_until_three_in_a_row_are_refused(tmp_path, mon
 
     def send(files):
         calls.append(files.folder.name)
-        return Sent(files.folder.name, next(answers))
+        return next(answers), ""
 
-    monkeypatch.setattr("widthopt.tracking.sync._sync_run", send)
-    monkeypatch.setattr("widthopt.tracking.sync.time.sleep", calls.append)
+    monkeypatch.setattr("widthopt.tracking.send._sync_run", send)
+    monkeypatch.setattr("widthopt.tracking.send.time.sleep", calls.append)
     runs = tracked_runs(tmp_path, "abcdefg")
-    assert [sent.state for sent in sync(runs, pause_seconds=7.0)][-3:] == ["refused"] * 3
+    assert [state for _, state, _ in sync(runs, pause_seconds=7.0)][-3:] == ["refused"] * 3
     assert calls == ["a", 7.0, "b", 7.0, "c", 7.0, "d", 7.0, "e", 7.0, "f", 7.0, "g"]
     assert [files.folder.name for files in tracked_runs(tmp_path, ["b", "c"])] == ["b", "c"]
 

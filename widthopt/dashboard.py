@@ -6,8 +6,7 @@ panels from its own data; printed figures are drawn from records (``widthopt rep
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,13 @@ from widthopt.store import write_atomically
 NAME = "Width transfer"
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
-    """The panels of one figure, in the types of ``wandb-workspaces``."""
-
-    title: str
-    figure: str
-    panels: Sequence[Any]
-
-
-def sections(figures: Iterable[Kind]) -> list[Section]:
-    """Return the section of each figure.
+def sections(figures: Iterable[Kind]) -> dict[str, Any]:
+    """Return the section of each figure, by name.
 
     Raises:
         InputError: ``wandb-workspaces`` is not installed.
     """
-    _, wr = _import_library()
+    ws, wr = _import_library()
 
     def line(title: str, x: str, y: str, by: str) -> Any:
         """Draw rows of all runs: mean and deviation of those that agree in a config key."""
@@ -45,7 +35,7 @@ def sections(figures: Iterable[Kind]) -> list[Section]:
             groupby_rangefunc="stddev", smoothing_type="none", max_runs_to_show=100,
         )  # fmt: skip
 
-    result = []
+    result = {}
     for figure in figures:
         panels = []
         if isinstance(figure, Transfer):
@@ -63,57 +53,49 @@ def sections(figures: Iterable[Kind]) -> list[Section]:
                     panels.append(line(f"{network}: {name}", "layer/index", y, "algorithm"))
         panels.append(wr.MediaBrowser(title="In the report", media_keys=[f"figures/{figure.name}"]))
         panels.append(wr.WeavePanelSummaryTable(table_name=f"tables/{figure.name}"))
-        result.append(Section(figure.title, figure.name, panels))
+        result[figure.name] = ws.Section(name=figure.title, panels=panels)
     return result
 
 
-def workspace(shown: Sequence[Section], *, project: str, entity: str | None) -> Any:
+def workspace(shown: Mapping[str, Any], *, project: str, entity: str | None) -> Any:
     """Return the workspace: the sections, and W&B's own panels of all that runs log."""
     ws, _ = _import_library()
     return ws.Workspace(
         entity=entity or "",
         project=project,
         name=NAME,
-        sections=[
-            ws.Section(name=section.title, panels=list(section.panels), is_open=index == 0)
-            for index, section in enumerate(shown)
-        ],
+        sections=list(shown.values()),
         settings=ws.WorkspaceSettings(x_axis="epoch", smoothing_type="none", max_runs=100),
         auto_generate_panels=True,
     )
 
 
 def as_json(view: Any) -> str:
-    """Return a workspace or a report as the JSON that is sent."""
+    """Return a workspace as the JSON that is sent."""
     text: str = view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)  # noqa: SLF001 (there is no public way)
     return text
 
 
-def report(shown: Sequence[Section], *, project: str, entity: str | None) -> Any:
+def report(shown: Mapping[str, Any], *, project: str, entity: str) -> Any:
     """Return the report: each section with the runs of its figure; asks W&B for the entity."""
     _, wr = _import_library()
+    place = {"entity": entity, "project": project}
     blocks: list[Any] = [wr.TableOfContents(), wr.H1(NAME)]
-    for section in shown:
-        runs = wr.Runset(
-            entity=entity or "", project=project, name=section.title,
-            filters=f"Tags in ['{section.figure}']", groupby=["config.algorithm"],
-        )  # fmt: skip
-        grid = wr.PanelGrid(runsets=[runs], panels=list(section.panels))
-        blocks += [wr.H2(section.title), grid]
-    return wr.Report(entity=entity or "", project=project, title=NAME, blocks=blocks, width="fluid")
+    for figure, section in shown.items():
+        tag = f"Tags in ['{figure}']"
+        runs = wr.Runset(**place, name=section.name, filters=tag, groupby=["config.algorithm"])
+        blocks += [wr.H2(section.name), wr.PanelGrid(runsets=[runs], panels=section.panels)]
+    return wr.Report(**place, title=NAME, blocks=blocks, width="fluid")
 
 
-def push(shown: Sequence[Section], *, project: str, entity: str, sent: Path) -> list[str]:
-    """Send the workspace and the report, in place of those that were sent before.
+def push(shown: Mapping[str, Any], *, project: str, entity: str, sent: Path) -> list[str]:
+    """Send the workspace and the report, or update those sent before; return their addresses.
 
     Args:
         shown: The sections.
         project: W&B's project.
         entity: A user or team.
         sent: A JSON file with the ids of what was sent, by entity and project.
-
-    Returns:
-        Their addresses.
     """
     os.environ["WANDB_ERROR_REPORTING"] = "false"  # no telemetry
     before: Mapping[str, Any] = json.loads(sent.read_text("utf-8")) if sent.is_file() else {}

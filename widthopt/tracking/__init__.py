@@ -7,8 +7,9 @@ Only the first of several processes that train together logs.
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,19 +37,7 @@ HURRY_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """How runs are tracked; see ``conf/tracking``. No part of a run's identity.
-
-    Attributes:
-        mode: ``offline``: W&B's files are written beside the run, without any network;
-            ``online``: rows are sent as they are written; ``disabled``: JSON lines alone.
-        project: W&B's project.
-        entity: A user or team of W&B; None for the owner of the API key.
-        tags: Tags of every run, beside its own.
-        salt: Changes the W&B ids of all runs, such as for a repetition of the same work.
-        log_every_steps: Steps between two rows; each epoch ends with one.
-        init_timeout_seconds: Time limit for W&B's first answer; the work does not wait for it.
-        finish_seconds: Time limit for W&B at the end of a run.
-    """
+    """The keys of ``conf/tracking``, which explains them. No part of a run's identity."""
 
     mode: Literal["offline", "online", "disabled"]
     project: str
@@ -60,17 +49,16 @@ class Tracking:
     finish_seconds: float
 
     def __post_init__(self) -> None:
-        project_is_valid = 0 < len(self.project) <= LONGEST_PROJECT
-        project_is_valid = project_is_valid and not set(self.project) & set("/\\#?%:")
-        tags_are_valid = all(0 < len(tag) <= LONGEST_TAG for tag in self.tags)
+        is_project = re.fullmatch(rf"[^/\\#?%:]{{1,{LONGEST_PROJECT}}}", self.project) is not None
+        are_tags = all(0 < len(tag) <= LONGEST_TAG for tag in self.tags)
         characters = f"has 1 to {LONGEST_PROJECT} characters, and none of /\\#?%:"
         above_0 = "it must be a finite number above 0"
         for name, is_valid, rule in (
-            ("project", project_is_valid, f"a project {characters}"),
+            ("project", is_project, f"a project {characters}"),
             ("log_every_steps", self.log_every_steps >= 1, "it must be an integer of at least 1"),
             ("init_timeout_seconds", 0 < self.init_timeout_seconds < math.inf, above_0),
             ("finish_seconds", 0 < self.finish_seconds < math.inf, above_0),
-            ("tags", tags_are_valid, f"a tag has 1 to {LONGEST_TAG} characters"),
+            ("tags", are_tags, f"a tag has 1 to {LONGEST_TAG} characters"),
         ):
             if not is_valid:
                 value = getattr(self, name)
@@ -108,8 +96,8 @@ class Tracker:
             self._files.cut(step)
         if how.mode != "disabled" and not self._has_begun:
             with self.best_effort():
-                init = {**self.about.init, "project": how.project, "entity": how.entity}
-                self._files.begin(init)
+                place = {"project": how.project, "entity": how.entity}
+                self._files.begin({**self.about.init, **place})
                 lock, _ = self._files.open_lock()  # the process waits for a sync that holds it
                 limits = (how.init_timeout_seconds, how.finish_seconds)
                 self._process = SendProcess(self._files, lock, how.mode, *limits)
@@ -206,11 +194,7 @@ class Tracker:
 
 @contextmanager
 def open_tracker(
-    tracking: Tracking,
-    about: About,
-    folder: Path,
-    *,
-    interruptions: tuple[type[Exception], ...] = (),
+    tracking: Tracking, about: About, folder: Path, *, interruptions: Iterable[type[Exception]] = ()
 ) -> Iterator[Tracker | None]:
     """Track the block as a run in a folder; yields None in every process except the first.
 
@@ -226,9 +210,8 @@ def open_tracker(
         yield tracker
     except BaseException as error:
         tracker.end.code = 1
-        if isinstance(error, (*interruptions, KeyboardInterrupt, SystemExit)):
-            tracker.end.preempted = True
-        else:
+        tracker.end.preempted = isinstance(error, (*interruptions, KeyboardInterrupt, SystemExit))
+        if not tracker.end.preempted:
             tracker.end.why = f"{type(error).__name__}: {error_line(error)}"
         raise
     finally:
@@ -236,10 +219,7 @@ def open_tracker(
 
 
 def log_media(tracking: Tracking, about: About, folder: Path, media: Mapping[str, str]) -> None:
-    """Track pictures (PNG) and tables (CSV) as a run, unless a server has exactly these.
-
-    ``media`` has their paths by name, relative to the folder.
-    """
+    """Track pictures and tables, by name relative to the folder, unless a server has the same."""
     files = TrackingFiles(folder)
     if files.is_fully_synced and files.end is not None and files.end.media == dict(media):
         return

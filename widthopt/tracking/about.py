@@ -8,9 +8,6 @@ from typing import Any
 LONGEST_TAG = 64
 """The most characters that W&B accepts in a tag."""
 
-Axes = Mapping[str, float]
-"""A setting: width, depth, resolution and fraction."""
-
 
 @dataclass(frozen=True, slots=True)
 class About:
@@ -19,12 +16,12 @@ class About:
     Attributes:
         id: The identity: equal for equal work, wherever and however often it is done.
         kind: ``search``, ``train``, ``baseline`` (training with uniform widths) or ``figures``.
-        network: The network's name.
-        dataset: The data set's name.
-        algorithm: The algorithm's name; ``uniform`` for a baseline.
+        network: The name of the network.
+        dataset: The name of the data set.
+        algorithm: The name of the algorithm; ``uniform`` for a baseline.
         method: ``uniform``, ``direct`` or ``transfer``.
         seed: The run's seed.
-        source: The setting whose widths are searched.
+        source: The setting whose widths are searched, by axis.
         target: The setting that is trained; None for a search, which serves many.
         figures: Names of the figures that show the run, as known when it starts.
         tags: Further tags.
@@ -39,8 +36,8 @@ class About:
     algorithm: str
     method: str
     seed: int
-    source: Axes
-    target: Axes | None
+    source: Mapping[str, float]
+    target: Mapping[str, float] | None
     figures: tuple[str, ...]
     tags: tuple[str, ...]
     fields: Mapping[str, Any]

@@ -136,11 +136,10 @@ class TrackingFiles:
         """
         self._tracking.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._tracking / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with suppress(BlockingIOError):
             flock(lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            return lock, False
-        return lock, True
+            return lock, True
+        return lock, False
 
     def _fingerprint(self) -> str:
         """Hash everything that a server is sent."""
@@ -151,11 +150,9 @@ class TrackingFiles:
         return digest.hexdigest()
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            content = json.loads((self._tracking / name).read_bytes())
-        except (OSError, ValueError):
-            return None
-        return content if isinstance(content, dict) else None
+        path = self._tracking / name
+        content: dict[str, Any] | None = json.loads(path.read_bytes()) if path.is_file() else None
+        return content
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomically(self._tracking / name, json.dumps(content, indent=2) + "\n")

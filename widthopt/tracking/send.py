@@ -1,6 +1,7 @@
-"""The process that sends one run to W&B from its tracking files.
+"""Sends runs to W&B from their tracking files.
 
-W&B may hang, fail or be killed there; the work neither waits for it nor imports it.
+A process of its own does so for each run, since W&B may hang, fail or be killed. The process that
+does the work neither waits for it nor imports it.
 """
 
 import csv
@@ -11,10 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from fcntl import LOCK_EX, LOCK_UN, flock
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from widthopt.errors import InputError
 from widthopt.tracking.files import End, TrackingFiles
@@ -27,15 +29,21 @@ MARGIN_SECONDS = 5.0
 POLL_SECONDS = 1.0
 """Time between two reads of the rows, and until W&B's own file has them."""
 
+INIT_SECONDS, FINISH_SECONDS = 60.0, 300.0
+"""Time limits for the first answer of the server, and for sending one run."""
+
+REFUSED_IN_A_ROW = 3
+"""Consecutive failures after which no further run is tried: the server is at fault."""
+
+State = Literal["sent", "known", "running", "refused"]
+"""The outcome for one run; ``known``: the server had everything; ``running``: left for later."""
+
 X_AXES = {
     "epoch": ("train/*", "search/*", "perf/*", "channels/*", "scales/*"),
     "layer/index": ("layers/*",),
     "slimming/move": ("slimming/macs", "slimming/errors"),
 }
 """Names of rows by their x axis."""
-
-_FATAL = "fatal error: filestream"
-"""W&B logs this, and reports nothing else, when a server refuses the rows of a run."""
 
 
 class SendProcess:
@@ -68,13 +76,9 @@ class SendProcess:
         )
 
     def finish(self, seconds: float) -> str:
-        """Announce the end of the run, and wait until everything is sent.
+        """Announce the end of the run, wait until everything is sent, and return any error.
 
-        Args:
-            seconds: Time limit; `MARGIN_SECONDS` after it the process is killed.
-
-        Returns:
-            What went wrong, in one line; empty if nothing did.
+        The process is killed `MARGIN_SECONDS` after this time limit.
         """
         try:  # a line, since other processes may hold copies of the pipe open
             _, errors = self._process.communicate("end\n", timeout=seconds + MARGIN_SECONDS)
@@ -90,10 +94,9 @@ class SendProcess:
 
 
 def _environment(files: TrackingFiles, mode: str) -> dict[str, str]:
-    """Return the environment of the process.
+    """Return an environment without telemetry, and with W&B's caches beside the runs.
 
-    It has the mode since W&B otherwise looks up a server's name even offline. Telemetry is off.
-    W&B's caches are kept beside the runs and not in the home folder.
+    It has the mode, since W&B otherwise looks up a server's name even offline.
     """
     own = files.folder.parents[1] / ".wandb"
     return {
@@ -105,6 +108,47 @@ def _environment(files: TrackingFiles, mode: str) -> dict[str, str]:
         "WANDB_SILENT": "true",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
+
+
+def tracked_runs(root: Path, names: Collection[str] | None = None) -> list[TrackingFiles]:
+    """Return the runs below a root that W&B is to have; of these names, or all if None."""
+    patterns = ("stages/*/tracking/wandb.json", "report/*/tracking/wandb.json")
+    folders = sorted(path.parents[1] for pattern in patterns for path in root.glob(pattern))
+    return [TrackingFiles(path) for path in folders if names is None or path.name in names]
+
+
+def sync(
+    runs: Collection[TrackingFiles], *, pause_seconds: float
+) -> Iterator[tuple[str, State, str]]:
+    """Send what the server lacks, one run after another, with a pause after each.
+
+    A server may refuse a single run, such as one that was deleted there, so others are tried.
+
+    Yields:
+        The name of each run's folder, the outcome, and why it was refused.
+    """
+    refused = 0
+    for files in runs:
+        state, why = _sync_run(files)
+        yield files.folder.name, state, why
+        if state in ("sent", "refused"):
+            refused = refused + 1 if state == "refused" else 0
+            if refused == REFUSED_IN_A_ROW:
+                return
+            time.sleep(pause_seconds)
+
+
+def _sync_run(files: TrackingFiles) -> tuple[State, str]:
+    try:
+        lock, is_free = files.open_lock()
+        if not is_free or files.is_fully_synced:
+            os.close(lock)
+            return "known" if is_free else "running", ""
+        process = SendProcess(files, lock, "online", INIT_SECONDS, FINISH_SECONDS)
+    except OSError as error:  # such as a folder of another user
+        return "refused", error_line(error)
+    why = process.finish(INIT_SECONDS + FINISH_SECONDS)
+    return "refused" if why else "sent", why
 
 
 def main() -> None:
@@ -140,8 +184,9 @@ def _send(files: TrackingFiles, mode: str, init_seconds: float, finish_seconds: 
                 run.log({**values, "_timestamp": row["time"]}, step=step)
     signal.alarm(math.ceil(finish_seconds + 2 * MARGIN_SECONDS))  # nobody may be there to kill it
     _finish(run, files, files.end or End(code=1, preempted=True), step=step + 1)
+    # W&B only writes to its log that a server refuses the rows of a run.
     log = Path(run.dir).parent / "logs" / "debug-internal.log"
-    if log.is_file() and _FATAL in log.read_text("utf-8", "replace"):
+    if log.is_file() and "fatal error: filestream" in log.read_text("utf-8", "replace"):
         raise InputError("the server refuses the rows of this run; its quota may be used up")
     if mode == "online":
         files.mark_synced()
