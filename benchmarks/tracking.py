@@ -89,7 +89,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         step, row = step_seconds(5 if quick else 20), row_seconds(folder, 500)
-        every = compose([]).tracking.every
+        every = compose([]).tracking.log_every_steps
         yield Figure(
             "tracking/row/resnet18/32",
             100 * row / (every * step),

@@ -10,8 +10,8 @@ from widthopt.algorithms import SearchContext
 from widthopt.config.compose import compose
 from widthopt.data import Split
 from widthopt.networks.resize import Blueprint
-from widthopt.tracking import About, tracked
-from widthopt.tracking.lines import rows
+from widthopt.tracking import About, open_tracker
+from widthopt.tracking.files import TrackingFiles
 from widthopt.training.loop import train
 
 
@@ -55,12 +55,12 @@ def test_the_memory_in_a_trainings_rows_is_its_own_peak(tmp_path):
         method="direct", seed=0, source=axes, target=axes, figures=(), tags=(), fields={},
     )  # fmt: skip
     model = Small(4)
-    with tracked(request.tracking, about, tmp_path) as log:
+    with open_tracker(request.tracking, about, tmp_path) as log:
         train(
             model, Synthetic(), recipe=request.recipe, epochs=1, seed=0, runtime=RUNTIME, log=log
         )  # fmt: skip
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    (row,) = rows(tmp_path / "metrics.jsonl")
+    ((row, _),) = TrackingFiles(tmp_path).rows()
     assert 3 * weights / 2**30 < row["perf/gpu_memory_gib"] < 1
 
 

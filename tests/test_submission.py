@@ -205,7 +205,7 @@ def test_a_value_of_another_kind_is_one_line(name, value, said):
 
 def test_a_warning_that_leaves_no_time_to_work_is_refused(tmp_path, sent):
     workload = FileWork(tmp_path, {"s": ((), "well")})
-    with pytest.raises(InputError, match=r"^hydra.launcher.warn_seconds is 151, but it is at most half"):
+    with pytest.raises(InputError, match=r"^hydra.launcher.warn_seconds is 151, but it is at most"):
         replace(launcher(), warn_seconds=151).submit(workload)
     assert sent == []
     assert replace(launcher(), warn_seconds=150).submit(workload) == 1

@@ -60,7 +60,7 @@ class Run:
             "displayName": self.fields.get("displayName") or self.name,
             "description": None,
             "sweepName": None,
-            "config": json.dumps({key: {"value": one} for key, one in self.config.items()}),
+            "config": json.dumps({key: {"value": entry} for key, entry in self.config.items()}),
             "project": {
                 "id": f"p-{project}",
                 "name": project,
@@ -160,9 +160,9 @@ class Server:
         name = given["name"]
         new = name not in self.runs
         run = self.runs.setdefault(name, Run(name))
-        run.fields |= {key: one for key, one in given.items() if one is not None}
+        run.fields |= {key: entry for key, entry in given.items() if entry is not None}
         if given.get("config"):
-            run.config = {k: one.get("value") for k, one in json.loads(given["config"]).items()}
+            run.config = {k: entry.get("value") for k, entry in json.loads(given["config"]).items()}
         return {"upsertBucket": {"bucket": run.bucket(entity, project), "inserted": new}}
 
     def _resume(self, given, entity, project):
@@ -209,13 +209,13 @@ class Server:
             {
                 "node": {
                     "storagePath": "x",
-                    "uploadUrl": f"{self.url}/storage/artifact/{one['artifactID']}/{one['name']}",
+                    "uploadUrl": f"{self.url}/storage/artifact/{file['artifactID']}/{file['name']}",
                     "uploadHeaders": [],
                     "uploadMultipartUrls": None,
-                    "artifact": {"id": one["artifactID"]},
+                    "artifact": {"id": file["artifactID"]},
                 }
             }
-            for one in files
+            for file in files
         ]
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
@@ -339,12 +339,12 @@ class Handler(BaseHTTPRequestHandler):
         path, content = received
         server = self.server_of_runs
         if path == "/graphql":
-            asked = json.loads(content)
-            query = asked.get("query", "")
-            found = re.search(r"(?:query|mutation)\s+(\w+)", query)
-            operation = asked.get("operationName") or (found[1] if found else "?")
+            content_json = json.loads(content)
+            query = content_json.get("query", "")
+            matched = re.search(r"(?:query|mutation)\s+(\w+)", query)
+            operation = content_json.get("operationName") or (matched[1] if matched else "?")
             server.operations.append(operation)
-            given = asked.get("variables") or {}
+            given = content_json.get("variables") or {}
             name = {**given, **(given.get("input") or {})}.get("name")
             deleted = operation == "UpsertBucket" and name in server.deleted
             if deleted or operation in server.refuse:

@@ -386,7 +386,7 @@ def _dashboard(words: Sequence[str]) -> None:
     from widthopt.config.compose import compose  # noqa: PLC0415 (imports torch)
     from widthopt.reporting import dashboard  # noqa: PLC0415
     from widthopt.request import FigureSpec  # noqa: PLC0415
-    from widthopt.tracking.client import reason  # noqa: PLC0415
+    from widthopt.tracking.secrets import error_line  # noqa: PLC0415
 
     experiments = arguments.experiments or PAPER
     figures: dict[str, FigureSpec] = {}
@@ -407,14 +407,14 @@ def _dashboard(words: Sequence[str]) -> None:
         raise InputError(
             "--entity is missing, but a dashboard belongs to a user or team; add --entity=..."
         )
-    kept = arguments.root / "dashboard.json"
+    sent = arguments.root / "dashboard.json"
     try:
-        urls = dashboard.push(shown, project=project, entity=entity, kept=kept)
+        urls = dashboard.push(shown, project=project, entity=entity, sent=sent)
     except InputError:
         raise
     except Exception as error:
         raise Failed(
-            f"the dashboard was not sent ({reason(error)}); run the same command again"
+            f"the dashboard was not sent ({error_line(error)}); run the same command again"
         ) from error
     for url in urls:
         logger.info("%s", url)
@@ -427,7 +427,7 @@ def _sync(words: Sequence[str]) -> None:
         description="Send offline runs to Weights & Biases. A second call sends only what is new. "
         "Needs `wandb login` once.",
     )
-    parser.add_argument("sweeps", nargs="*", help="how their names begin; all runs by default")
+    parser.add_argument("sweeps", nargs="*", help="names or prefixes of sweeps; default: all runs")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="the folder of all runs")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between two runs")
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent")
@@ -436,7 +436,7 @@ def _sync(words: Sequence[str]) -> None:
         raise InputError(
             f"--pause is {arguments.pause:g}, but it is a number of at least 0; correct it"
         )
-    from widthopt.tracking.sync import sync, tracked  # noqa: PLC0415 (imports torch)
+    from widthopt.tracking.send import sync, tracked_runs  # noqa: PLC0415
 
     root, names = _existing(arguments.root), None
     if arguments.sweeps:
@@ -445,24 +445,24 @@ def _sync(words: Sequence[str]) -> None:
 
         chosen = load_manifests(root, arguments.sweeps)
         names = {name for sweep in chosen for name in (*sweep.runs, figures_run(sweep))}
+    runs = tracked_runs(root, names)
     if arguments.dry_run:
-        asked = [one for one in tracked(root) if names is None or one.folder.name in names]
-        left = [one.folder.name for one in asked if not one.whole]
+        left = [files.folder.name for files in runs if not files.is_fully_synced]
         for name in left:
             sys.stdout.write(f"{name}\n")
-        logger.info("%d of %d runs are to be sent", len(left), len(asked))
+        logger.info("%d of %d runs are to be sent", len(left), len(runs))
         return
     counts = {"sent": 0, "known": 0, "running": 0, "refused": 0}
-    for one in sync(root, names=names, pause_seconds=arguments.pause):
-        counts[one.state] += 1
-        if one.state == "sent":
-            logger.info("%s", one.name)
-        elif one.state == "refused":
-            logger.warning("%s was not sent (%s)", one.name, one.why)
+    for name, state, reason in sync(runs, pause_seconds=arguments.pause):
+        counts[state] += 1
+        if state == "sent":
+            logger.info("%s", name)
+        elif state == "refused":
+            logger.warning("%s was not sent (%s)", name, reason)
     sent, known, running, refused = counts.values()
     logger.info("%d sent, %d had been sent before, %d still run", sent, known, running)
     if refused:
-        raise Failed(f"{refused} were not sent; the same command goes on with the rest")
+        raise Failed(f"{refused} were not sent; run the same command again")
 
 
 def _plan(words: Sequence[str]) -> None:

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def tracked(words, mode):
+def with_tracking(words, mode):
     """The same words, but tracked, with a row for every second step."""
-    return (*(one for one in words if not one.startswith("tracking")),
-            f"tracking={mode}", "tracking.every=2")  # fmt: skip
+    return (*(entry for entry in words if not entry.startswith("tracking")),
+            f"tracking={mode}", "tracking.log_every_steps=2")  # fmt: skip
 
 
 def lasting(stage):
@@ -31,7 +31,7 @@ def lasting(stage):
 
 def test_a_run_that_is_put_back_has_every_row_once(folder):
     words = (
-        *tracked(SWEEP, "offline"), "projection.width=0.5,1", "seeds=[0]",
+        *with_tracking(SWEEP, "offline"), "projection.width=0.5,1", "seeds=[0]",
         LONG, "hydra.launcher.resources.gpus_per_node=8",
     )  # fmt: skip
     folder.environment["HOME"] = str(folder.path)
@@ -57,8 +57,10 @@ def test_a_run_that_is_put_back_has_every_row_once(folder):
         # Not one row less or another one than the same run has that nothing disturbed.
         assert lasting(stage) == lasting(folder.path / "alone" / "stages" / name)
         (segment,) = stage.glob("wandb/offline-run-*/run-*.wandb")
-        found = [one["history"]["item"] for one in inspected(segment) if one["type"] == "history"]
-        assert [row["_step"] for row in found] == steps
+        history = [
+            entry["history"]["item"] for entry in inspected(segment) if entry["type"] == "history"
+        ]
+        assert [row["_step"] for row in history] == steps
     with Server() as server:
         folder.environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         done = folder.widthopt("sync", "--pause", "0")
@@ -72,49 +74,49 @@ def test_a_run_that_is_put_back_has_every_row_once(folder):
 
 def processes():
     """The command lines of all processes."""
-    found = []
+    history = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found.append(path.read_bytes().decode("latin-1"))
+            history.append(path.read_bytes().decode("latin-1"))
         except OSError:
             continue
-    return found
+    return history
 
 
 def test_a_key_in_the_environment_is_found_nowhere(folder):
-    words = (*tracked(ONE, "online"), LONG)
+    words = (*with_tracking(ONE, "online"), LONG)
     with Server() as server:
         folder.environment |= {
             "HOME": str(folder.path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY,
         }  # fmt: skip
         with folder.slowly():
             done = folder.widthopt(*words)
-            said = [done.stdout, done.stderr, *processes()]
+            outputs = [done.stdout, done.stderr, *processes()]
             folder.until_running()
             lines = processes()
         for row in folder.rows():
-            said.append(folder.cluster.run("scontrol", "-dd", "show", "job", row["job"]))
-            said.append(folder.cluster.run("scontrol", "write", "batch_script", row["job"], "-"))
-            said += [folder.widthopt(name, row["name"]).stdout for name in ("show", "logs")]
+            outputs.append(folder.cluster.run("scontrol", "-dd", "show", "job", row["job"]))
+            outputs.append(folder.cluster.run("scontrol", "write", "batch_script", row["job"], "-"))
+            outputs += [folder.widthopt(name, row["name"]).stdout for name in ("show", "logs")]
         folder.until_over()
         names = {row["name"] for row in folder.rows()}
         # It was there to be found: the jobs had it from their submitter, and used it.
         assert server.runs.keys() == names
         assert {row["state"] for row in folder.rows()} == {"done"}
     # They were seen while they ran: the job's own process, and W&B's.
-    assert any("submitit.core._submit" in one for one in lines)
-    assert any("wandb-core" in one for one in lines)
+    assert any("submitit.core._submit" in entry for entry in lines)
+    assert any("wandb-core" in entry for entry in lines)
     logs = [*folder.path.rglob("*"), *(folder.cluster.folder / "log").iterdir()]
-    files = {str(one): one.read_bytes().decode("latin-1") for one in logs if one.is_file()}
+    files = {str(entry): entry.read_bytes().decode("latin-1") for entry in logs if entry.is_file()}
     for kind in (".sh", ".pkl", "spec.json", "_log.err", "log.txt", ".wandb", "slurmctld.log"):
         assert any(name.endswith(kind) for name in files), kind
     assert [name for name, text in files.items() if KEY in text] == []
-    assert [one[:200] for one in (*said, *lines) if KEY in one] == []
+    assert [entry[:200] for entry in (*outputs, *lines) if KEY in entry] == []
 
 
 def kept(folder):
     """Everything below a folder, as far as it is files."""
-    return b"".join(one.read_bytes() for one in folder.rglob("*") if one.is_file())
+    return b"".join(entry.read_bytes() for entry in folder.rglob("*") if entry.is_file())
 
 
 def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_slurm(folder):
@@ -123,8 +125,8 @@ def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_s
     state = folder.cluster.folder / "state"
     assert KEY.encode() in kept(state)  # where only SLURM itself may look
     folder.widthopt("cancel", "sweep")
-    other = KEY[::-1]
-    folder.environment["WANDB_API_KEY"] = other
+    second_key = KEY[::-1]
+    folder.environment["WANDB_API_KEY"] = second_key
     with folder.slowly():
         folder.send(
             *ONE, LONG, "+hydra.launcher.options.export=NONE",
@@ -132,6 +134,6 @@ def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_s
             submitted=2,
         )  # fmt: skip
         folder.until_running()
-        assert other.encode() not in kept(folder.cluster.folder)
+        assert second_key.encode() not in kept(folder.cluster.folder)
     folder.until_over()
     assert whole(folder, *ONE, LONG)

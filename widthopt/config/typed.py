@@ -172,8 +172,8 @@ def _target_class(group: str, values: Any) -> type[Any]:
         ) from error
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise InputError(
-            f"{group}._target_ is {name}, but it must be a dataclass, whose fields give the types of "
-            "the values; name a dataclass"
+            f"{group}._target_ is {name}, but it must be a dataclass, whose fields give the types "
+            "of the values; name a dataclass"
         )
     return kind
 

@@ -1,16 +1,14 @@
-"""W&B's dashboard as code: a section for each figure, and one for the health of runs.
+"""W&B's dashboard as code: a section for each figure, beside the panels that W&B makes itself.
 
-What it shows is plain data (`sections`), checked without W&B. Only `workspace` and `report`
-need the optional package ``wandb-workspaces``, and only `push` needs a server. Panels are drawn
-by W&B from its own copy; the figures to print are drawn from records (``widthopt report``).
+It needs the optional package ``wandb-workspaces``, and only `push` needs a server. W&B draws the
+panels from its own data; printed figures are drawn from records (``widthopt report``).
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from widthopt.errors import InputError
 from widthopt.files import write_atomically
@@ -21,258 +19,112 @@ from widthopt.request import FigureSpec
 
 NAME = "Width transfer"
 
-LACKING = (
-    "widthopt dashboard needs wandb-workspaces, but it is not installed; run "
-    "pip install 'wandb-workspaces>=0.4.13,<0.5'"
-)
 
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One panel.
-
-    Attributes:
-        kind: ``line``: rows over an axis; ``scatter``: outcomes, a point for each run; ``media``:
-            pictures; ``table``: a table; ``scalar``: one outcome.
-        title: What a person reads above it.
-        y: Names of what it shows, of `widthopt.tracking.metrics`.
-        x: What it is drawn over; empty where there is no axis.
-        by: What tells lines apart, a key of a run's configuration; other runs are averaged.
-    """
-
-    kind: Literal["line", "scatter", "media", "table", "scalar"]
-    title: str
-    y: tuple[str, ...]
-    x: str = ""
-    by: str = "algorithm"
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """Panels below one heading.
-
-    Attributes:
-        name: The heading.
-        panels: What is below it.
-        kinds: Kinds of runs that it shows, as `widthopt.tracking.about.About` has them.
-        figure: The figure that it is about; empty for none.
-    """
-
-    name: str
-    panels: tuple[Panel, ...]
-    kinds: tuple[str, ...]
-    figure: str = ""
-
-    @property
-    def metrics(self) -> set[str]:
-        """All names that it shows."""
-        return {name for one in self.panels for name in (*one.y, one.x) if name}
-
-
-HEALTH = (
-    Section(
-        "Trainings",
-        (
-            Panel("line", "Loss", ("train/loss", "train/epoch_loss"), "epoch"),
-            Panel(
-                "line", "Accuracy while training (%)", ("train/top1", "train/top5"), "epoch",
-            ),
-            Panel("line", "Learning rate", ("train/learning_rate",), "epoch"),
-            Panel("line", "Gradient norm", ("train/gradient_norm",), "epoch"),
-            Panel("scatter", "Top-1 against the matching factor", ("test/top1",), "alpha"),
-        ),
-        ("train", "baseline"),
-    ),
-    Section(
-        "Searches",
-        (
-            Panel("line", "Loss", ("search/loss", "search/epoch_loss"), "epoch"),
-            Panel("line", "DMCP: expected MACs, of the budget", ("search/budget_share",), "epoch"),
-            Panel("line", "MorphNet: penalty", ("search/penalty",), "epoch"),
-            Panel("line", "MorphNet: MACs alive", ("search/macs_share",), "epoch"),
-            Panel(
-                "line", "MorphNet: dead and mixed classes",
-                ("search/dead_classes", "search/mixed_classes"), "epoch",
-            ),
-            Panel(
-                "line", "Losses of subnets",
-                ("search/loss", "search/loss_narrowest", "search/loss_random_1"), "epoch",
-            ),
-            Panel("line", "AutoSlim: slimming", ("slimming/errors",), "slimming/move"),
-            Panel("scalar", "Overhead, MACs", ("overhead_macs",)),
-        ),
-        ("search",),
-    ),
-    Section(
-        "Health",
-        (
-            Panel("line", "Images per second", ("perf/images_per_second",), "epoch"),
-            Panel("line", "GPU memory (GiB)", ("perf/gpu_memory_gib",), "epoch"),
-            Panel("scalar", "Seconds", ("seconds",)),
-        ),
-        ("search", "train", "baseline"),
-    ),
-)  # fmt: skip
-
-
-def sections(figures: Iterable[FigureSpec]) -> list[Section]:
-    """The whole dashboard.
-
-    Args:
-        figures: What a report draws.
-    """
-    result = []
-    for one in figures:
-        panels = []
-        if isinstance(one, Transfer):
-            saved = f"figures/{one.name}/saved_pct"
-            panels += [
-                Panel(
-                    "line", f"{network}: top-1 (%) against overhead saved (%)",
-                    (f"figures/{one.name}/{network}/top1",), saved, one.series,
-                )
-                for network in one.panels
-            ]  # fmt: skip
-            panels.append(
-                Panel("scatter", "All runs, a point each", (f"figures/{one.name}/top1",), saved)
-            )
-        elif isinstance(one, AverageWidths):
-            panels += [
-                Panel(
-                    "line", f"{network}: {title} by layer", (f"layers/{network}/{what}",),
-                    "layer/index",
-                )
-                for network in one.panels
-                for what, title in (("channels", "channels"), ("multiplier", "multipliers"))
-            ]  # fmt: skip
-        panels.append(Panel("media", "As the report draws it", (f"figures/{one.name}",)))
-        panels.append(Panel("table", "Its numbers", (f"tables/{one.name}",)))
-        kinds = ("train", "baseline", "figures")
-        result.append(Section(one.title, tuple(panels), kinds, one.name))
-    return [*result, *HEALTH]
-
-
-def workspace(shown: Sequence[Section], *, project: str, entity: str | None) -> Any:
-    """The workspace; nothing is contacted.
+def sections(figures: Iterable[FigureSpec]) -> dict[str, Any]:
+    """Return the section of each figure, by name.
 
     Raises:
-        InputError: The package that builds it is not installed.
+        InputError: ``wandb-workspaces`` is not installed.
     """
-    ws, wr = _library()
+    ws, wr = _import_library()
+
+    def line(title: str, x: str, y: str, by: str) -> Any:
+        """Draw rows of all runs: mean and deviation of those that agree in a config key."""
+        return wr.LinePlot(
+            title=title, x=x, y=[y], groupby=wr.Config(by), groupby_aggfunc="mean",
+            groupby_rangefunc="stddev", smoothing_type="none", max_runs_to_show=100,
+        )  # fmt: skip
+
+    result = {}
+    for figure in figures:
+        panels = []
+        if isinstance(figure, Transfer):
+            saved, top1 = (f"figures/{figure.name}/{name}" for name in ("saved_pct", "top1"))
+            for network in figure.panels:
+                title = f"{network}: top-1 (%) against overhead saved (%)"
+                y = f"figures/{figure.name}/{network}/top1"
+                panels.append(line(title, saved, y, figure.series))
+            x, y = wr.SummaryMetric(saved), wr.SummaryMetric(top1)
+            panels.append(wr.ScatterPlot(title="All runs, one point each", x=x, y=y))
+        elif isinstance(figure, AverageWidths):
+            for network in figure.panels:
+                for name in ("channels", "multiplier"):
+                    y = f"layers/{network}/{name}"
+                    panels.append(line(f"{network}: {name}", "layer/index", y, "algorithm"))
+        panels.append(wr.MediaBrowser(title="In the report", media_keys=[f"figures/{figure.name}"]))
+        panels.append(wr.WeavePanelSummaryTable(table_name=f"tables/{figure.name}"))
+        result[figure.name] = ws.Section(name=figure.title, panels=panels)
+    return result
+
+
+def workspace(shown: Mapping[str, Any], *, project: str, entity: str | None) -> Any:
+    """Return the workspace: the sections, and W&B's own panels of all that runs log."""
+    ws, _ = _import_library()
     return ws.Workspace(
         entity=entity or "",
         project=project,
         name=NAME,
-        sections=[
-            ws.Section(
-                name=one.name, panels=[_panel(wr, panel) for panel in one.panels], is_open=place < 1
-            )
-            for place, one in enumerate(shown)
-        ],
+        sections=list(shown.values()),
         settings=ws.WorkspaceSettings(x_axis="epoch", smoothing_type="none", max_runs=100),
+        auto_generate_panels=True,
     )
 
 
-def as_json(built: Any) -> str:
-    """A workspace or a report as the JSON that is sent."""
-    result: str = built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)  # noqa: SLF001 (there is no other way)
-    return result
+def as_json(view: Any) -> str:
+    """Return a workspace as the JSON that is sent."""
+    text: str = view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)  # noqa: SLF001 (there is no public way)
+    return text
 
 
-def report(shown: Sequence[Section], *, project: str, entity: str | None) -> Any:
-    """The report: each section with the runs that it is about; contacts W&B for the entity's id.
-
-    Raises:
-        InputError: The package that builds it is not installed.
-    """
-    _, wr = _library()
+def report(shown: Mapping[str, Any], *, project: str, entity: str) -> Any:
+    """Return the report: each section with the runs of its figure; asks W&B for the entity."""
+    _, wr = _import_library()
+    place = {"entity": entity, "project": project}
     blocks: list[Any] = [wr.TableOfContents(), wr.H1(NAME)]
-    for one in shown:
-        kinds = f"Config('kind') in [{', '.join(repr(kind) for kind in one.kinds)}]"
-        runs = wr.Runset(
-            entity=entity or "",
-            project=project,
-            name=one.name,
-            filters=f"Tags in ['{one.figure}']" if one.figure else kinds,
-            groupby=["config.algorithm"],
-        )
-        panels = [_panel(wr, panel) for panel in one.panels]
-        blocks += [wr.H2(one.name), wr.PanelGrid(runsets=[runs], panels=panels)]
-    return wr.Report(entity=entity or "", project=project, title=NAME, blocks=blocks, width="fluid")
+    for figure, section in shown.items():
+        tag = f"Tags in ['{figure}']"
+        runs = wr.Runset(**place, name=section.name, filters=tag, groupby=["config.algorithm"])
+        blocks += [wr.H2(section.name), wr.PanelGrid(runsets=[runs], panels=section.panels)]
+    return wr.Report(**place, title=NAME, blocks=blocks, width="fluid")
 
 
-def push(shown: Sequence[Section], *, project: str, entity: str | None, kept: Path) -> list[str]:
-    """Send the workspace and the report; again it changes those that were sent before.
+def push(shown: Mapping[str, Any], *, project: str, entity: str, sent: Path) -> list[str]:
+    """Send the workspace and the report, or update those sent before; return their addresses.
 
     Args:
-        shown: What they show.
+        shown: The sections.
         project: W&B's project.
         entity: A user or team.
-        kept: A file that remembers what was sent.
-
-    Returns:
-        Where a person finds them.
-
-    Raises:
-        InputError: The package that builds them is not installed.
+        sent: A JSON file with the ids of what was sent, by entity and project.
     """
     os.environ["WANDB_ERROR_REPORTING"] = "false"  # no telemetry
-    before: Mapping[str, Any] = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
-    place = f"{entity or ''}/{project}"
-    names: dict[str, str] = dict(before.get(place, {}))
-    made = workspace(shown, project=project, entity=entity)
-    if "workspace" in names:
-        made._internal_id, made._internal_name = names["workspace"], names["name"]  # noqa: SLF001
-    made.save()
-    names["workspace"], names["name"] = made._internal_id, made._internal_name  # noqa: SLF001
-    _remember(kept, {**before, place: names})  # at once: the report may not be taken
-    written = report(shown, project=project, entity=entity)
-    if "report" in names:
-        written.id = names["report"]
-    written.save()
-    names["report"] = written.id
-    _remember(kept, {**before, place: names})
-    return [made.url, written.url]
+    before: Mapping[str, Any] = json.loads(sent.read_text("utf-8")) if sent.is_file() else {}
+    place = f"{entity}/{project}"
+    ids: dict[str, str] = dict(before.get(place, {}))
+    view = workspace(shown, project=project, entity=entity)
+    view._internal_id = ids.get("workspace", "")  # noqa: SLF001 (there is no public way)
+    view._internal_name = ids.get("name", "")  # noqa: SLF001
+    try:
+        view.save()
+        ids["workspace"], ids["name"] = view._internal_id, view._internal_name  # noqa: SLF001
+        text = report(shown, project=project, entity=entity)
+        text.id = ids.get("report", text.id)
+        text.save()
+        ids["report"] = text.id
+    finally:  # also if the report is refused
+        sent.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(sent, json.dumps({**before, place: ids}, indent=2) + "\n")
+    return [view.url, text.url]
 
 
-def _remember(kept: Path, sent: Mapping[str, Any]) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(sent, indent=2) + "\n")
-
-
-def _panel(wr: Any, panel: Panel) -> Any:
-    title, names = panel.title, list(panel.y)
-    if panel.kind == "line":
-        return wr.LinePlot(
-            title=title,
-            x=panel.x,
-            y=names,
-            groupby=wr.Config(panel.by),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="stddev",
-            smoothing_type="none",
-            max_runs_to_show=100,
-        )
-    if panel.kind == "scatter":
-        return wr.ScatterPlot(
-            title=title, x=wr.SummaryMetric(panel.x), y=wr.SummaryMetric(panel.y[0])
-        )
-    if panel.kind == "media":
-        return wr.MediaBrowser(title=title, media_keys=names)
-    if panel.kind == "table":
-        return wr.WeavePanelSummaryTable(table_name=panel.y[0])
-    return wr.ScalarChart(title=title, metric=wr.SummaryMetric(panel.y[0]), groupby_aggfunc="mean")
-
-
-def _library() -> tuple[Any, Any]:
-    """The package's two modules.
-
-    Raises:
-        InputError: It is not installed.
-    """
+def _import_library() -> tuple[Any, Any]:
+    """Import the modules of ``wandb-workspaces`` for workspaces and reports."""
     try:
         import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 (optional)
         import wandb_workspaces.workspaces as ws  # noqa: PLC0415
     except ImportError as error:
-        raise InputError(LACKING) from error
+        raise InputError(
+            "widthopt dashboard needs wandb-workspaces, but it is not installed; run "
+            "pip install 'wandb-workspaces>=0.4.13,<0.5'"
+        ) from error
     return ws, wr

@@ -14,8 +14,8 @@ from widthopt.reporting.compare import Gathered, side_by_side
 from widthopt.runs.execute import record_of
 from widthopt.runs.manifest import Manifest, load_manifests
 from widthopt.runs.states import ENDED, root_option
-from widthopt.runs.store import Store, StoreEntry, failure_reason
-from widthopt.tracking import About, show_in, show_media
+from widthopt.runs.store import Store, failure_reason
+from widthopt.tracking import About, log_media
 
 
 def select_sweeps(root: Path, names: Sequence[str]) -> tuple[list[Manifest], list[str]]:
@@ -74,7 +74,6 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
     results: dict[str, dict[str, Any] | None] = {}
     for sweep in sweeps:
         stages = sweep.entries(store)
-        _find(sweep, stages)
         kinds |= {name: one for name, one in sweep.figures.items() if not only or name in only}
         for point in sweep.points:
             pairs = [(point["train"], point["method"]), (point["baseline"], "uniform")]
@@ -98,16 +97,6 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
         for name in sweep.figures:
             files |= media[name]
         _track(root, sweep, files)
-
-
-def _find(sweep: Manifest, stages: Mapping[str, StoreEntry]) -> None:
-    """See that a sweep's tracked runs are found by its figures, whoever did them first."""
-    shown: dict[str, dict[str, None]] = {}
-    for point in sweep.points:
-        for name in (point["train"], point["baseline"], *sweep.runs[point["train"]]["needs"]):
-            shown.setdefault(name, {}).update(dict.fromkeys(point["figures"]))
-    for name, found in shown.items():
-        show_in(list(found), stages[name].folder)
 
 
 def figures_run(sweep: Manifest) -> str:
@@ -142,7 +131,7 @@ def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for file in media.values():  # as this sweep has it: another's report draws the same name
         write_atomically(folder / file, (root / "report" / file).read_bytes())
-    show_media(how, about, folder, media)
+    log_media(how, about, folder, media)
 
 
 def show(root: Path, sweeps: Sequence[Manifest]) -> None:

@@ -25,8 +25,7 @@ from widthopt.runs.point import SizedRequest, axis_values
 from widthopt.runs.states import current_job
 from widthopt.runs.store import StoreEntry
 from widthopt.seeds import derived_seed
-from widthopt.tracking import Tracker, tracked
-from widthopt.tracking.metrics import in_figure
+from widthopt.tracking import Tracker, open_tracker
 from widthopt.training import distributed
 from widthopt.training.evaluation import evaluate
 from widthopt.training.loop import Interrupted, Log, train
@@ -160,7 +159,7 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
                     context=point.context(seed, stage.folder, tracker),
                 )
                 if tracker is not None:
-                    with tracker.careful():
+                    with tracker.best_effort():
                         _show_search(tracker, point, method, result)
                 if distributed.rank() == 0:  # before W&B is waited for
                     stage.finish(result.to_plain())
@@ -211,7 +210,7 @@ def _train_and_record(
         stages=stages,
     )
     if tracker is not None:
-        with tracker.careful():
+        with tracker.best_effort():
             _show_training(tracker, record)
     if distributed.rank() == 0:
         stage.finish(record.to_plain())
@@ -255,7 +254,7 @@ def _open_tracker(
 ) -> Iterator[Tracker | None]:
     """Track the work on a stage."""
     about = point.about(kind, method, seed, stage)
-    with tracked(
+    with open_tracker(
         point.request.tracking, about, stage.folder, interruptions=(Interrupted,)
     ) as tracker:
         yield tracker
@@ -299,13 +298,14 @@ def _show_training(tracker: Tracker, record: Record) -> None:
     tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
     tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
     saved = 100 * found.saved
-    shown = [
-        in_figure(name, network=record.network, saved_pct=saved, top1=record.top1)
-        for name in tracker.about.figures
-    ]
-    tracker.rows([row for row, _ in shown])  # a row is what lines of W&B are drawn from
+    curves: dict[str, float] = {}
+    for name in tracker.about.figures:  # so that a panel shows the runs of its figure only
+        curves |= {f"figures/{name}/saved_pct": saved, f"figures/{name}/top1": record.top1}
+        top1 = {f"figures/{name}/{record.network}/top1": record.top1}
+        tracker.rows([{f"figures/{name}/saved_pct": saved, **top1}])  # W&B draws lines from rows
     tracker.summary(
         {
+            **curves,
             "test/top1": record.top1,
             "test/top5": record.top5,
             "alpha": found.alpha,
@@ -316,7 +316,6 @@ def _show_training(tracker: Tracker, record: Record) -> None:
             "overhead_saved_pct": saved,
             "seconds": record.train_seconds,
             **{f"flags/{name}": one for name, one in found.diagnostics.items()},
-            **{name: one for _, summary in shown for name, one in summary.items()},
         }
     )
 

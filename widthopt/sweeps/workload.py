@@ -117,7 +117,6 @@ class Sweep(_Staged):
         """See `_Staged`: what reads images, and what tracks runs."""
         asked = [one.point.request for one in self.plan.points]
         names = [name for one in asked for name in getattr(one.dataset, "IMPORTS", ())]
-        names += [name for one in asked for name in one.tracking.imports]
         return list(dict.fromkeys(names))
 
     def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:

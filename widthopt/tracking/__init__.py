@@ -1,14 +1,15 @@
-"""What a run writes down as it goes: JSON lines always, Weights & Biases beside them.
+"""Logs the rows, widths and results of runs: to JSON lines always, and to Weights & Biases.
 
-Results never depend on it: figures are drawn from records, and whatever goes wrong here is one
-warning and no more. Only one of several processes that train together writes.
+Results never depend on it: figures are drawn from records, and any failure here is one warning.
+Only the first of several processes that train together logs.
 """
 
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,256 +19,189 @@ from widthopt.errors import InputError
 from widthopt.files import write_atomically
 from widthopt.identity import key
 from widthopt.tracking.about import LONGEST_TAG, About
-from widthopt.tracking.client import Client, End, Kept, Where, reason
-from widthopt.tracking.lines import Lines, Row
-from widthopt.training import distributed
+from widthopt.tracking.files import End, TrackingFiles
+from widthopt.tracking.secrets import error_line
+from widthopt.tracking.send import SendProcess
 
 
-__all__ = ["About", "Row", "Tracker", "Tracking", "show_in", "show_media", "tracked"]
+__all__ = ["About", "Tracker", "Tracking", "log_media", "open_tracker"]
 
 logger = logging.getLogger("widthopt")
 
-WIDTHS = "widths.json"
-"""Where a run's folder has the widths that were found, as they are shown."""
-
-
 LONGEST_PROJECT = 128
-"""Characters of a project's name at most."""
+"""The most characters that W&B accepts in a project's name."""
+
+HURRY_SECONDS = 10.0
+"""Time limit for W&B at the end of a run whose job is being taken away."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """How runs are tracked; ``conf/tracking`` has the choices. No part of a run's name.
-
-    Attributes:
-        mode: ``offline``: W&B's files are written beside the run, and no network is touched;
-            ``online``: they are sent as they are written; ``disabled``: JSON lines alone.
-        project: W&B's project.
-        entity: A user or team of W&B's; the key's own if None.
-        tags: More tags than a run has by itself.
-        salt: Anything that makes other runs of W&B of the same work, such as of a repetition.
-        every: Steps between two rows; each epoch ends with one.
-        start_seconds: Time at most until W&B has answered; the work does not wait for it.
-        finish_seconds: Time at most that the end of a run waits for W&B.
-    """
+    """The keys of ``conf/tracking``, which explains them. No part of a run's identity."""
 
     mode: Literal["offline", "online", "disabled"]
     project: str
     entity: str | None
     tags: tuple[str, ...]
     salt: str
-    every: int
-    start_seconds: float
+    log_every_steps: int
+    init_timeout_seconds: float
     finish_seconds: float
 
     def __post_init__(self) -> None:
-        for name, holds, rule in (
-            (
-                "project",
-                0 < len(self.project) <= LONGEST_PROJECT and not set(self.project) & set("/\\#?%:"),
-                f"it has 1 to {LONGEST_PROJECT} characters, and none of /\\#?%:",
-            ),
-            ("every", self.every >= 1, "it is a number of steps; use a whole number from 1 up"),
-            ("start_seconds", 0 < self.start_seconds < math.inf, "it is a number above 0"),
-            ("finish_seconds", 0 < self.finish_seconds < math.inf, "it is a number above 0"),
-            (
-                "tags",
-                all(0 < len(one) <= LONGEST_TAG for one in self.tags),
-                f"a tag has 1 to {LONGEST_TAG} characters",
-            ),
+        is_project = re.fullmatch(rf"[^/\\#?%:]{{1,{LONGEST_PROJECT}}}", self.project) is not None
+        are_tags = all(0 < len(tag) <= LONGEST_TAG for tag in self.tags)
+        characters = f"has 1 to {LONGEST_PROJECT} characters, and none of /\\#?%:"
+        above_0 = "it must be a finite number above 0"
+        for name, is_valid, rule in (
+            ("project", is_project, f"a project {characters}"),
+            ("log_every_steps", self.log_every_steps >= 1, "it must be an integer of at least 1"),
+            ("init_timeout_seconds", 0 < self.init_timeout_seconds < math.inf, above_0),
+            ("finish_seconds", 0 < self.finish_seconds < math.inf, above_0),
+            ("tags", are_tags, f"a tag has 1 to {LONGEST_TAG} characters"),
         ):
-            if not holds:
+            if not is_valid:
                 value = getattr(self, name)
                 shown = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
                 raise InputError(f"tracking.{name} is {shown}, but {rule}; correct it")
 
     def run_id(self, name: str) -> str:
-        """What W&B knows a run by: the name of its folder, and the salt if there is some."""
+        """Return the W&B id of the run in a folder of this name."""
         return name + (f"-{key('salt', self.salt)}" if self.salt else "")
-
-    @property
-    def imports(self) -> tuple[str, ...]:
-        """Modules that take long to import, for processes that tracked runs are forked from."""
-        return () if self.mode == "disabled" else ("widthopt.tracking.preload",)
-
-    @property
-    def where(self) -> Where | None:
-        """How W&B is reached; None where it is not."""
-        if self.mode == "disabled":
-            return None
-        return Where(self.mode, self.project, self.entity, self.start_seconds, self.finish_seconds)
 
 
 class Tracker:
-    """What is written down of one run.
-
-    It is a training's `widthopt.training.Log`. A search or a training may go on from a
-    checkpoint; rows behind it are then written again.
+    """Logs one run; implements `widthopt.training.Log`.
 
     Attributes:
         every: Steps between two rows.
         about: What the run is.
-        end: How it ends, and what it came to so far.
+        end: How it ends, and its results so far.
     """
 
     def __init__(self, tracking: Tracking, about: About, folder: Path) -> None:
-        """Prepare; nothing is written before the first row.
-
-        Args:
-            tracking: How.
-            about: What the run is.
-            folder: The run's own.
-        """
-        self.every = tracking.every
-        self.about, self._kept = about, Kept(folder)
-        self._lines = Lines(self._kept.metrics)
-        where = tracking.where
-        self._client = None if where is None else Client(where, self._kept, about)
-        self._mode, self._project = tracking.mode, tracking.project
-        self._entity = tracking.entity
+        """Prepare to log into the run's folder; nothing is written before the first row."""
+        self.every, self.about, self.end = tracking.log_every_steps, about, End()
+        self._tracking, self._files = tracking, TrackingFiles(folder)
+        self._process: SendProcess | None = None
         self._prefix = "search" if about.kind == "search" else "train"
-        self._begun, self._last, self._warned = False, -1, False
-        self.end = End()
+        self._has_begun, self._has_warned, self._last = False, False, -1
 
     def resume(self, step: float) -> None:
-        """The training goes on after so many steps, from 0: rows behind them are void."""
-        kept: list[Row] = []
+        """Continue after so many steps, from 0: later rows are removed."""
+        how = self._tracking
         if math.isfinite(step):
             self._last = int(step)
-        with self.careful():
-            self._kept.folder.mkdir(parents=True, exist_ok=True)
-            kept = self._lines.cut(step)
-        if self._client is not None and not self._begun:
-            with self.careful():
-                self._kept.begin(self.about, project=self._project, entity=self._entity)
-                self._client.begin(kept)
-        self._begun = True
+        with self.best_effort():
+            self._files.cut(step)
+        if how.mode != "disabled" and not self._has_begun:
+            with self.best_effort():
+                place = {"project": how.project, "entity": how.entity}
+                self._files.begin({**self.about.init, **place})
+                lock, _ = self._files.open_lock()  # the process waits for a sync that holds it
+                limits = (how.init_timeout_seconds, how.finish_seconds)
+                self._process = SendProcess(self._files, lock, how.mode, *limits)
+        self._has_begun = True
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Write what was seen when ``step`` steps had been taken.
+        """Log the values of a step.
 
         Args:
-            step: More than that of the row before.
-            values: By name; names without a slash, but ``epoch``, are those of `metrics.BY_STEP`
-                or of the search, and are written below ``search/`` or ``train/``. What is not
-                finite is left out.
+            step: Steps taken so far; more than in the row before.
+            values: Numbers by name. Names without a slash, except ``epoch``, are put below
+                ``search/`` or ``train/``. Values that are not finite are left out.
         """
-        if not self._begun:
+        if not self._has_begun:
             self.resume(-1)
         self._last = step
-        with self.careful():
-            named = {
-                name if "/" in name or name == "epoch" else f"{self._prefix}/{name}": (
-                    value if isinstance(value, int) else float(value)
-                )
-                for name, value in values.items()
-                if math.isfinite(value)
-            }
-            row = {"step": step, "time": round(time.time(), 3), **named}
-            if self._client is not None:
-                self._client.row(row)
-            self._lines.add(row)
+        with self.best_effort():
+            row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+            for name, value in values.items():
+                if math.isfinite(value):
+                    has_prefix = "/" in name or name == "epoch"
+                    number = value if isinstance(value, int) else float(value)
+                    row[name if has_prefix else f"{self._prefix}/{name}"] = number
+            self._files.append(row)
 
     def rows(self, table: Sequence[Mapping[str, float]]) -> None:
-        """Write a table behind all steps, one row each."""
+        """Log a table after all steps, one row each."""
         for values in table:
             self.row(self._last + 1, values)
 
     def keep(self) -> None:
-        """See that what was written lasts; called before a checkpoint says that it is done."""
-        with self.careful():
-            self._lines.keep()
+        """Wait until the disk has all rows; called before their checkpoint is written."""
+        with self.best_effort():
+            self._files.append(durable=True)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """What the run came to, by name: numbers, texts and lists."""
-        self.end.summary |= {name: one for name, one in values.items() if _showable(one)}
+        """Add results by name: finite numbers, strings and lists. Others are left out."""
+        for name, value in values.items():
+            is_finite = isinstance(value, float) and math.isfinite(value)
+            if is_finite or isinstance(value, bool | int | str | list):
+                self.end.summary[name] = value
 
     def widths(
-        self, channels: Mapping[str, float], multipliers: Mapping[str, float], **others: Any
+        self, channels: Mapping[str, float], multipliers: Mapping[str, float], **extra: Any
     ) -> None:
-        """The widths that were found: rows by layer, a list, a file, and the file as artifact.
+        """Log the widths: rows by layer, a list in the summary, and a file, sent as an artifact.
 
         Args:
-            channels: By width variable, in forward order; of a search as it expects them.
-            multipliers: The same as parts of the un-enlarged network's.
-            others: What else belongs into the file, as plain data.
+            channels: By width variable, in forward order; expected channels for a search.
+            multipliers: The same, relative to the network that is not enlarged.
+            extra: Further content of the file, as plain data.
         """
-        content = {"channels": dict(channels), "multipliers": dict(multipliers), **others}
-        whose = "search" if self.about.kind == "search" else self.about.network
-        self.rows(
-            [
-                {
-                    "layer/index": index,
-                    f"layers/{whose}/channels": channels[name],
-                    f"layers/{whose}/multiplier": multipliers[name],
-                }
-                for index, name in enumerate(channels)
-            ]
-        )
-        self.summary(
-            {"widths/variables": list(channels), "widths/channels": list(channels.values())}
-        )
-        with self.careful():
-            write_atomically(self._kept.folder / WIDTHS, json.dumps(content, indent=2) + "\n")
-            self.end.widths = WIDTHS
+        layers = f"layers/{'search' if self.about.kind == 'search' else self.about.network}"
+        for index, (name, count) in enumerate(channels.items()):
+            values = {f"{layers}/channels": count, f"{layers}/multiplier": multipliers[name]}
+            self.rows([{"layer/index": index, **values}])
+        names, counts = list(channels), list(channels.values())
+        self.summary({"widths/variables": names, "widths/channels": counts})
+        content = {"channels": dict(channels), "multipliers": dict(multipliers), **extra}
+        with self.best_effort():
+            write_atomically(self._files.widths, json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
-        """Write the end; waits for W&B no longer than it may."""
-        if not self._begun:  # it ended before it came to its training: that will go on
+        """Write the end, and wait for W&B for a bounded time."""
+        if not self._has_begun:  # the work ended before its training began: its rows stay
             self.resume(math.inf)
-        with self.careful():
-            self._lines.close()
-        with self.careful():  # what was tracked before and goes on untracked ends, too
-            if self._client is not None or self._kept.about is not None:
-                self._kept.end(self.end)
-        if self._client is not None:
-            wrong = ""
-            with self.careful():
-                wrong = self._client.end(self.end, hurry=self.end.preempted)
-            if wrong:
+        self.keep()
+        with self.best_effort():
+            if self._files.init is not None:  # also if it was tracked earlier, and is not now
+                self._files.write_end(self.end)
+        if self._process is not None:
+            seconds = self._tracking.finish_seconds
+            seconds = min(seconds, HURRY_SECONDS) if self.end.preempted else seconds
+            if why := self._process.finish(seconds):
                 self._warn(
-                    f"tracking={self._mode} went wrong ({wrong}); the run itself is well, and "
-                    f"{self._kept.metrics} has its rows: `widthopt sync` sends them later"
+                    f"tracking={self._tracking.mode} failed ({why}); the run is not affected, and "
+                    f"{self._files.metrics} has its rows; `widthopt sync` sends them later"
                 )
 
     @contextmanager
-    def careful(self) -> Iterator[None]:
-        """Turn whatever goes wrong as something is written or shown into one warning."""
+    def best_effort(self) -> Iterator[None]:
+        """Turn any error in the block into a warning."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 (nothing that is written may hurt the work)
-            self._warn(f"{self._kept.metrics} cannot be written ({reason(error)}); the run goes on")
+        except Exception as error:  # noqa: BLE001 (tracking must never stop the work)
+            why = error_line(error)
+            self._warn(f"{self._files.metrics} cannot be written ({why}); the run continues")
 
     def _warn(self, text: str) -> None:
-        """Say it, unless something was said before."""
-        level = logging.DEBUG if self._warned else logging.WARNING
-        logger.log(level, "%s", text)
-        self._warned = True
-
-
-def _showable(value: Any) -> bool:
-    """Whether a summary can show it: W&B drops what is no number."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, bool | int | str | list)
+        """Log the first problem of a run as a warning, and further ones for debugging."""
+        logger.log(logging.DEBUG if self._has_warned else logging.WARNING, "%s", text)
+        self._has_warned = True
 
 
 @contextmanager
-def tracked(
-    tracking: Tracking,
-    about: About,
-    folder: Path,
-    *,
-    interruptions: tuple[type[Exception], ...] = (),
+def open_tracker(
+    tracking: Tracking, about: About, folder: Path, *, interruptions: Iterable[type[Exception]] = ()
 ) -> Iterator[Tracker | None]:
-    """Track what happens in the block; None in all processes but the first.
+    """Track the block as a run in a folder; yields None in every process except the first.
 
-    Args:
-        tracking: How.
-        about: What it is.
-        folder: Its own.
-        interruptions: What the block raises when it was interrupted and will go on.
+    Exceptions of the types ``interruptions`` mean that the block will be continued later.
     """
+    from widthopt.training import distributed  # noqa: PLC0415 (imports torch, which sending does without)
+
     if distributed.rank() != 0:
         yield None
         return
@@ -276,48 +210,19 @@ def tracked(
         yield tracker
     except BaseException as error:
         tracker.end.code = 1
-        if isinstance(error, (*interruptions, KeyboardInterrupt, SystemExit)):
-            tracker.end.preempted = True
-        else:
-            tracker.end.why = f"{type(error).__name__}: {reason(error)}"
+        tracker.end.preempted = isinstance(error, (*interruptions, KeyboardInterrupt, SystemExit))
+        if not tracker.end.preempted:
+            tracker.end.why = f"{type(error).__name__}: {error_line(error)}"
         raise
     finally:
         tracker.close()
 
 
-def show_in(figures: Collection[str], folder: Path) -> None:
-    """See that a run that is done is found by these figures too, if it is tracked.
-
-    It may have been done for another sweep, before. A server hears of it with the next sync.
-
-    Args:
-        figures: Their names.
-        folder: The run's.
-    """
-    kept = Kept(folder)
-    about = kept.about
-    if about is None or set(figures) <= set(about.figures):
+def log_media(tracking: Tracking, about: About, folder: Path, media: Mapping[str, str]) -> None:
+    """Track pictures and tables, by name relative to the folder, unless a server has the same."""
+    files = TrackingFiles(folder)
+    if files.is_fully_synced and files.end is not None and files.end.media == dict(media):
         return
-    try:
-        with kept.alone(wait=False) as free:
-            if free and kept.ended is not None and not kept.ended.code:
-                kept.show_in([one for one in figures if one not in about.figures])
-    except (OSError, InputError) as error:  # such as somebody else's folder
-        logger.warning("%s is not shown by %s (%s)", folder, ", ".join(figures), reason(error))
-
-
-def show_media(tracking: Tracking, about: About, folder: Path, files: Mapping[str, str]) -> None:
-    """Track pictures (PNG) and tables (CSV) as a run of their own, unless a server has just these.
-
-    Args:
-        tracking: How.
-        about: What it is.
-        folder: Its own.
-        files: Their paths, relative to the folder, by name.
-    """
-    kept = Kept(folder)
-    if kept.whole and kept.ended is not None and kept.ended.media == dict(files):
-        return
-    with tracked(tracking, about, folder) as tracker:
+    with open_tracker(tracking, about, folder) as tracker:
         if tracker is not None:
-            tracker.end.media = dict(files)
+            tracker.end.media = dict(media)

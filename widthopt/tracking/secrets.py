@@ -1,4 +1,4 @@
-"""What must reach no file, log or server: keys, by their names and by what they look like."""
+"""Removes API keys and other secrets from whatever is written to a file, a log or a server."""
 
 import os
 import re
@@ -8,28 +8,34 @@ from typing import Any
 
 HIDDEN = "(hidden)"
 
-_NAMED = re.compile(r"api_?key|token|secret|password|credential", re.IGNORECASE)
-# Letters and digits without a break, as keys are; a path, a name or a sentence has breaks.
-_LIKE_A_KEY = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z_]{40,}(?![0-9A-Za-z])")
+_SECRET_NAME = re.compile(r"api_?key|token|secret|password|credential", re.IGNORECASE)
+# A key is a long run of letters and digits; a path, a name or a sentence has separators.
+_SECRET_VALUE = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z_]{40,}(?![0-9A-Za-z])")
 
 
-def hidden(value: Any) -> Any:
-    """Plain data without secrets: what is called like one goes, what looks like one is replaced.
+def redact(value: Any) -> Any:
+    """Return plain data without secrets.
 
-    Args:
-        value: Nested dictionaries, lists, tuples, texts and numbers.
+    Entries with a secret's name are dropped. Text that looks like a key, or that is a secret in the
+    environment, is replaced.
     """
     if isinstance(value, Mapping):
         return {
-            str(name): hidden(one) for name, one in value.items() if not _NAMED.search(str(name))
+            str(name): redact(entry)
+            for name, entry in value.items()
+            if not _SECRET_NAME.search(str(name))
         }
     if isinstance(value, list | tuple):
-        return [hidden(one) for one in value]
-    return _hidden_text(value) if isinstance(value, str) else value
-
-
-def _hidden_text(text: str) -> str:
+        return [redact(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
     for name, secret in os.environ.items():
-        if _NAMED.search(name) and len(secret) >= 8:  # noqa: PLR2004 (shorter is no secret)
-            text = text.replace(secret, HIDDEN)
-    return _LIKE_A_KEY.sub(HIDDEN, text)
+        if _SECRET_NAME.search(name) and len(secret) >= 8:  # noqa: PLR2004 (shorter is no secret)
+            value = value.replace(secret, HIDDEN)
+    return _SECRET_VALUE.sub(HIDDEN, value)
+
+
+def error_line(error: BaseException) -> str:
+    """Return the message of an error in one line without secrets."""
+    line: str = redact(" ".join(str(error).split()) or type(error).__name__)
+    return line
