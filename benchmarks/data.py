@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from harness import Figure, alternating, main
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -152,21 +151,17 @@ def stepping(split: Split, recipe: Recipe) -> Callable[[], None]:
 
 
 def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
-    """Images per second of the loader over those of the model."""
-    if quick:  # threads that wait for one another on a busy machine drown the ratio
-        torch.set_num_threads(1)
+    """Yield the images per second of the loader divided by those of the model."""
     with tempfile.TemporaryDirectory() as folder:
         sources = (("cifar100", 32, *cifar100()), ("photos", 64, *photos(folder)))
         for name, resolution, dataset, origin in sources:
             for augmentation in ("crop", "paper"):
-                split, recipe = prepare_supernet(
-                    dataset, resolution, augmentation, batch_size=16 if quick else 64
-                )
+                split, recipe = prepare_supernet(dataset, resolution, augmentation, batch_size=64)
                 load, step, runs = alternating(
                     loading(split),
                     stepping(split, recipe),
                     runs=10 if quick else 40,
-                    limit_seconds=5 if quick else math.inf,
+                    limit_seconds=4 if quick else math.inf,
                 )
                 size = split.train.batch_size
                 yield Figure(
@@ -174,6 +169,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
                     step / load,
                     f"{size / load:,.0f} images/s, the model {size / step:,.0f}; {origin} images, "
                     f"{runs} x {size}",
+                    "at least 1",
                 )
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, alternating runs, the table and the JSON line."""
+"""Shared parts of the benchmarks: options, alternating runs, the table and the JSON line."""
 
 import argparse
 import json
@@ -19,37 +19,41 @@ class Figure:
 
     Attributes:
         name: ``<algorithm or part>/<network>/<size>``.
-        value: The ratio or count that the benchmark is about.
-        note: What it was made from, for a person.
+        value: The ratio or count that the benchmark measures.
+        note: The measurements behind the value.
+        bound: The wanted range, such as ``at most 1.15``; empty where there is none.
     """
 
     name: str
     value: float
     note: str = ""
+    bound: str = ""
 
 
 def main(measure: Callable[[bool], Iterable[Figure]]) -> None:
-    """Run a benchmark from the command line: a small table, with ``--json`` a last line of JSON.
+    """Run a benchmark: print a table, and with ``--json`` one JSON object as the last line.
 
     Args:
-        measure: Called with whether to be quick (at most 50 seconds); its figures are printed
-            as they come.
+        measure: Yields the figures. Its argument is True for ``--quick``, which measures the same
+            as a whole run on fewer sizes, within 50 seconds on two idle cores.
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="end within 50 seconds")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes; ends within 50 seconds")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args()
     figures = {}
     for figure in measure(options.quick):
         figures[figure.name] = figure.value
-        print(f"{figure.name:<36} {figure.value:>12.6g}  {figure.note}", flush=True)
+        print(
+            f"{figure.name:<36} {figure.value:>10.4g}  {figure.bound:<13} {figure.note}", flush=True
+        )
     if options.json:
         threads = torch.get_num_threads()
         print(json.dumps({"device": device_name(), "threads": threads, "figures": figures}))
 
 
 def device_name() -> str:
-    """What the processor, or the accelerator if there is one, calls itself."""
+    """Return the name of the accelerator, or of the processor if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     processors = Path("/proc/cpuinfo")
@@ -67,17 +71,16 @@ def alternating(
     runs: int,
     limit_seconds: float = math.inf,
 ) -> tuple[float, float, int]:
-    """Median seconds of a run of each, taken in turns so that both meet the same machine.
+    """Time two functions in turns, so that both run under the same conditions.
 
     Args:
-        first: Done once in each turn.
-        second: The same; they change places every turn.
-        runs: Turns that are timed, after two that are not.
-        limit_seconds: Begin no further turn after so long, if one has been timed: what keeps
-            a quick benchmark quick on a busy machine.
+        first: Called once in each turn.
+        second: Called once in each turn; the order alternates.
+        runs: Number of timed turns, after two turns that are not timed.
+        limit_seconds: No turn starts after this time, once one turn has been timed.
 
     Returns:
-        The median of each, and the turns that were timed.
+        The median seconds of each function, and the number of timed turns.
     """
     warmup = 2
     until = time.perf_counter() + limit_seconds
@@ -86,9 +89,9 @@ def alternating(
         if turn > warmup and time.perf_counter() > until:
             break
         pair = ((first, seconds[0]), (second, seconds[1]))
-        for work, spent in pair if turn % 2 else reversed(pair):
+        for function, spent in pair if turn % 2 else reversed(pair):
             begin = now()
-            work()
+            function()
             duration = now() - begin
             if turn >= warmup:
                 spent.append(duration)
@@ -96,7 +99,7 @@ def alternating(
 
 
 def now() -> float:
-    """Seconds on a clock, once the accelerator has nothing left to do."""
+    """Return the time in seconds after the accelerator has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

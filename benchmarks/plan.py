@@ -1,7 +1,7 @@
-"""Seconds to plan the paper's whole grid, to tell its state, and to draw its report.
+"""Seconds to plan the paper's whole grid, to read its state, and to draw its report.
 
-At most 60 for the plan of 600 points, 2 for the state of 1,000 runs, 20 for the report of 1,000
-records. The results are made up: nothing here is trained.
+Bounds are for the whole grid: 600 points, 1,000 runs, 1,000 records. The results are random
+numbers; nothing is trained.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ SEEDS = "seeds=[0],[1],[2],[3],[4]"
 
 
 def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
-    """Each once: they take as long as a person waits."""
+    """Yield the seconds of one call each."""
     words = [f"experiment={'fig3_width,uniform' if quick else PAPER}"]
     begin = time.perf_counter()
     requests = compose_sweep(words)
@@ -39,37 +39,37 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
     plan = Plan.of(requests, images=False)
     seconds = time.perf_counter() - begin
     note = f"seconds; {composed:.1f} of them to compose, {len(plan.runs)} runs"
-    yield Figure(f"plan/paper/{len(plan.points)}", seconds, note)
+    yield Figure(f"plan/paper/{len(plan.points)}", seconds, note, "at most 60")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         plan = Plan.of(compose_sweep([*words, SEEDS, f"root={root}"]), images=False)
-        _filled(plan)
+        _fill(plan)
         manifest = Manifest.of(plan, title="paper", tracking={})
         begin = time.perf_counter()
         (table,) = status(root, [manifest])
         seconds = time.perf_counter() - begin
-        yield Figure(f"status/runs/{len(table['runs'])}", seconds, "seconds")
+        yield Figure(f"status/runs/{len(table['runs'])}", seconds, "seconds", "at most 2")
         begin = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             draw(root, [manifest])
         seconds = time.perf_counter() - begin
         pictures = len(list((root / "report").glob("*.png")))
         note = f"seconds; {pictures} figures as PNG and PDF, tables, one page"
-        yield Figure(f"report/records/{len(plan.points)}", seconds, note)
+        yield Figure(f"report/records/{len(plan.points)}", seconds, note, "at most 20")
 
 
-def _filled(plan: Plan) -> None:
-    """Give every run a result."""
+def _fill(plan: Plan) -> None:
+    """Write a result for every run."""
     draws = random.Random(0)  # noqa: S311 (nothing here is a secret)
     for run in plan.runs.values():
         if run.kind == "search":
             run.stage.finish({"multipliers": {}, "overhead_macs": run.macs})
         else:
-            run.stage.finish(_made_up(run.point, run.method, run.seed, draws).to_plain())
+            run.stage.finish(_random_record(run.point, run.method, run.seed, draws).to_plain())
 
 
-def _made_up(point: SizedRequest, method: str, seed: int, draws: random.Random) -> Record:
-    """A record such as a training leaves."""
+def _random_record(point: SizedRequest, method: str, seed: int, draws: random.Random) -> Record:
+    """Return a record like that of a training."""
     graph = point.target_blueprint.graph
     channels = {
         name: max(1, round(count * draws.uniform(0.5, 2))) for name, count in graph.channels.items()

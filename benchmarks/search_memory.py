@@ -1,10 +1,9 @@
-"""Peak memory of a search's step beside plainly training the enlarged network; 1 is the same.
+"""Peak memory of a search step relative to plain training of the enlarged network; 1 is equal.
 
-Each is measured in a process of its own: what its resident memory peaks at while it takes three
-steps, less what the process held before it had a network. At most 1.3 is wanted. Once with every
-large block given back to the system as it is freed, so that the figure is what the steps hold; and
-once (``heap``) with the C library's heap as it comes, which keeps blocks of passes of other widths
-and gives another figure each time.
+Each is measured in its own process: the peak of resident memory during three steps, less the
+memory before the network was built. Once the C library returns every large block to the system
+when it is freed, so that the figure is what the steps hold. Once (``heap``) it uses its default,
+which keeps blocks of passes of other widths, so that the figure varies.
 """
 
 import argparse
@@ -58,15 +57,15 @@ def _peak() -> int:
 
 
 def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
-    """The ratio for each algorithm and network."""
-    batch = 16 if quick else 64
-    for network, (how, environment) in product(
-        ("resnet18", "mobilenet_v2"), (("", HELD), ("/heap", {}))
-    ):
+    """Yield the ratio for each algorithm and network."""
+    batch = 64
+    networks = ("resnet18",) if quick else ("resnet18", "mobilenet_v2")
+    heaps: dict[str, dict[str, str]] = {"": HELD} if quick else {"": HELD, "/heap": {}}
+    for network, (suffix, environment) in product(networks, heaps.items()):
         peaks = {}
         for what in ("plain", "autoslim", "dmcp"):
             done = subprocess.run(  # noqa: S603 (this very file)
-                [sys.executable, __file__, "--one", json.dumps([what, network, 64, batch])],
+                [sys.executable, __file__, "--case", json.dumps([what, network, 64, batch])],
                 env={**os.environ, **environment},
                 capture_output=True,
                 text=True,
@@ -75,17 +74,18 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
             peaks[what] = int(done.stdout.split()[-1])
         for what in ("autoslim", "dmcp"):
             yield Figure(
-                f"{what}/{network}/64{how}",
+                f"{what}/{network}/64{suffix}",
                 peaks[what] / peaks["plain"],
                 f"{peaks[what] / 1e6:.0f} MB, plain {peaks['plain'] / 1e6:.0f} MB; {batch} images",
+                "" if suffix else "at most 1.3",
             )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--one")
+    parser.add_argument("--case")
     options, _ = parser.parse_known_args()
-    if options.one:
-        print(peak_bytes(*json.loads(options.one)))
+    if options.case:
+        print(peak_bytes(*json.loads(options.case)))
     else:
         main(measure)

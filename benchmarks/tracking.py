@@ -85,20 +85,24 @@ def run_seconds(folder: Path, mode: str) -> float:
 
 
 def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
-    """The share of a step, and the seconds of a run."""
+    """Yield the cost of a row relative to its steps, and the seconds of a run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         step, row = step_seconds(5 if quick else 20), row_seconds(folder, 500)
-        every = compose([]).tracking.log_every_steps
+        interval = compose([]).tracking.log_every_steps
         yield Figure(
             "tracking/row/resnet18/32",
-            100 * row / (every * step),
-            f"% of {every} steps: a row {1000 * row:.2f} ms, a step {1000 * step:.0f} ms",
+            100 * row / (interval * step),
+            f"% of {interval} steps: a row {1000 * row:.2f} ms, a step {1000 * step:.0f} ms",
+            "at most 1",
         )
         for mode in ("offline", "disabled"):
-            taken = [run_seconds(folder / f"{mode}{one}", mode) for one in range(2 if quick else 5)]
+            seconds = [run_seconds(folder / f"{mode}{i}", mode) for i in range(2 if quick else 5)]
             yield Figure(
-                f"tracking/run/{mode}", median(taken), f"s of begin and end; {len(taken)} runs"
+                f"tracking/run/{mode}",
+                median(seconds),
+                f"s to begin and end; {len(seconds)} runs",
+                "at most 2",
             )
 
 

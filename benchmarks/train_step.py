@@ -76,14 +76,11 @@ def ours(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]
 
 
 def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls it)
-    """The time of our step over that of the one by hand, for each network and resolution."""
+    """Yield the time of our step divided by that of a step written by hand."""
     device = resolve_device(RUNTIME)
-    if quick:  # threads that wait for one another on a busy machine drown a few per cent
-        torch.set_num_threads(1)
-    for name in ("resnet18", "mobilenet_v2"):
-        for resolution in (32, 64):
-            # Quick is smaller, which shows what a step costs beside the network all the more.
-            batch = 16 if quick else RECIPE.batch_size
+    for name in ("resnet18",) if quick else ("resnet18", "mobilenet_v2"):
+        for resolution in (32,) if quick else (32, 64):
+            batch = RECIPE.batch_size
             draws = torch.Generator().manual_seed(0)
             images = torch.randn(batch, 3, resolution, resolution, generator=draws).to(device)
             labels = torch.randint(CLASSES, (batch,), generator=draws).to(device)
@@ -99,6 +96,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
                 f"train_step/{name}/{resolution}",
                 mine / hand,
                 f"{1000 * mine:.1f} ms, by hand {1000 * hand:.1f} ms; {runs} x {batch} images",
+                "at most 1.05",
             )
 
 

@@ -228,15 +228,7 @@ class EvaluationBatches:
             rank: Which process, counted from 0.
             ranks: Processes that evaluate together.
         """
-        mine = EvaluationBatches(
-            self._squares,
-            self._labels,
-            batch_size=self._batch_size,
-            placement=self._placement,
-        )
-        mine._positions = self._positions[rank::ranks]
-        mine.images = len(mine._positions)
-        return mine
+        return self._select(self._positions[rank::ranks], batch_size=self._batch_size)
 
     def sample(self, images: int, *, batch_size: int, seed: int) -> "EvaluationBatches":
         """Some of these images in random order, for what depends on who shares a batch.
@@ -246,13 +238,8 @@ class EvaluationBatches:
             batch_size: Images in each batch but the last.
             seed: What the choice and the order depend on.
         """
-        drawn = EvaluationBatches(
-            self._squares, self._labels, batch_size=batch_size, placement=self._placement
-        )
         order = np.random.default_rng(seed).permutation(self._positions)
-        drawn._positions = order[:images]
-        drawn.images = len(drawn._positions)
-        return drawn
+        return self._select(order[:images], batch_size=batch_size)
 
     def share(self, rank: int, ranks: int) -> "EvaluationBatches":
         """The batches, whole ones, that one of several processes takes: every ``ranks``-th.
@@ -262,13 +249,18 @@ class EvaluationBatches:
             ranks: Processes that share them.
         """
         starts = range(rank * self._batch_size, self.images, ranks * self._batch_size)
-        mine = EvaluationBatches(
-            self._squares, self._labels, batch_size=self._batch_size, placement=self._placement
-        )
         parts = [self._positions[start : start + self._batch_size] for start in starts]
-        mine._positions = np.concatenate([self._positions[:0], *parts])
-        mine.images = len(mine._positions)
-        return mine
+        positions = np.concatenate([self._positions[:0], *parts])
+        return self._select(positions, batch_size=self._batch_size)
+
+    def _select(self, positions: Integers, *, batch_size: int) -> "EvaluationBatches":
+        """Return the batches of the images at some positions, in this order."""
+        selected = EvaluationBatches(
+            self._squares, self._labels, batch_size=batch_size, placement=self._placement
+        )
+        selected._positions = positions
+        selected.images = len(positions)
+        return selected
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, batch x 3 x height x width, float32 and normalised, and labels, int64."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from widthopt.data.images import Images
-from widthopt.errors import InputError
+from widthopt.errors import InputError, check_value
 
 
 CHANNELS = 3
@@ -134,37 +134,37 @@ class DatasetChoice:
         """
         for key in ("mean", "std"):  # a configuration hands over lists
             object.__setattr__(self, key, _per_channel(f"dataset.{key}", getattr(self, key)))
-        _demand(
+        check_value(
             "dataset.resolution",
             self.resolution,
             holds=self.resolution >= 1,
             rule="an image has a side of at least one pixel; use a whole number from 1 up",
         )
-        _demand(
+        check_value(
             "dataset.std",
             list(self.std),
             holds=min(self.std) > 0,
             rule="images are divided by it; use numbers above 0",
         )
-        _demand(
+        check_value(
             "dataset.crop",
             self.crop,
             holds=0 < self.crop <= 1,
             rule="it is a part of the short side; use a number above 0 and at most 1",
         )
-        _demand(
+        check_value(
             "dataset.train_scale",
             self.train_scale,
             holds=self.train_scale is None or 0 < self.train_scale < math.inf,
             rule="it is a multiple of the resolution; use a number above 0, or null",
         )
-        _demand(
+        check_value(
             "dataset.validation",
             self.validation,
             holds=0 < self.validation < 1,
             rule="it is a part of the training images; use a number between 0 and 1",
         )
-        _demand(
+        check_value(
             "dataset.memory_limit_gb",
             self.memory_limit_gb,
             holds=self.memory_limit_gb >= 0,
@@ -200,16 +200,10 @@ def origin(dataset: Dataset) -> str:
 def _per_channel(key: str, values: Sequence[float]) -> tuple[float, ...]:
     """The values as a tuple of three numbers."""
     numbers = tuple(values)
-    _demand(
+    check_value(
         key,
         list(numbers),
         holds=len(numbers) == CHANNELS,
         rule="images have three channels; give one number for each of red, green and blue",
     )
     return numbers
-
-
-def _demand(key: str, value: object, *, holds: bool, rule: str) -> None:
-    """Raise the one line that says which key breaks which rule."""
-    if not holds:
-        raise InputError(f"{key} is {value}, but {rule}")
