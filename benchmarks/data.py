@@ -72,7 +72,7 @@ class Held(DatasetChoice):
 def held(name: str, images: ArrayImages) -> Dataset:
     """These images with what ``conf/dataset`` says of others like them."""
     conf: Any = OmegaConf.load(REPOSITORY / "conf" / "dataset" / f"{name}.yaml")
-    return Held(images=images, **{one.name: conf[one.name] for one in fields(DatasetChoice)})
+    return Held(images=images, **{field.name: conf[field.name] for field in fields(DatasetChoice)})
 
 
 def made(height: int, width: int, classes: int) -> ArrayImages:

@@ -93,12 +93,12 @@ def _random_record(point: SizedRequest, method: str, seed: int, draws: random.Ra
     )
     axes = [
         {
-            "width": one.width,
-            "depth": one.depth,
-            "resolution": one.resolution,
-            "fraction": one.fraction,
+            "width": item.width,
+            "depth": item.depth,
+            "resolution": item.resolution,
+            "fraction": item.fraction,
         }
-        for one in (point.target, point.setting(method))
+        for item in (point.target, point.setting(method))
     ]
     return Record(
         network=point.request.network.name,

@@ -54,8 +54,8 @@ class Nothing:
     def tasks(self) -> Sequence[Task]:
         """As many searches as trainings."""
         half = range(self.count // 2)
-        searches = [Task(f"search-{one}", "a search", (), 1.0) for one in half]
-        return searches + [Task(f"train-{one}", "", (f"search-{one}",), 1.0) for one in half]
+        searches = [Task(f"search-{item}", "a search", (), 1.0) for item in half]
+        return searches + [Task(f"train-{item}", "", (f"search-{item}",), 1.0) for item in half]
 
     def write_spec(self, name: str) -> Path:
         """Its name is all there is of it."""

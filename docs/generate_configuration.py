@@ -322,9 +322,9 @@ def _group(group: str, lacking: list[str]) -> str:
     return "\n".join(parts)
 
 
-def _same(values: Mapping[str, Any], others: Mapping[str, Any], name: str) -> bool:
+def _same(values: Mapping[str, Any], rest: Mapping[str, Any], name: str) -> bool:
     try:
-        return bool(_value(values, name) == _value(others, name))
+        return bool(_value(values, name) == _value(rest, name))
     except (KeyError, TypeError):
         return False
 

@@ -31,7 +31,10 @@ class FileWork:
     def tasks(self):
         return [
             Task(
-                name, f"the item {name}", tuple(one for one in needs if not self.is_done(one)), 1.0
+                name,
+                f"the item {name}",
+                tuple(need for need in needs if not self.is_done(need)),
+                1.0,
             )
             for name, (needs, _) in self.table.items()
             if not self.is_done(name)

@@ -138,7 +138,9 @@ def test_no_algorithm_knows_a_networks_name():
         assert len(words) > 30, source.name
         for family in ("resnet", "mobilenet", "densenet", "efficientnet", "regnet", "vgg"):
             assert not [word for word in words if family in word], source.name
-        assert all(isinstance(one, ast.Dict) for one in names_of_networks(tree)), source.name
+        assert all(isinstance(network, ast.Dict) for network in names_of_networks(tree)), (
+            source.name
+        )
 
 
 # ------------------------------------------------------------------- one file and one conf file
@@ -237,5 +239,5 @@ def test_a_search_that_is_killed_again_and_again_ends_the_same(name, when, tmp_p
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
     assert kills > 0
-    found = [(tmp_path / one / "found.json").read_text() for one in ("whole", "killed")]
+    found = [(tmp_path / item / "found.json").read_text() for item in ("whole", "killed")]
     assert found[0] == found[1]

@@ -50,7 +50,7 @@ def search(folder, *, data=None, seed=0, recipe=RECIPE, where=SMALL, budget=None
 
 def result(found):
     """All of a result but the times, as a record would have it."""
-    details = {key: one for key, one in found.details.items() if key != "slimming_seconds"}
+    details = {key: detail for key, detail in found.details.items() if key != "slimming_seconds"}
     still = dataclasses.replace(found, seconds=0.0, details=details)
     return json.dumps(dataclasses.asdict(still), sort_keys=True)
 
@@ -111,7 +111,7 @@ def test_statistics_may_be_those_of_training_images(tmp_path, monkeypatch):
     some = search(tmp_path / "some", calibration_images=40)
     search(tmp_path / "all", calibration_images=1000)
     assert seen[0] is None
-    images = torch.cat([one for one, _ in Synthetic().epoch(0)])
+    images = torch.cat([item for item, _ in Synthetic().epoch(0)])
     assert torch.equal(seen[1], images[:40])
     assert torch.equal(seen[2], images)
     assert some.details["slimming_macs"] > own.details["slimming_macs"]

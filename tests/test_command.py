@@ -133,8 +133,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
     ],
 )
 def test_a_mistake_in_a_commands_options_is_one_line(tmp_path, words, line):
-    said = one_line(widthopt(*words, folder=tmp_path), 2)
-    assert said.replace(str(tmp_path.resolve()), "FOLDER") == line
+    message = one_line(widthopt(*words, folder=tmp_path), 2)
+    assert message.replace(str(tmp_path.resolve()), "FOLDER") == line
     assert everything(tmp_path) == []
 
 
@@ -196,15 +196,15 @@ def said_and_loaded(folder, *words):
         [sys.executable, "-c", script],
         cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    said, _, loaded = done.stdout.rpartition("loaded:")
-    return said, loaded.split()
+    message, _, loaded = done.stdout.rpartition("loaded:")
+    return message, loaded.split()
 
 
 def test_help_says_what_there_is_without_loading_torch(tmp_path):
-    said, loaded = said_and_loaded(tmp_path, "--help")
+    message, loaded = said_and_loaded(tmp_path, "--help")
     assert loaded == []
     for word in ("widthopt plan", "widthopt macs", "network: ", "resnet18", "seeds:", "morphnet"):
-        assert word in said
+        assert word in message
     assert everything(tmp_path) == []
 
 
@@ -343,10 +343,10 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, wh
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.005)
     started.send_signal(signal.SIGINT)
-    _, said = started.communicate(timeout=60)
-    assert started.returncode == 130, said
-    (line,) = (line for line in said.splitlines() if line.startswith("widthopt: "))
-    assert line == said.splitlines()[-1]
+    _, message = started.communicate(timeout=60)
+    assert started.returncode == 130, message
+    (line,) = (line for line in message.splitlines() if line.startswith("widthopt: "))
+    assert line == message.splitlines()[-1]
     assert "the same command continues from" in line
     assert not list(run_folder(folder).glob("record.json")) or when == "search"
 
@@ -357,7 +357,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, wh
 
 @pytest.mark.slow
 def test_a_sweep_runs_each_of_its_values(folder):
-    words = [one for one in TINY if not one.startswith("algorithm")]
+    words = [item for item in TINY if not item.startswith("algorithm")]
     done = widthopt(
         "-m", *words, "algorithm=uniform", "methods=[uniform]", "recipe.epochs=1",
         "seeds=[0],[1]", "root=kept", folder=folder,

@@ -181,8 +181,8 @@ def test_whole_numbers_are_numbers_and_name_the_same_run():
     whole = compose([f"{key}=1" for key in keys])
     real = compose([f"{key}=1.0" for key in keys])
     assert whole == real
-    for one, kind in ((whole.target.width, float), (whole.recipe.learning_rate, float)):
-        assert type(one) is kind
+    for item, kind in ((whole.target.width, float), (whole.recipe.learning_rate, float)):
+        assert type(item) is kind
     assert repr(whole.fields) == repr(real.fields)
 
 

@@ -101,10 +101,11 @@ def search(dataset, *, fraction=1.0, seed=0, augmentation="none"):
     )
 
 
-def same(one, other):
-    one, other = list(one), list(other)
-    return len(one) == len(other) > 0 and all(
-        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(one, other, strict=True)
+def same(first, second):
+    first, second = list(first), list(second)
+    return len(first) == len(second) > 0 and all(
+        torch.equal(x, u) and torch.equal(y, v)
+        for (x, y), (u, v) in zip(first, second, strict=True)
     )
 
 
@@ -177,9 +178,9 @@ def test_the_callers_random_generators_do_not_matter(augmentation):
 @pytest.mark.parametrize("augmentation", ["paper", "crop", "none"])
 def test_epochs_and_seeds_differ(augmentation):
     train = target(noise(), augmentation=augmentation).train
-    other = target(noise(), augmentation=augmentation, seed=1).train
+    second = target(noise(), augmentation=augmentation, seed=1).train
     assert not same(train.epoch(0), train.epoch(1))
-    assert not same(train.epoch(0), other.epoch(0))
+    assert not same(train.epoch(0), second.epoch(0))
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop"])
@@ -224,12 +225,12 @@ def test_labels_stay_with_their_images():
     label_of = dict(
         zip(images_of(split.train.epoch(0)), label_list(split.train.epoch(0)), strict=True)
     )
-    other = dict(
+    second = dict(
         zip(images_of(split.train.epoch(1)), label_list(split.train.epoch(1)), strict=True)
     )
-    shared = label_of.keys() & other.keys()
+    shared = label_of.keys() & second.keys()
     assert len(shared) > 10
-    assert {name: label_of[name] for name in shared} == {name: other[name] for name in shared}
+    assert {name: label_of[name] for name in shared} == {name: second[name] for name in shared}
     tested = dataset.test()
     assert label_list(split.evaluation) == tested.labels.tolist()
 
@@ -282,8 +283,8 @@ def test_a_sample_of_the_evaluation_images_is_in_random_order():
     drawn = images_of(evaluation.sample(30, batch_size=10, seed=0))
     assert sorted(drawn) == sorted(ordered)
     # Of 30 images in random order one is where it was, more or less.
-    assert sum(one == other for one, other in zip(drawn, ordered, strict=True)) < 6
-    labels = [label for _, ones in evaluation.sample(30, batch_size=10, seed=0) for label in ones]
+    assert sum(first == second for first, second in zip(drawn, ordered, strict=True)) < 6
+    labels = [label for _, items in evaluation.sample(30, batch_size=10, seed=0) for label in items]
     # Of 29 steps in random order a third goes to a lower class; in that of classes none does.
     assert sum(after < before for before, after in pairwise(labels)) > 4
     assert images_of(evaluation.sample(12, batch_size=5, seed=0)) == drawn[:12]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widthopt.data.digits import Digits
-from widthopt.data.subsets import fraction_of, held_out, smallest_fraction, stratify
+from widthopt.data.subsets import fraction_of, split_validation, smallest_fraction, stratify
 
 
 COUNTS = st.lists(st.integers(2, 60), min_size=2, max_size=5)
@@ -37,11 +37,11 @@ def digits():
 
 
 @given(COUNTS, SEEDS, PER_CENT, PER_CENT)
-def test_a_smaller_fraction_lies_within_a_larger_one(counts, seed, one, other):
+def test_a_smaller_fraction_lies_within_a_larger_one(counts, seed, first, second):
     labels = shuffled_labels(counts, seed)
     small, large = (
         stratify(labels, classes=len(counts), fraction=p / 100, seed=seed)
-        for p in sorted([one, other])
+        for p in sorted([first, second])
     )
     for inner, outer in zip(small, large, strict=True):
         assert outer[: len(inner)].tolist() == inner.tolist()
@@ -66,8 +66,8 @@ def test_the_whole_takes_every_image_once(counts, seed):
 
 def test_another_seed_draws_other_images():
     labels = shuffled_labels([50, 50], 0)
-    one, other = (stratify(labels, classes=2, fraction=0.2, seed=seed) for seed in (0, 1))
-    assert sorted(one[0]) != sorted(other[0])
+    first, second = (stratify(labels, classes=2, fraction=0.2, seed=seed) for seed in (0, 1))
+    assert sorted(first[0]) != sorted(second[0])
 
 
 def test_one_class_is_drawn_alike_whatever_the_others_are():
@@ -81,7 +81,7 @@ def test_one_class_is_drawn_alike_whatever_the_others_are():
 def test_what_is_held_out_and_what_trains_are_disjoint_and_together_all(counts, seed, part):
     labels = shuffled_labels(counts, seed)
     drawn = stratify(labels, classes=len(counts), fraction=1.0, seed=seed)
-    train, validate = held_out(drawn, validation=part / 100)
+    train, validate = split_validation(drawn, validation=part / 100)
     assert sorted([*train, *validate]) == list(range(len(labels)))
     assert set(labels[train]) == set(labels[validate]) == set(range(len(counts)))
 
@@ -92,7 +92,7 @@ def test_what_is_held_out_and_what_trains_are_disjoint_and_together_all(counts, 
 def test_the_held_out_share_is_rounded_and_leaves_each_class_an_image_on_both_sides(
     images, validation, expected
 ):
-    _, validate = held_out([np.arange(images), np.arange(images)], validation=validation)
+    _, validate = split_validation([np.arange(images), np.arange(images)], validation=validation)
     assert len(validate) == 2 * expected
 
 

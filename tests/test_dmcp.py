@@ -97,7 +97,7 @@ def mean_field(objective, marginals, images, labels):
         for group, (low, high) in enumerate(pairwise(grid)):
             parts.append(marginals[row, group].expand(high - low))
         factors[name] = torch.cat(parts).view(1, -1, 1, 1)
-    stem, inner, down, wide = (factors[one] for one in ("stem", "inner", "down", "wide"))
+    stem, inner, down, wide = (factors[item] for item in ("stem", "inner", "down", "wide"))
     weights = {name: value.detach() for name, value in model.named_parameters()}
 
     def norm(name, x):
@@ -213,7 +213,7 @@ def test_a_step_of_the_chains_leaves_the_network_as_it_was():
     objective.after_step(STEPS - 1, [batch()])
     after = objective.supernet.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert all(one.grad is None for one in objective.supernet.model.parameters())
+    assert all(parameter.grad is None for parameter in objective.supernet.model.parameters())
 
 
 def test_the_chains_are_no_parameters_of_the_network():
@@ -265,20 +265,20 @@ def test_as_many_subnets_as_the_schedule_says_are_drawn_by_the_chains():
 
 
 def test_draws_follow_from_seed_step_and_number():
-    one, other = architecture(seed=3), architecture(seed=3)
+    left, second = architecture(seed=3), architecture(seed=3)
     steps = [STEPS - 1, 0, 5]
-    first = [one.draw(step, number) for step in steps for number in (0, 1)]
-    again = [other.draw(step, number) for step in reversed(steps) for number in (1, 0)]
+    first = [left.draw(step, number) for step in steps for number in (0, 1)]
+    again = [second.draw(step, number) for step in reversed(steps) for number in (1, 0)]
     assert first == again[::-1]
     assert first[0] != first[1]
-    assert architecture(seed=4).draw(5, 0) != other.draw(5, 0)
+    assert architecture(seed=4).draw(5, 0) != second.draw(5, 0)
 
 
 def test_the_chains_draw_each_subnet_of_a_step_anew():
     """Two draws of four chains of 9 to 14 groups at a half are the same by chance at times."""
     objective = architecture(steps=200, markov_subnets="always")
     pairs = [[objective.draw(step, number) for number in (0, 1)] for step in range(100, 200)]
-    assert sum(one == other for one, other in pairs) < 10
+    assert sum(first == second for first, second in pairs) < 10
 
 
 # -------------------------------------------------------------------- how a search starts and ends
@@ -303,10 +303,10 @@ def test_a_short_search_starts_above_its_budget_unless_told_to_start_at_a_half(t
         found = search(tmp_path / "zero", alpha_init="zero")
     assert found.details["part_of_budget_at_start"] < 0.4
     assert found.diagnostics == {"budget_reached": False}
-    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
-    assert "may be too few: the regulariser alone would go from" in told[0]
-    assert told[1].startswith("the search ended at ")
-    assert all(one.endswith("images, or use algorithm.alpha_init=budget") for one in told)
+    reported = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "may be too few: the regulariser alone would go from" in reported[0]
+    assert reported[1].startswith("the search ended at ")
+    assert all(item.endswith("images, or use algorithm.alpha_init=budget") for item in reported)
 
 
 @pytest.mark.parametrize("start", ["auto", "budget"])
@@ -314,10 +314,10 @@ def test_a_search_that_starts_at_its_budget_is_not_advised_to_start_there(tmp_pa
     """It is a short one, that hardly moves."""
     with caplog.at_level(logging.WARNING, logger="widthopt"):
         search(tmp_path, alpha_init=start, learning_rate=1e-9, final_learning_rate=0.0)
-    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
-    assert len(told) == 2
+    reported = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(reported) == 2
     assert all(
-        one.endswith("; raise recipe.search_epochs, or search on more images") for one in told
+        item.endswith("; raise recipe.search_epochs, or search on more images") for item in reported
     )
 
 
@@ -419,9 +419,9 @@ def test_a_useless_layer_keeps_fewer_channels_than_an_equally_costly_useful_one(
             self.head = nn.Linear(8, classes)
 
         def forward(self, x):
-            one = self.used_mix(functional.relu(self.used_norm(self.used(x))))
-            other = self.unused_mix(functional.relu(self.unused_norm(self.unused(x))))
-            return self.head(functional.relu(self.norm(one + 0.0 * other)).mean((2, 3)))
+            first = self.used_mix(functional.relu(self.used_norm(self.used(x))))
+            second = self.unused_mix(functional.relu(self.unused_norm(self.unused(x))))
+            return self.head(functional.relu(self.norm(first + 0.0 * second)).mean((2, 3)))
 
     class Network(SmallNetwork):
         def build(self, *, depth, classes):  # noqa: ARG002
@@ -442,7 +442,7 @@ def test_a_search_that_was_interrupted_finds_the_same_bits(tmp_path, step):
         search(tmp_path / "parts", data=Split(Synthetic(interrupt=step), Synthetic(), 4))
     assert result(search(tmp_path / "parts")) == result(whole)
     tensors = [
-        checkpoints.newest(tmp_path / one / "checkpoints").tensors for one in ("whole", "parts")
+        checkpoints.newest(tmp_path / item / "checkpoints").tensors for item in ("whole", "parts")
     ]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())

@@ -149,10 +149,10 @@ def test_all_that_can_be_saved_is_on_the_axis():
 
 def test_what_cost_more_than_a_direct_search_is_in_the_picture():
     dear = [
-        replace(one, found=replace(one.found, overhead_macs=3 * one.found.direct_overhead_macs))
-        if one.found.method == "transfer"
-        else one
-        for one in RECORDS
+        replace(item, found=replace(item.found, overhead_macs=3 * item.found.direct_overhead_macs))
+        if item.found.method == "transfer"
+        else item
+        for item in RECORDS
     ]
     axes = drawn(savings, dear)
     point, _, _ = lines(axes)["morphnet, transfer"]
@@ -166,8 +166,8 @@ def test_one_seed_has_no_bars():
 
 
 def test_several_algorithms_stand_side_by_side_and_share_one_baseline():
-    other = [replace(one, algorithm="dmcp") for one in RECORDS]
-    drawn_lines = lines(drawn(savings, [*RECORDS, *other]))
+    another = [replace(item, algorithm="dmcp") for item in RECORDS]
+    drawn_lines = lines(drawn(savings, [*RECORDS, *another]))
     assert sorted(drawn_lines) == sorted(
         ["uniform", *(f"{a}, {m}" for a in ("morphnet", "dmcp") for m in ("direct", "transfer"))]
     )
@@ -186,7 +186,7 @@ def test_several_algorithms_stand_side_by_side_and_share_one_baseline():
 def test_all_methods_there_are_stand_in_the_legend(figure, records):
     axes = drawn(figure, records)
     labels = [text.get_text().split(", ")[-1] for text in axes.get_legend().get_texts()]
-    present = {one.found.method for one in records}
+    present = {item.found.method for item in records}
     assert sorted(labels) == sorted(present)
 
 
@@ -194,8 +194,8 @@ def test_methods_can_be_told_apart_without_colour():
     assert set(COLOURS) == set(MARKERS) == set(METHODS)
     assert len(set(MARKERS.values())) == len(METHODS)
     handles = lines(drawn(channels))
-    assert {handles[one].get_marker() for one in METHODS} == set(MARKERS.values())
-    assert {to_hex(handles[one].get_color()) for one in METHODS} == set(COLOURS.values())
+    assert {handles[method].get_marker() for method in METHODS} == set(MARKERS.values())
+    assert {to_hex(handles[method].get_color()) for method in METHODS} == set(COLOURS.values())
 
 
 def test_the_files_are_pictures_that_are_not_empty(tmp_path):
@@ -222,8 +222,8 @@ def rows(rich_table):
 
 
 def test_several_algorithms_are_rows_of_one_table_with_one_baseline():
-    other = [replace(one, algorithm="dmcp") for one in RECORDS]
-    found = rows(table([*RECORDS, *other]))
+    second = [replace(item, algorithm="dmcp") for item in RECORDS]
+    found = rows(table([*RECORDS, *second]))
     assert [(row["algorithm"], row["method"]) for row in found] == [
         ("-", "uniform"), ("morphnet", "direct"), ("morphnet", "transfer"), ("dmcp", "direct"),
         ("dmcp", "transfer"),
@@ -232,14 +232,19 @@ def test_several_algorithms_are_rows_of_one_table_with_one_baseline():
 
 
 def test_the_baseline_is_shown_whichever_algorithm_it_came_with():
-    uniform, other = record("uniform", 0), replace(record("direct", 0), algorithm="dmcp")
-    records = [other, uniform, record("direct", 0), replace(record("uniform", 1), algorithm="dmcp")]
+    uniform, second = record("uniform", 0), replace(record("direct", 0), algorithm="dmcp")
+    records = [
+        second,
+        uniform,
+        record("direct", 0),
+        replace(record("uniform", 1), algorithm="dmcp"),
+    ]
     found = rows(table(records))
     assert [(row["algorithm"], row["method"]) for row in found] == [
         ("-", "uniform"), ("dmcp", "direct"), ("morphnet", "direct"),
     ]  # fmt: skip
     assert found[0]["top-1 %"] == "90.5±0.7"  # of two seeds, each with another algorithm
-    axes = drawn(savings, [other, uniform, record("direct", 0)])
+    axes = drawn(savings, [second, uniform, record("direct", 0)])
     assert "uniform" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
@@ -250,14 +255,14 @@ def test_widths_are_compared_between_seeds_with_direct_ones_and_with_uniform_one
         ("transfer", 0): (2, 2, 0, 0), ("transfer", 1): (0, 0, 3, 3),
     }  # fmt: skip
     records = []
-    for one in RECORDS:
-        values = widths[one.found.method, one.found.seed]
+    for item in RECORDS:
+        values = widths[item.found.method, item.found.seed]
         found = replace(
-            one.found,
+            item.found,
             multipliers=dict(zip(NAMES, map(float, values), strict=True)),
-            diagnostics={"budget_reached": one.found.method == "direct" or one.found.seed == 1},
+            diagnostics={"budget_reached": item.found.method == "direct" or item.found.seed == 1},
         )
-        records.append(replace(one, found=found))
+        records.append(replace(item, found=found))
     direct, transfer = rows(similarity.table(records))
     half = 0.5**0.5
     assert direct == {
@@ -340,8 +345,8 @@ def test_what_went_wrong_in_a_search_is_said():
         "collapsed": ["conv1", "conv2"],
         "budget_reached": False,
     }
-    one = replace(RECORDS[1], found=replace(RECORDS[1].found, diagnostics=diagnostics))
-    assert report._complaints([one]) == [  # noqa: SLF001 (what a person reads below the table)
+    item = replace(RECORDS[1], found=replace(RECORDS[1].found, diagnostics=diagnostics))
+    assert report._complaints([item]) == [  # noqa: SLF001 (what a person reads below the table)
         (
             "direct, seed 0: the search is not valid: removing its dead channels cost 3.2 points; "
             "cut: conv1"
@@ -354,15 +359,15 @@ def test_what_went_wrong_in_a_search_is_said():
 
 def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(tmp_path, capsys):
     diagnostics = {"unchanged": True}
-    bad = [replace(one, found=replace(one.found, diagnostics=diagnostics)) for one in OPTIMISED]
+    bad = [replace(item, found=replace(item.found, diagnostics=diagnostics)) for item in OPTIMISED]
     folders = [
         run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
         run_folder(tmp_path, "b", kept(bad, "b"), **STRONG),
     ]
     report.compare(folders, into=tmp_path / "report")
-    said = [line for line in capsys.readouterr().out.splitlines() if "pruned" in line]
+    message = [line for line in capsys.readouterr().out.splitlines() if "pruned" in line]
     nothing = "the search pruned nothing; its widths are the un-optimised ones"
-    assert said == [
+    assert message == [
         f"morphnet strength 7, {method}, seeds 0, 1: {nothing}" for method in ("direct", "transfer")
     ]
 
@@ -384,57 +389,59 @@ def run_folder(tmp_path, name, records, **config):
 
 def kept(records, name):
     """Records with stages of their own; un-optimised networks share theirs by seed."""
-    return [replace(one, stages={"train": f"{name}{number}"}) for number, one in enumerate(records)]
+    return [
+        replace(item, stages={"train": f"{name}{number}"}) for number, item in enumerate(records)
+    ]
 
 
-def told(said):
+def reported(message):
     """The rows of all tables: the algorithm if it is named, the method, and the other cells."""
-    for line in map(str.strip, said.splitlines()):
+    for line in map(str.strip, message.splitlines()):
         found = re.fullmatch(rf"(?:(.*\S) +)?({'|'.join(METHODS)}) +([-\d].*)", line)
         if found:
             yield found[1], found[2], found[3].split()
 
 
-OPTIMISED = [one for one in RECORDS if one.found.method != "uniform"]
+OPTIMISED = [item for item in RECORDS if item.found.method != "uniform"]
 STRONG = {"algorithm": {"name": "morphnet", "strength": 7.0, "floor": 2}}
 
 
 def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_name(tmp_path, capsys):
-    uniform = kept([one for one in RECORDS if one.found.method == "uniform"], "u")
+    uniform = kept([item for item in RECORDS if item.found.method == "uniform"], "u")
     folders = [
         run_folder(tmp_path, "a", [*uniform, *kept(OPTIMISED, "a")]),
         run_folder(tmp_path, "b", [*uniform, *kept(OPTIMISED, "b")], **STRONG),
         run_folder(tmp_path, "c", kept(OPTIMISED, "a")),
     ]
     report.compare(folders, into=tmp_path / "report")
-    found = list(told(capsys.readouterr().out))
+    found = list(reported(capsys.readouterr().out))
     names = ["morphnet strength 1", "morphnet strength 7"]
     first, second = found[:5], found[5:]
-    assert [one[:2] for one in first] == [
+    assert [item[:2] for item in first] == [
         ("-", "uniform"), *((name, method) for name in names for method in METHODS[1:])
     ]  # fmt: skip
-    assert [one[:2] for one in second] == [one[:2] for one in first[1:]]
-    assert {one[2][-2] for one in first if one[1] == "transfer"} == {"94.0±2.8"}
-    assert [one[2][-2:] for one in second] == [["of", "2"]] * 4  # not 4: c is a again
+    assert [item[:2] for item in second] == [item[:2] for item in first[1:]]
+    assert {item[2][-2] for item in first if item[1] == "transfer"} == {"94.0±2.8"}
+    assert [item[2][-2:] for item in second] == [["of", "2"]] * 4  # not 4: c is a again
 
 
 def test_runs_that_differ_in_their_proxy_are_named_by_it_and_compared_with_one_direct_search(
     tmp_path, capsys
 ):
-    moved = [one for one in RECORDS if one.found.method == "transfer"]
-    narrow = [replace(one, proxy={**one.proxy, "width": 0.25}) for one in moved]
+    moved = [item for item in RECORDS if item.found.method == "transfer"]
+    narrow = [replace(item, proxy={**item.proxy, "width": 0.25}) for item in moved]
     folders = [
         run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
         run_folder(tmp_path, "b", kept(narrow, "b"), projection={"width": 0.25}),
     ]
     report.compare(folders, into=tmp_path / "report")
-    found = list(told(capsys.readouterr().out))[3:]
-    assert [one[:2] for one in found] == [
+    found = list(reported(capsys.readouterr().out))[3:]
+    assert [item[:2] for item in found] == [
         ("morphnet", "direct"),
         ("morphnet 0.5-1-24-1", "transfer"),
         ("morphnet 0.25-1-24-1", "transfer"),
     ]
-    assert [one[2][1] for one in found[1:]] == ["1.000", "1.000"]  # with the direct search
+    assert [item[2][1] for item in found[1:]] == ["1.000", "1.000"]  # with the direct search
 
 
 def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
@@ -445,18 +452,18 @@ def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
         run_folder(tmp_path, "b", kept([narrow], "b"), projection={"width": 0.25}),
     ]
     report.compare(folders, into=tmp_path / "report")
-    tops = [one[2][-2] for one in told(capsys.readouterr().out) if "+" in one[2][-1]]
+    tops = [item[2][-2] for item in reported(capsys.readouterr().out) if "+" in item[2][-1]]
     assert tops == ["92.0", "96.0"]  # and not 94.0±2.8
 
 
 def test_seeds_of_two_runs_belong_together(tmp_path, capsys):
     folders = [
-        run_folder(tmp_path, name, kept([one], name), seeds=[one.found.seed])
-        for name, one in (("a", record("transfer", 0)), ("b", record("transfer", 1)))
+        run_folder(tmp_path, name, kept([item], name), seeds=[item.found.seed])
+        for name, item in (("a", record("transfer", 0)), ("b", record("transfer", 1)))
     ]
     report.compare(folders, into=tmp_path / "report")
-    found = [one for one in told(capsys.readouterr().out) if "+" in one[2][-1]]
-    assert [(one[1], one[2][-2]) for one in found] == [("transfer", "94.0±2.8")]
+    found = [item for item in reported(capsys.readouterr().out) if "+" in item[2][-1]]
+    assert [(item[1], item[2][-2]) for item in found] == [("transfer", "94.0±2.8")]
 
 
 def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path, capsys):
@@ -464,18 +471,22 @@ def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path
     searched = {"recipe": {"epochs": 3, "search_epochs": 9, "learning_rate": 0.1}}
     folders = [
         run_folder(tmp_path, "a", kept(ONE_SEED, "a")),
-        run_folder(tmp_path, "b", kept([record(one, 1) for one in METHODS], "b"), **longer),
+        run_folder(tmp_path, "b", kept([record(method, 1) for method in METHODS], "b"), **longer),
         run_folder(tmp_path, "c", kept(ONE_SEED[1:], "c"), **searched),
     ]
     report.compare(folders, into=tmp_path / "report")
-    said = capsys.readouterr().out
-    before, _, after = said.partition("\nepochs 6\n")
+    out = capsys.readouterr().out
+    before, _, after = out.partition("\nepochs 6\n")
     assert before.startswith("epochs 3\n")
-    assert {one[0] for one in told(before)} == {
+    assert {item[0] for item in reported(before)} == {
         "-", "morphnet search_epochs 2", "morphnet search_epochs 9"
     }  # fmt: skip
-    assert {one[0] for one in told(after)} == {None, "morphnet"}  # there is one algorithm
-    assert [one[2][-2] for one in told(after) if "+" in one[2][-1]] == ["91.0", "95.0", "96.0"]
+    assert {item[0] for item in reported(after)} == {None, "morphnet"}  # there is one algorithm
+    assert [item[2][-2] for item in reported(after) if "+" in item[2][-1]] == [
+        "91.0",
+        "95.0",
+        "96.0",
+    ]
     figures = sorted(path.parent.name for path in (tmp_path / "report").rglob("accuracy.png"))
     assert figures == ["resnet18-digits-1-1-24-1-epochs-3", "resnet18-digits-1-1-24-1-epochs-6"]
 
@@ -486,11 +497,11 @@ def test_names_have_no_more_values_than_tell_them_apart(tmp_path, capsys):
         for strength, floor, tie in ((1.0, 2, "max"), (2.0, 2, "l2"), (1.0, 4, "max"))
     ]
     folders = [
-        run_folder(tmp_path, str(number), kept([record("direct", 0)], str(number)), algorithm=one)
-        for number, one in enumerate(several)
+        run_folder(tmp_path, str(number), kept([record("direct", 0)], str(number)), algorithm=item)
+        for number, item in enumerate(several)
     ]
     report.compare(folders, into=tmp_path / "report")
-    assert {one[0] for one in told(capsys.readouterr().out)} == {
+    assert {item[0] for item in reported(capsys.readouterr().out)} == {
         "morphnet strength 1 floor 2", "morphnet strength 2 floor 2", "morphnet strength 1 floor 4"
     }  # fmt: skip
 
@@ -505,7 +516,7 @@ def test_values_that_read_alike_are_told_apart_nevertheless(tmp_path, capsys):
         for number, name in enumerate(names)
     ]  # fmt: skip
     report.compare(folders, into=tmp_path / "report")
-    assert {one[0] for one in told(capsys.readouterr().out)} == {
+    assert {item[0] for item in reported(capsys.readouterr().out)} == {
         "morphnet how a_module_with_a_rather_l 1", "morphnet how a_module_with_a_rather_l 2"
     }  # fmt: skip
 

@@ -63,8 +63,10 @@ def made(network, *, width=1.0, resolution=9, seed=0, dtype=torch.double):
 
 def grids_of(supernet, bins=3):
     return {
-        name: sorted({max(1, round(k * one.classes / bins)) * one.unit for k in range(1, bins + 1)})
-        for name, one in supernet.graph.free.items()
+        name: sorted(
+            {max(1, round(k * variable.classes / bins)) * variable.unit for k in range(1, bins + 1)}
+        )
+        for name, variable in supernet.graph.free.items()
     }
 
 
@@ -99,7 +101,7 @@ def mistakes_of_a_standalone_network(supernet, channels, images, labels, calibra
         alone(calibration)
         alone.eval()
     return sum(
-        one.argmax().item() != label for one, label in zip(alone(images), labels, strict=True)
+        item.argmax().item() != label for item, label in zip(alone(images), labels, strict=True)
     )
 
 
@@ -343,9 +345,9 @@ def test_mistakes_of_chunks_add_up_in_any_order(engine):
     budget = [supernet.graph.macs() - 1]
     together = searched(supernet, chunks=chunks, budgets=budget, engine=engine)
     turned = searched(supernet, chunks=chunks[::-1], budgets=budget, engine=engine)
-    alone = [searched(supernet, chunks=[one], budgets=budget, engine=engine) for one in chunks]
+    alone = [searched(supernet, chunks=[chunk], budgets=budget, engine=engine) for chunk in chunks]
     sums = {
-        name: sum(one.moves[0].errors[name] for one in alone) for name in together.moves[0].errors
+        name: sum(item.moves[0].errors[name] for item in alone) for name in together.moves[0].errors
     }
     assert together.moves[0].errors == turned.moves[0].errors == sums
 
@@ -393,10 +395,10 @@ def test_a_search_leaves_the_supernet_as_it_was(engine, calibration):
     images, labels = images_and_labels(24, 32)
     nn.functional.cross_entropy(model(images), labels).backward()
     tensors = itertools.chain(model.parameters(), model.buffers())
-    before = [(one, one.detach().clone(), copy.deepcopy(one.grad)) for one in tensors]
+    before = [(tensor, tensor.detach().clone(), copy.deepcopy(tensor.grad)) for tensor in tensors]
     kept, buffers = attributes(model), dict(model.named_buffers())
     every = grids_of(supernet, 2)
-    grids = {one: every[one][-1 - (place % 8 == 0) :] for place, one in enumerate(every)}
+    grids = {item: every[item][-1 - (place % 8 == 0) :] for place, item in enumerate(every)}
     searched(
         supernet, grids, [(images, labels)],
         budgets=[supernet.graph.macs() - 1], engine=engine, calibration=calibration,
@@ -415,7 +417,7 @@ def test_one_pass_serves_all_budgets():
     widest = supernet.graph.macs()
     budgets = [widest * 4 // 10, widest * 9 // 10, widest * 6 // 10]
     found = searched(supernet, budgets=budgets)
-    assert [one.budget_macs for one in found.solutions] == sorted(budgets, reverse=True)
+    assert [item.budget_macs for item in found.solutions] == sorted(budgets, reverse=True)
     for solution in found.solutions:
         alone = searched(supernet, budgets=[solution.budget_macs])
         assert alone.solutions == (solution,)
@@ -445,7 +447,7 @@ def test_channels_that_nothing_reads_go_first():
     first, second, third, *_ = searched(supernet, grids, [(images, labels)]).moves
     for move in (first, second):
         assert (move.variable, move.errors[name]) == (name, 0)
-        assert all(count > 0 for one, count in move.errors.items() if one != name)
+        assert all(count > 0 for error, count in move.errors.items() if error != name)
     assert name not in third.errors
 
 
@@ -475,13 +477,13 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(function, budget, mess
     supernet = made(Tiny)
     grids = grids_of(supernet)
     narrowest = least(supernet, grids)
-    asked = budget(supernet.graph.macs(), narrowest)
+    request = budget(supernet.graph.macs(), narrowest)
     supernet.model = None  # there is nothing that could run
     ask = {
-        "slim": lambda: searched(supernet, grids, budgets=[narrowest, asked]),
-        "assumed_path": lambda: assumed_path(supernet.graph, grids, asked),
+        "slim": lambda: searched(supernet, grids, budgets=[narrowest, request]),
+        "assumed_path": lambda: assumed_path(supernet.graph, grids, request),
     }[function]
-    with pytest.raises(InputError, match=re.escape(message.format(asked, narrowest))):
+    with pytest.raises(InputError, match=re.escape(message.format(request, narrowest))):
         ask()
 
 

@@ -44,7 +44,7 @@ def named(graph, counts):
         writers += [f"features.{block}.conv.0.0", f"features.{block}.conv.2"]
     channels = {}
     for writer, count in zip([*writers, "features.18.0"], counts, strict=True):
-        (name,) = (name for name, one in graph.free.items() if writer in one.writers)
+        (name,) = (name for name, variable in graph.free.items() if writer in variable.writers)
         assert channels.setdefault(name, count) == count, "tied layers differ"
     return channels
 
@@ -55,7 +55,7 @@ def named(graph, counts):
 def test_the_network_of_the_published_lists_is_torchvisions(wide):
     model, graph = wide
     assert graph.macs() == 672_832_704
-    assert sum(one.numel() for one in model.parameters()) == 6_858_152
+    assert sum(parameter.numel() for parameter in model.parameters()) == 6_858_152
     assert len(graph.free) == 25
 
 
@@ -66,7 +66,7 @@ def test_a_published_list_costs_what_was_published(wide, name):
     channels = named(graph, counts)
     assert graph.macs(channels) == macs
     resized = resize(model, graph, channels)
-    assert sum(one.numel() for one in resized.parameters()) == parameters
+    assert sum(parameter.numel() for parameter in resized.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -83,7 +83,7 @@ def test_a_published_list_lies_on_the_step_grid_as_many_moves_down_as_it_took(wi
 
 
 def test_the_published_lists_are_nested():
-    assert all(one <= other for one, other in zip(AUTOSLIM_305M, AUTOSLIM_505M, strict=True))
+    assert all(first <= second for first, second in zip(AUTOSLIM_305M, AUTOSLIM_505M, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -138,15 +138,15 @@ def test_a_grid_ascends_without_duplicates_from_its_least_bins_to_the_count(
     assert grid == sorted(set(grid))
     assert grid[0] >= 1
     assert grid[-1] == count
-    assert all(type(one) is int for one in grid)
+    assert all(type(item) is int for item in grid)
     if kind == "fraction":
         nearest = count * least / bins
         assert len(grid) <= bins + (least == 0)
         assert abs(grid[0] - nearest) <= max(1, divisor / 2)
-        assert all(one % divisor == 0 or one == 1 for one in grid[:-1])
+        assert all(item % divisor == 0 or item == 1 for item in grid[:-1])
     else:
         assert grid[0] >= count * least / bins
-        steps = {one - other for one, other in zip(grid[1:], grid, strict=False)}
+        steps = {first - second for first, second in zip(grid[1:], grid, strict=False)}
         assert len(steps) <= 1
         if steps:
             (step,) = steps
@@ -160,7 +160,7 @@ def test_a_greater_least_takes_entries_from_below_only(count, bins, data):
     least = data.draw(st.integers(1, bins - 1))
     for kind in ("fraction", "step"):
         every, some = (
-            bin_grid(count, bins=bins, divisor=1, least_bins=one, kind=kind) for one in (0, least)
+            bin_grid(count, bins=bins, divisor=1, least_bins=item, kind=kind) for item in (0, least)
         )
         assert every[-len(some) :] == some
 
@@ -233,7 +233,7 @@ def test_even_boundaries_ascend_to_the_count_and_lie_within_half_of_their_place(
     if count >= 30:
         assert len(grid) == 15
         places = [grid[0] + (count - grid[0]) * j / 14 for j in range(15)]
-        assert all(abs(one - place) <= 0.5 for one, place in zip(grid, places, strict=True))
+        assert all(abs(item - place) <= 0.5 for item, place in zip(grid, places, strict=True))
 
 
 @given(count=st.integers(1, 6000))
@@ -292,10 +292,10 @@ def test_grouped_channels_come_in_the_grid_of_their_groups(traced, rule):
     _, graph = traced("resnext50_32x4d")
     graph = graph.resize_graph(enlarge_channels(graph, 1.5))
     options = grids(graph, RULES[rule])
-    several = {name: one.unit for name, one in graph.free.items() if one.unit > 1}
+    several = {name: variable.unit for name, variable in graph.free.items() if variable.unit > 1}
     assert sorted(set(several.values())) == [4, 8, 16, 32]
     for name, unit in several.items():
-        assert options[name] == tuple(unit * one for one in RULES[rule](48))
+        assert options[name] == tuple(unit * item for item in RULES[rule](48))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -56,11 +56,11 @@ class Told:
 
 
 def pooled(folder, table, *, parallel=2, **options):
-    told = Told()
+    reported = Told()
     Pool("file_workload.run_spec", max_parallel=parallel, threads=1).run(
-        FileWork(folder, table, **options), told
+        FileWork(folder, table, **options), reported
     )
-    return told
+    return reported
 
 
 LONGER_THAN_A_TICK = 1.4 * TICK_SECONDS
@@ -80,19 +80,19 @@ def most_at_once(folder):
 
 
 def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
-    told = pooled(tmp_path, CHAIN)
-    assert sorted(told.of("finish")) == ["a", "d", "of_a"]
-    assert sorted(told.of("fail")) == ["b", "c"]
-    assert sorted(told.of("block")) == ["of_b", "of_c", "of_of_b"]
-    why = {word[1]: word[2] for word in told.words if word[0] == "fail"}
+    reported = pooled(tmp_path, CHAIN)
+    assert sorted(reported.of("finish")) == ["a", "d", "of_a"]
+    assert sorted(reported.of("fail")) == ["b", "c"]
+    assert sorted(reported.of("block")) == ["of_b", "of_c", "of_of_b"]
+    why = {word[1]: word[2] for word in reported.words if word[0] == "fail"}
     assert why == {"b": "it was to fail", "c": "its process was ended by SIGKILL"}
 
 
 @pytest.mark.parametrize("order", [("b", "of_b", "of_of_b"), ("of_of_b", "of_b", "b")])
 def test_what_needs_something_that_cannot_be_done_is_not_begun(tmp_path, order):
-    told = pooled(tmp_path, {name: CHAIN[name] for name in order})
-    assert told.of("start") == ["b"]
-    assert sorted(told.of("block")) == ["of_b", "of_of_b"]
+    reported = pooled(tmp_path, {name: CHAIN[name] for name in order})
+    assert reported.of("start") == ["b"]
+    assert sorted(reported.of("block")) == ["of_b", "of_of_b"]
 
 
 def test_what_is_needed_comes_before_what_needs_it(tmp_path):
@@ -129,9 +129,9 @@ def test_a_failure_leaves_its_traceback_in_the_log(tmp_path):
 
 
 def test_a_process_that_ends_well_without_a_result_has_failed(tmp_path):
-    told = pooled(tmp_path, {"x": ([], "lies"), "of_x": (["x"], "well")})
-    assert told.of("fail") == ["x"]
-    assert told.of("block") == ["of_x"]
+    reported = pooled(tmp_path, {"x": ([], "lies"), "of_x": (["x"], "well")})
+    assert reported.of("fail") == ["x"]
+    assert reported.of("block") == ["of_x"]
 
 
 @pytest.mark.parametrize("parallel", [0, -1, "two"])
@@ -191,8 +191,8 @@ def test_ctrl_c_is_passed_on_once_and_waited_for(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGINT or "KeyboardInterrupt" in said
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT or "KeyboardInterrupt" in message
     for line in notes.read_text().splitlines():
         assert line.startswith("begin")
         with pytest.raises(ProcessLookupError):
@@ -345,7 +345,7 @@ def test_the_time_left_is_that_of_small_items_too(monkeypatch, caplog, at_once, 
     now = [0.0]
     monkeypatch.setattr("hydra_plugins.widthopt_launchers.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(logging.getLogger("widthopt"), "propagate", True)
-    items = [Task(str(one), "an item", (), 200 if one < 20 else 1) for one in range(100)]
+    items = [Task(str(index), "an item", (), 200 if index < 20 else 1) for index in range(100)]
     with caplog.at_level(logging.INFO, "widthopt"), Progress(items) as progress:
         for first in range(0, 50, at_once):
             together = items[first : first + at_once]
@@ -364,7 +364,7 @@ def test_registering_again_changes_nothing():
     launchers.register()
     launchers.register()
     for kind in (Launcher, Sweeper):
-        names = [one.__name__ for one in Plugins.instance().discover(kind)]
+        names = [item.__name__ for item in Plugins.instance().discover(kind)]
         ours = [name for name in names if name.startswith("Widthopt")]
         assert len(ours) == len(set(ours))
 
@@ -383,17 +383,19 @@ def test_points_are_the_product_of_what_is_swept():
 def test_the_command_line_wins_over_an_experiments_own_sweep():
     found = points("experiment=fig3_width", "projection.width=0.9", "seeds=[7]")
     assert len(found) == 2 * 3
-    assert all("projection.width=0.9" in one and "seeds=[7]" in one for one in found)
+    assert all("projection.width=0.9" in item and "seeds=[7]" in item for item in found)
 
 
 def test_several_experiments_come_one_after_another():
     found = points("experiment=fig3_width,uniform", "seeds=[0]")
     assert len(found) == 36 + 10
-    assert [one[0] for one in found] == ["experiment=fig3_width"] * 36 + ["experiment=uniform"] * 10
+    assert [item[0] for item in found] == ["experiment=fig3_width"] * 36 + [
+        "experiment=uniform"
+    ] * 10
 
 
 def test_experiments_may_be_chosen_by_a_pattern():
-    assert {one[0] for one in points("experiment=glob(fig5*)")} == {
+    assert {point[0] for point in points("experiment=glob(fig5*)")} == {
         "experiment=fig5_fraction", "experiment=fig5_resolution"
     }  # fmt: skip
 

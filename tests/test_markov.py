@@ -80,8 +80,8 @@ def by_hand(alpha, grid):
     """P(count) of one chain: the probability that it stops just there."""
     kept = 1.0
     law = {}
-    for count, one in zip(grid, [*alpha, None], strict=True):
-        go_on = 0.0 if one is None else 1 / (1 + math.exp(-one))
+    for count, item in zip(grid, [*alpha, None], strict=True):
+        go_on = 0.0 if item is None else 1 / (1 + math.exp(-item))
         law[count] = kept * (1 - go_on)
         kept *= go_on
     return law
@@ -103,7 +103,7 @@ def test_marginals_fall_and_the_law_sums_to_one(alpha):
     chains.alpha[0, : len(alpha)] = torch.tensor(alpha, dtype=torch.float64)
     marginals = chains.marginals()[0, : len(alpha)].tolist()
     law = by_hand(alpha, range(1, len(alpha) + 2))
-    assert all(0 < later <= one <= 1 for one, later in itertools.pairwise([1.0, *marginals]))
+    assert all(0 < later <= item <= 1 for item, later in itertools.pairwise([1.0, *marginals]))
     assert sum(law.values()) == pytest.approx(1, abs=1e-12)
     mean = sum(count * share for count, share in law.items())
     assert chains.expected_channels()["one"] == pytest.approx(mean, rel=1e-9)
@@ -176,7 +176,7 @@ def test_samples_follow_the_chains_law():
     for row, (name, grid) in enumerate(options.items()):
         law = by_hand(chains.alpha[row][: len(grid) - 1].tolist(), grid)
         square = sum(
-            (sum(one[name] == count for one in drawn) - len(drawn) * share) ** 2
+            (sum(item[name] == count for item in drawn) - len(drawn) * share) ** 2
             / (len(drawn) * share)
             for count, share in law.items()
         )
@@ -349,7 +349,7 @@ def test_rounded_expectations_cost_about_what_is_expected(name, width, within):
     graph, _ = enlarged_network(name)
     graph = graph.resize_graph({key: max(1, round(width * n)) for key, n in graph.channels.items()})
     options = grids(graph, reference)
-    places = [one.name for one in graph.variables]
+    places = [variable.name for variable in graph.variables]
     for seed in range(5):
         chains = randomised(Chains(graph, options, device=CPU), seed)
         expected = chains.expected_channels()
@@ -359,8 +359,8 @@ def test_rounded_expectations_cost_about_what_is_expected(name, width, within):
             assert abs(rounded[key] - expected[key]) <= 0.5001
         half = {key: 0.5001 / value for key, value in expected.items()}
         bound = max(
-            (1 + half[places[one]]) * (1 + half[places[other]]) - 1
-            for one, other in graph.quadratic.pairs
+            (1 + half[places[first]]) * (1 + half[places[second]]) - 1
+            for first, second in graph.quadratic.pairs
         )
         error = abs(graph.macs(rounded) / chains.expected_macs() - 1)
         assert error <= min(bound, within)
@@ -405,7 +405,7 @@ def test_the_published_lists_of_channels_cost_what_is_published():
             by_name[name] = next(stages)
     assert graph.macs(by_name) / 1e6 == pytest.approx(300.17, rel=1e-4)
     built = resize(torchvision.models.mobilenet_v2(width_mult=1.5), graph, by_name)
-    parameters = sum(one.numel() for one in built.parameters())
+    parameters = sum(parameter.numel() for parameter in built.parameters())
     assert parameters / 1e6 == pytest.approx(5.29, abs=0.005)  # as printed
 
 

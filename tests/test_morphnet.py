@@ -93,14 +93,14 @@ def textbook_penalty(model, threshold=0.1):
     stem, inner = tied(model.bn0, model.bn2), tied(model.bn1)
     down, wide = tied(model.bn3, model.bn4), tied(model.bn5)
     total = 64 * 9 * 3 * stem.sum()
-    for kappa, one, other in (
+    for kappa, first, second in (
         (64 * 9, stem, inner),
         (64 * 9, inner, stem),
         (16 * 9, stem, down),
         (16, down, wide),
     ):
-        alive = [int((size > threshold).sum()) for size in (one, other)]
-        total = total + kappa * (alive[0] * other.sum() + alive[1] * one.sum())
+        alive = [int((size > threshold).sum()) for size in (first, second)]
+        total = total + kappa * (alive[0] * second.sum() + alive[1] * first.sum())
     total = total + 2 * 16 * 9 * down.sum() + 4 * wide.sum()
     return total / F0
 
@@ -175,7 +175,7 @@ def test_without_strength_a_search_is_a_plain_training_bit_for_bit(tmp_path):
     )
     searched, trained = weights(tmp_path / "search"), weights(tmp_path / "train")
     assert len(trained) > 40
-    assert all(torch.equal(searched[name], one) for name, one in trained.items())
+    assert all(torch.equal(searched[name], item) for name, item in trained.items())
     assert found.diagnostics["unchanged"]
     assert found.multipliers == dict.fromkeys(("stem", "inner", "down", "wide"), 1.0)
     assert found.details["alive_macs"] == 1
@@ -219,7 +219,7 @@ def test_a_truncated_channel_is_silent(tmp_path):
     recalibrate(model, Synthetic(), runtime=RUNTIME)
     masked = evaluate(model, Synthetic(), runtime=RUNTIME)
     assert found.details["top1_after_truncation"] == masked.top1
-    assert not all(one.weight.all() for one in (model.bn0, model.bn1, model.bn3, model.bn5))
+    assert not all(item.weight.all() for item in (model.bn0, model.bn1, model.bn3, model.bn5))
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 9])
@@ -229,7 +229,7 @@ def test_a_search_that_was_interrupted_finds_the_same_bits(tmp_path, step):
     with pytest.raises(Interrupted):
         search(tmp_path / "parts", data=Split(Synthetic(interrupt=step), Synthetic(), 4), **PRUNING)
     again = search(tmp_path / "parts", **PRUNING)
-    files = [tmp_path / one / "gammas.safetensors" for one in ("whole", "parts")]
+    files = [tmp_path / name / "gammas.safetensors" for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert result(again) == result(whole)
     assert result(search(tmp_path / "parts", **PRUNING)) == result(whole)  # nothing left to do
@@ -239,7 +239,7 @@ def test_one_seed_gives_one_result_and_another_gives_another(tmp_path):
     first = search(tmp_path / "1", **PRUNING)
     assert result(search(tmp_path / "2", **PRUNING)) == result(first)
     search(tmp_path / "3", **PRUNING, seed=1)
-    gammas = [load_file(tmp_path / one / "gammas.safetensors")["bn1.weight"] for one in "13"]
+    gammas = [load_file(tmp_path / item / "gammas.safetensors")["bn1.weight"] for item in "13"]
     assert not torch.equal(*gammas)
 
 
@@ -267,7 +267,7 @@ def steps_of(*, parts, rank=None):
             part = slice(None) if rank is None else slice(8 * rank, 8 * rank + 8)
             loop.step(images[part], labels[part], loop.tally.step)
         objective.after_epoch(epoch)
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def process(rank, folder):
@@ -293,17 +293,17 @@ def test_two_processes_prune_as_one_does(tmp_path):
     started = [context.Process(target=process, args=(rank, tmp_path)) for rank in range(2)]
     with warnings.catch_warnings():  # the children never touch the threads of this process
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")
-        for one in started:
-            one.start()
+        for item in started:
+            item.start()
     alone = steps_of(parts=2)
-    for one in started:
-        one.join(timeout=60)
-        assert one.exitcode == 0
+    for item in started:
+        item.join(timeout=60)
+        assert item.exitcode == 0
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, parameter in alone.items():
             torch.testing.assert_close(together[name], parameter, rtol=0, atol=1e-6)
-    assert any(one.eq(0).any() for name, one in alone.items() if "bn" in name)  # some died
+    assert any(item.eq(0).any() for name, item in alone.items() if "bn" in name)  # some died
 
 
 # --------------------------------------------------------------------------- the overhead
@@ -464,8 +464,8 @@ def test_a_search_that_cuts_the_network_is_not_valid(tmp_path, caplog, start, va
 )
 def test_a_network_is_connected_without_what_a_shortcut_goes_around(traced, name, bypassed, cut):
     _, graph = traced(name)
-    assert all(graph.connected_without(one) for one in bypassed)
-    assert not any(graph.connected_without(one) for one in cut)
+    assert all(graph.connected_without(item) for item in bypassed)
+    assert not any(graph.connected_without(item) for item in cut)
 
 
 def test_of_a_chain_nothing_can_go_and_of_a_residual_network_no_stream(traced):
@@ -522,7 +522,7 @@ def test_removing_channels_that_work_is_not_valid(tmp_path, caplog, trained):
 
     with caplog.at_level(logging.WARNING, "widthopt"):
         found = still(tmp_path, start)
-    before, after = (found.details[f"top1_{one}_truncation"] for one in ("before", "after"))
+    before, after = (found.details[f"top1_{name}_truncation"] for name in ("before", "after"))
     assert found.diagnostics["collapsed"] == found.diagnostics["cut"] == []
     assert before > 60
     assert after == 25  # the first class for every image
@@ -599,7 +599,7 @@ def test_a_stream_needs_as_many_times_the_reach_as_it_has_members(tmp_path):
     recipe = dataclasses.replace(RECIPE, search_epochs=1)
     first = search(tmp_path / "1", recipe=recipe)
     factor = 1.5 / first.details["reach"]["stem"]
-    reach = {name: factor * one for name, one in first.details["reach"].items()}
+    reach = {name: factor * detail for name, detail in first.details["reach"].items()}
     found = search(tmp_path / "2", recipe=recipe, strength=factor)
     assert found.details["reach"] == pytest.approx(reach)
     expected = [n for n, k in (("stem", 2), ("inner", 1), ("down", 2), ("wide", 1)) if reach[n] < k]

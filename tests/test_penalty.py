@@ -56,20 +56,20 @@ class Norms(nn.Module):
         self._norms = {}
         for norm in graph.norms:
             if norm.gamma:
-                one = nn.BatchNorm2d(graph.length(norm.axis)).to(dtype)
-                self._norms[norm.name] = one
-                self.register_module(norm.name.replace(".", "/"), one)
+                item = nn.BatchNorm2d(graph.length(norm.axis)).to(dtype)
+                self._norms[norm.name] = item
+                self.register_module(norm.name.replace(".", "/"), item)
 
     def get_submodule(self, target):
         return self._norms[target]
 
     @property
     def gammas(self):
-        return {name: one.weight for name, one in self._norms.items()}
+        return {name: norm.weight for name, norm in self._norms.items()}
 
     @property
     def betas(self):
-        return {name: one.bias for name, one in self._norms.items()}
+        return {name: norm.bias for name, norm in self._norms.items()}
 
 
 def charged(graph, *, threshold=0.01, tie="max", depthwise="double", dtype=torch.float64):
@@ -309,9 +309,9 @@ def test_depthwise_layers_can_be_charged_by_their_gradient_alone(traced):
     assert value == pytest.approx(total.item() / whole, rel=1e-12)
     double = charged(graph)[1]
     twice = sum(
-        one.coefficient * graph.length(one.writes)
-        for one in graph.layers
-        if one.kind == "depthwise"
+        layer.coefficient * graph.length(layer.writes)
+        for layer in graph.layers
+        if layer.kind == "depthwise"
     )
     single = charged(graph, depthwise="single")[1]
     difference = double.value_and_gradient()[0] - single.value_and_gradient()[0]
@@ -365,9 +365,9 @@ class Depthwise(nn.Module):
 
     def forward(self, x):
         x = self.wider(x)
-        one = self.bn1(self.conv1(self.bnd1(self.dw1(x))))
-        other = self.bnd2(self.dw2(self.bn2(self.conv2(x))))
-        return self.bn3(self.conv3(torch.cat([one, other], 1))).sum(1)
+        first = self.bn1(self.conv1(self.bnd1(self.dw1(x))))
+        second = self.bnd2(self.dw2(self.bn2(self.conv2(x))))
+        return self.bn3(self.conv3(torch.cat([first, second], 1))).sum(1)
 
 
 GAMMAS = {
@@ -410,7 +410,8 @@ def test_a_depthwise_layer_costs_what_the_reference_counts():
     assert graph.macs(counts) == cost
     sums = {name: sum(map(abs, values)) for name, values in GAMMAS.items()}
     both = sum(
-        max(abs(one), abs(other)) for one, other in zip(GAMMAS["bn2"], GAMMAS["bnd2"], strict=True)
+        max(abs(first), abs(second))
+        for first, second in zip(GAMMAS["bn2"], GAMMAS["bnd2"], strict=True)
     )
     total = area * (35 * 3 * sums["bn1"] + 3 * both + 25 * 2 * both)  # dw1: nothing, by rule
     total += small * 9 * (22 * sums["bn3"] + 10 * (sums["bn1"] + both))
@@ -469,11 +470,11 @@ def test_every_batchnorm_of_a_network_is_in_its_penalty(traced, name):
     """P23, and that the penalty at the start lies where a slip of the unit would not put it."""
     model, graph = traced(name, 64)
     norms, penalty = charged(graph)
-    affine = [one for one in model.modules() if isinstance(one, nn.BatchNorm2d)]
-    assert len(penalty.scales().flat) == sum(one.num_features for one in affine)
+    affine = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(penalty.scales().flat) == sum(item.num_features for item in affine)
     value, found = gradients(norms, penalty)
     assert 1.5 < value < 2
-    assert all(one.gt(0).all() for one in found.values())
+    assert all(item.gt(0).all() for item in found.values())
 
 
 @pytest.mark.parametrize(
@@ -485,8 +486,8 @@ def test_the_penalty_starts_at_twice_the_macs_but_for_one_sided_layers(
 ):
     """P6. VGG's hidden layers have no scales: one side of the first, none of the second."""
     _, graph = traced(name, resolution)
-    share = {one.name: one.coefficient * graph.length(one.reads) for one in graph.layers}
-    share = {one.name: share[one.name] * graph.length(one.writes) for one in graph.layers}
+    share = {layer.name: layer.coefficient * graph.length(layer.reads) for layer in graph.layers}
+    share = {layer.name: share[layer.name] * graph.length(layer.writes) for layer in graph.layers}
     lost = next(iter(share.values())) + list(share.values())[-1]
     if name == "vgg11_bn":
         lost = share["features.0"] + share["classifier.0"]
@@ -502,7 +503,7 @@ def test_the_penalty_starts_at_twice_the_macs_but_for_one_sided_layers(
 def test_resnet50_too_starts_at_twice_the_macs_but_for_its_ends(traced):
     _, graph = traced("resnet50", 64)
     ends = [graph.layers[0], graph.layers[-1]]
-    lost = sum(one.coefficient * graph.length(one.reads) * graph.length(one.writes) for one in ends)
+    lost = sum(end.coefficient * graph.length(end.reads) * graph.length(end.writes) for end in ends)
     value = float(charged(graph)[1].value_and_gradient()[0])
     assert value == pytest.approx(2 - lost / graph.macs(), rel=1e-9)
 
@@ -530,8 +531,8 @@ def test_the_pressure_hardly_depends_on_the_resolution(traced, resolution):
     """P15."""
     small = charged(traced("resnet18", 64)[1])[1].pressure()
     large = charged(traced("resnet18", resolution)[1])[1].pressure()
-    for name, one in small.items():
-        assert large[name] == pytest.approx(one, rel=0.015)
+    for name, item in small.items():
+        assert large[name] == pytest.approx(item, rel=0.015)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +572,7 @@ def test_the_gradient_is_the_difference_quotient(traced, name):
         *torch.randperm(len(flat), generator=draws)[:10].tolist(),
     ]
     gammas = list(norms.gammas.values())
-    owners = [(one, entry) for one in gammas for entry in range(len(one))]
+    owners = [(item, entry) for item in gammas for entry in range(len(item))]
     step = 1e-5  # carries none of these past the threshold, 0 or another of its class
     for place in places:
         gamma, entry = owners[place]
@@ -699,13 +700,13 @@ def test_a_scale_of_zero_is_not_pushed(traced):
         norms.gammas["layer4.0.bn1"].zero_()
     _, found = gradients(norms, penalty)
     assert not found["layer4.0.bn1"].any()
-    assert all(one.isfinite().all() for one in found.values())
+    assert all(item.isfinite().all() for item in found.values())
     norms, penalty = charged(graph, tie="l2")
     with torch.no_grad():
         norms.gammas["layer4.0.bn1"].zero_()
     _, found = gradients(norms, penalty)
     assert not found["layer4.0.bn1"].any()
-    assert all(one.isfinite().all() for one in found.values())
+    assert all(item.isfinite().all() for item in found.values())
 
 
 def test_a_layer_at_a_small_scale_is_dead_by_the_absolute_threshold_only(traced):
@@ -761,7 +762,7 @@ def test_the_penalty_alone_kills_in_the_order_of_the_pressure(traced, name, dead
     assert float(penalty.value_and_gradient()[0]) < left
 
 
-def spearman(one, other):
+def spearman(first, second):
     """Correlation of the ranks; equal values share the mean of theirs."""
 
     def ranks(values):
@@ -770,7 +771,7 @@ def spearman(one, other):
             for value in values
         ]
 
-    return statistics.correlation(ranks(one), ranks(other))
+    return statistics.correlation(ranks(first), ranks(second))
 
 
 # ---------------------------------------------------------------------------- how it is used
@@ -800,9 +801,9 @@ def test_autocast_does_not_touch_the_penalty(traced):
     scatter(norms, 9)
     value, found = gradients(norms, penalty)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, others = gradients(norms, penalty)
+        again, rest = gradients(norms, penalty)
     assert again == value
-    assert all(torch.equal(one, others[name]) for name, one in found.items())
+    assert all(torch.equal(item, rest[name]) for name, item in found.items())
 
 
 def test_float32_loses_no_more_than_rounding(traced):
@@ -813,10 +814,10 @@ def test_float32_loses_no_more_than_rounding(traced):
     scatter(norms, 10)
     assert narrow.counts() == wide.counts()
     value, found = gradients(exact, wide)
-    rounded, others = gradients(norms, narrow)
+    rounded, rest = gradients(norms, narrow)
     assert rounded == pytest.approx(value, rel=1e-6)
-    for name, one in found.items():
-        torch.testing.assert_close(others[name].double(), one, rtol=1e-5, atol=0)
+    for name, item in found.items():
+        torch.testing.assert_close(rest[name].double(), item, rtol=1e-5, atol=0)
 
 
 class Counted(TorchDispatchMode):

@@ -75,7 +75,7 @@ def point(*overrides):
 
 def unsearched(*overrides):
     """The same with an algorithm that finds nothing, quickly."""
-    base = [one for one in BASE if not one.startswith("algorithm")]
+    base = [item for item in BASE if not item.startswith("algorithm")]
     return SizedRequest(compose([*base, "algorithm=uniform", *overrides]))
 
 
@@ -86,8 +86,8 @@ def entries(root, kind):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """A run of all three methods: its point and its records."""
-    one = point(f"root={tmp_path_factory.mktemp('runs')}")
-    return one, run_request(one)
+    item = point(f"root={tmp_path_factory.mktemp('runs')}")
+    return item, run_request(item)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def records(ran):
 
 
 def test_the_search_found_something_to_change(records):
-    channels = {method: tuple(one.found.channels.values()) for method, one in records.items()}
+    channels = {method: tuple(record.found.channels.values()) for method, record in records.items()}
     assert len(set(channels.values())) == 3
 
 
@@ -109,19 +109,19 @@ def test_a_run_gives_one_record_for_each_method_and_seed(ran):
 
 
 def test_the_records_on_disk_are_those_returned(ran):
-    one, records = ran
-    assert from_json((one.folder / "record.json").read_text()) == records
+    item, records = ran
+    assert from_json((item.folder / "record.json").read_text()) == records
 
 
 def test_no_method_costs_more_than_the_budget_and_what_is_left_over_is_said(ran):
-    one, records = ran
+    item, records = ran
     for record in records:
-        macs = one.target_blueprint.graph.macs(record.found.channels)
+        macs = item.target_blueprint.graph.macs(record.found.channels)
         assert record.found.macs == macs <= record.found.budget_macs
         left = 1 - macs / record.found.budget_macs
         assert record.found.diagnostics["budget_shortfall"] == pytest.approx(left)
-        said = f"{record.found.method}: {100 * left:.2f} % of the budget is left over"
-        assert (said in (one.folder / "run.log").read_text()) is (left > 0.005)
+        message = f"{record.found.method}: {100 * left:.2f} % of the budget is left over"
+        assert (message in (item.folder / "run.log").read_text()) is (left > 0.005)
 
 
 @pytest.mark.parametrize("part", [0.6, 1.0, 1.4])
@@ -157,17 +157,17 @@ def test_the_final_training_sees_all_images_whatever_the_fraction(ran):
 
 
 def test_accuracy_is_measured_on_the_images_that_no_training_sees(ran):
-    one, records = ran
-    result = json.loads((one.store.root / records[0].stages["train"] / "result.json").read_text())
-    right = result["result"]["top1"] / 100 * (1797 - len(one.request.dataset.train().labels))
+    item, records = ran
+    result = json.loads((item.store.root / records[0].stages["train"] / "result.json").read_text())
+    right = result["result"]["top1"] / 100 * (1797 - len(item.request.dataset.train().labels))
     assert right == pytest.approx(round(right), abs=1e-9)
 
 
 def test_the_overhead_counted_is_the_closed_form(ran, records):
-    one = ran[0]
+    item = ran[0]
     assert records["uniform"].found.overhead_macs == 0
     for method in ("direct", "transfer"):
-        assert records[method].found.overhead_macs == one.overhead_macs(method)
+        assert records[method].found.overhead_macs == item.overhead_macs(method)
         assert records[method].found.direct_overhead_macs == records["direct"].found.overhead_macs
 
 
@@ -204,30 +204,30 @@ def test_training_taught_something(ran):
 
 
 def test_the_run_folder_gathers_what_belongs_to_the_request(ran):
-    one, records = ran
+    item, records = ran
     for record in records:
         method = record.found.method
-        written = json.loads((one.folder / "channels" / f"{method}-seed0.json").read_text())
+        written = json.loads((item.folder / "channels" / f"{method}-seed0.json").read_text())
         assert written["channels"] == record.found.channels
-        link = one.folder / f"train-{method}-seed0"
-        assert link.resolve() == one.store.root / record.stages["train"]
+        link = item.folder / f"train-{method}-seed0"
+        assert link.resolve() == item.store.root / record.stages["train"]
         assert list(link.glob("checkpoints/step-*/tensors.safetensors"))
-    assert not (one.folder / "search-uniform-seed0").exists()
-    assert (one.folder / "search-direct-seed0" / "gammas.safetensors").is_file()
-    graph = widthopt.WidthGraph.from_json((one.folder / "graph.json").read_text())
+    assert not (item.folder / "search-uniform-seed0").exists()
+    assert (item.folder / "search-direct-seed0" / "gammas.safetensors").is_file()
+    graph = widthopt.WidthGraph.from_json((item.folder / "graph.json").read_text())
     assert graph.macs() == records[0].found.budget_macs
-    assert (one.folder / "run.log").is_file()
+    assert (item.folder / "run.log").is_file()
 
 
 def test_what_is_done_is_not_done_again(ran):
-    one, records = ran
-    files = {path: path.stat().st_mtime_ns for path in one.store.root.rglob("result.json")}
-    written = (one.folder / "record.json").read_bytes()
+    item, records = ran
+    files = {path: path.stat().st_mtime_ns for path in item.store.root.rglob("result.json")}
+    written = (item.folder / "record.json").read_bytes()
     shown = []
-    assert run_request(point(f"root={one.request.root}"), show=shown.append) == records
+    assert run_request(point(f"root={item.request.root}"), show=shown.append) == records
     assert shown == ["uniform, seed 0", "direct, seed 0", "transfer, seed 0"]
-    assert {path: path.stat().st_mtime_ns for path in one.store.root.rglob("result.json")} == files
-    assert (one.folder / "record.json").read_bytes() == written
+    assert {path: path.stat().st_mtime_ns for path in item.store.root.rglob("result.json")} == files
+    assert (item.folder / "record.json").read_bytes() == written
 
 
 def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
@@ -244,9 +244,11 @@ def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
 
 def test_a_training_is_named_before_its_channels_are_known(tmp_path):
     """By where they come from; two ways to the same channels are two trainings, and alike."""
-    one = unsearched(f"root={tmp_path}", "recipe.epochs=1")
-    names = [one.train_entry(method, 0).folder.name for method in ("uniform", "direct", "transfer")]
-    records = run_request(one)
+    item = unsearched(f"root={tmp_path}", "recipe.epochs=1")
+    names = [
+        item.train_entry(method, 0).folder.name for method in ("uniform", "direct", "transfer")
+    ]
+    records = run_request(item)
     assert [record.stages["train"] for record in records] == names
     assert len({tuple(record.found.channels.items()) for record in records}) == 1
     assert entries(tmp_path, "train") == sorted(names)
@@ -255,13 +257,13 @@ def test_a_training_is_named_before_its_channels_are_known(tmp_path):
 
 
 def test_direct_and_transfer_without_a_projection_share_one_search(tmp_path):
-    one = point(f"root={tmp_path}", "projection=none", "projection.width=null",
+    item = point(f"root={tmp_path}", "projection=none", "projection.width=null",
                 "projection.fraction=null")  # fmt: skip
-    assert one.search_entry("direct", 0).folder == one.search_entry("transfer", 0).folder
+    assert item.search_entry("direct", 0).folder == item.search_entry("transfer", 0).folder
     again = point("projection.width=1", "projection.fraction=1.0")
-    assert again.search_entry("transfer", 0).key == one.search_entry("transfer", 0).key
-    assert one.train_entry("direct", 0).key == again.train_entry("transfer", 0).key
-    records = run_request(one)
+    assert again.search_entry("transfer", 0).key == item.search_entry("transfer", 0).key
+    assert item.train_entry("direct", 0).key == again.train_entry("transfer", 0).key
+    records = run_request(item)
     assert [record.found.method for record in records] == ["uniform", "direct", "transfer"]
     assert len(entries(tmp_path, "search")) == 1
     assert len(entries(tmp_path, "train")) == 2
@@ -269,10 +271,10 @@ def test_direct_and_transfer_without_a_projection_share_one_search(tmp_path):
 
 
 def test_seeds_share_nothing():
-    one = point("seeds=[0,1]")
-    assert one.search_entry("direct", 0).key != one.search_entry("direct", 1).key
+    item = point("seeds=[0,1]")
+    assert item.search_entry("direct", 0).key != item.search_entry("direct", 1).key
     for method in ("uniform", "direct", "transfer"):
-        assert one.train_entry(method, 0).key != one.train_entry(method, 1).key
+        assert item.train_entry(method, 0).key != item.train_entry(method, 1).key
 
 
 @functools.cache
@@ -351,13 +353,13 @@ def test_strategies_share_no_training_where_the_target_is_deeper():
     words = ("network=resnet18", "recipe=smoke", "algorithm=morphnet", "target.depth=2",
              "projection.depth=1", "target.resolution=24", "target.width=0.125",
              "projection.width=0.125")  # fmt: skip
-    one, other = (
+    first, second = (
         SizedRequest(compose([*words, f"extrapolation={name}"]))
         for name in ("stack_last_block", "stack_average_block")
     )
-    assert one.search_entry("transfer", 0).key == other.search_entry("transfer", 0).key
-    assert one.train_entry("transfer", 0).key != other.train_entry("transfer", 0).key
-    assert one.train_entry("direct", 0).key == other.train_entry("direct", 0).key
+    assert first.search_entry("transfer", 0).key == second.search_entry("transfer", 0).key
+    assert first.train_entry("transfer", 0).key != second.train_entry("transfer", 0).key
+    assert first.train_entry("direct", 0).key == second.train_entry("direct", 0).key
 
 
 @pytest.mark.parametrize(
@@ -390,13 +392,13 @@ def test_a_budget_that_is_the_targets_own_changes_no_search():
 def test_a_given_budget_is_met_by_all_and_shared_out_to_the_proxy(part, tmp_path):
     full = point()
     budget = round(part * full.budget_macs)
-    one = unsearched(f"root={tmp_path}", f"budget_macs={budget}")
+    item = unsearched(f"root={tmp_path}", f"budget_macs={budget}")
     for method in ("uniform", "direct", "transfer"):
-        match = search_widths(one.request, method=method)
+        match = search_widths(item.request, method=method)
         assert match.budget_macs == budget
         assert 0.97 * budget <= match.macs <= budget
-    assert one.search_budget("direct") == budget
-    assert one.search_budget("transfer") / full.proxy_blueprint.graph.macs() == pytest.approx(
+    assert item.search_budget("direct") == budget
+    assert item.search_budget("transfer") / full.proxy_blueprint.graph.macs() == pytest.approx(
         part, rel=1e-3
     )
 
@@ -411,8 +413,8 @@ def test_a_budget_out_of_reach_stops_before_anything_is_written(tmp_path):
 
 
 def test_found_channels_build_the_network_that_they_promise(ran, counted):
-    one, records = ran
-    overrides = [*BASE, f"root={one.request.root}", "methods=[uniform]"]
+    item, records = ran
+    overrides = [*BASE, f"root={item.request.root}", "methods=[uniform]"]
     taken = search(*overrides)  # the search is there already
     assert taken == records[2].found
     model = Tiny(10)
@@ -433,8 +435,8 @@ def test_every_name_of_the_package_is_there(name):
 
 def test_a_plan_costs_nothing_and_says_what_is_to_do(tmp_path):
     root = tmp_path / "runs"
-    one = point(f"root={root}")
-    plan = Plan.of([one.request])
+    item = point(f"root={root}")
+    plan = Plan.of([item.request])
     assert [run.what for run in plan.runs.values()] == [
         "tiny on digits, (1, 1, 12, 100%): morphnet search, seed 0",
         "tiny on digits, (0.5, 1, 12, 50%): morphnet search, seed 0",
@@ -444,9 +446,9 @@ def test_a_plan_costs_nothing_and_says_what_is_to_do(tmp_path):
     ]
     assert set(plan.states().values()) == {"missing"}
     direct, transfer, training, *_ = plan.runs.values()
-    assert direct.macs == one.overhead_macs("direct") > transfer.macs
-    images = len(one.request.dataset.train().labels) // 64 * 64 * 2
-    assert training.macs == 3 * one.budget_macs * images
+    assert direct.macs == item.overhead_macs("direct") > transfer.macs
+    images = len(item.request.dataset.train().labels) // 64 * 64 * 2
+    assert training.macs == 3 * item.budget_macs * images
     assert not root.exists()
 
 

@@ -44,14 +44,14 @@ def counts(plan):
 
 
 @pytest.fixture(scope="module")
-def asked():
+def request():
     """The requests of every experiment of the paper."""
     return {name: compose_sweep([f"experiment={name}"]) for name in PAPER}
 
 
 @pytest.fixture(scope="module")
-def paper(asked):
-    return Plan.of([one for ones in asked.values() for one in ones], images=False)
+def paper(request):
+    return Plan.of([item for items in request.values() for item in items], images=False)
 
 
 # ---------------------------------------------------------------------------- the paper's grid
@@ -62,8 +62,8 @@ def test_the_whole_paper_is_600_points_369_searches_and_552_trainings(paper):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_each_experiment_has_its_points_and_shares_its_searches(name, asked):
-    assert counts(Plan.of(asked[name], images=False)) == PAPER[name]
+def test_each_experiment_has_its_points_and_shares_its_searches(name, request):
+    assert counts(Plan.of(request[name], images=False)) == PAPER[name]
 
 
 def test_no_two_runs_are_described_alike(paper):
@@ -100,13 +100,13 @@ def test_a_sweeps_items_name_the_search_that_a_training_needs(tmp_path):
     sweep.begin(assume_yes=True)
     search, *trainings = sweep.tasks()
     assert (search.name[:7], search.needs) == ("search-", ())
-    needs = {"un-optimised" in one.what: one.needs for one in trainings}
+    needs = {"un-optimised" in training.what: training.needs for training in trainings}
     assert needs == {True: (), False: (search.name,)}
 
 
-def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them(tmp_path, asked):
-    few = [one for one in asked["fig4_extrapolation"] if one.network.name == "resnet18"]
-    few = [dataclasses.replace(one, root=str(tmp_path)) for one in few if one.seeds == (1,)]
+def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them(tmp_path, request):
+    few = [item for item in request["fig4_extrapolation"] if item.network.name == "resnet18"]
+    few = [dataclasses.replace(item, root=str(tmp_path)) for item in few if item.seeds == (1,)]
     draw(tmp_path, [Manifest.of(Plan.of(few, images=False), title="few", tracking={})])
     page = html.unescape((tmp_path / "report" / "index.html").read_text())
     start = "resnet18 on imagenet, (1, 4, 224, 100%): training,"
@@ -159,12 +159,12 @@ def test_the_projected_settings_are_the_papers(paper):
 
 def test_the_nominal_saving_of_the_papers_headline_is_320_times(paper):
     point = next(
-        one.point
-        for one in paper.points
-        if one.point.request.projection.width == 0.707
-        and one.point.request.projection.resolution == 160
-        and one.point.request.algorithm.name == "morphnet"
-        and one.point.request.network.name == "resnet18"
+        item.point
+        for item in paper.points
+        if item.point.request.projection.width == 0.707
+        and item.point.request.projection.resolution == 160
+        and item.point.request.algorithm.name == "morphnet"
+        and item.point.request.network.name == "resnet18"
     )
     # 4 * 2 * 4 * 10 with the paper's rounded widths; counted it is 312 (design, section 9).
     ratio = point.overhead_macs("direct") / point.overhead_macs("transfer")
@@ -175,7 +175,7 @@ def test_the_experiments_are_those_of_the_design():
     assert set(PAPER) | {"demo"} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one != "demo"])
+@pytest.mark.parametrize("name", [experiment for experiment in EXPERIMENTS if experiment != "demo"])
 def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     head = text.partition("defaults:")[0].lower()
@@ -185,21 +185,23 @@ def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
         assert len(line) <= 200
 
 
-@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one != "demo"])
+@pytest.mark.parametrize("name", [experiment for experiment in EXPERIMENTS if experiment != "demo"])
 def test_the_number_of_points_is_the_one_that_stands_in_the_file(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
-    said = int(text.lower().partition("points: ")[2].split()[0])
+    message = int(text.lower().partition("points: ")[2].split()[0])
     with initialize_config_module("conf", version_base="1.3"):
         points = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={name}"])
-    assert len(points) == said
+    assert len(points) == message
 
 
-@pytest.mark.parametrize("name", [one for one in EXPERIMENTS if one.startswith("mini_")])
+@pytest.mark.parametrize(
+    "name", [experiment for experiment in EXPERIMENTS if experiment.startswith("mini_")]
+)
 def test_the_miniature_has_every_figure_of_the_paper(name):
     paper = {"mini_fig4_extrapolation": "fig4_extrapolation"}.get(name, name[len("mini_") :])
     mine, theirs = (
-        {type(figure).__name__ for figure in compose([f"experiment={one}", *first(one)]).figures}
-        for one in (name, paper)
+        {type(figure).__name__ for figure in compose([f"experiment={item}", *first(item)]).figures}
+        for item in (name, paper)
     )
     assert mine == theirs
 
@@ -215,9 +217,9 @@ def first(experiment):
 
 def test_values_on_the_command_line_narrow_an_experiment():
     words = ["experiment=fig3_width", "network=resnet18", "algorithm=dmcp", "seeds=[0]"]
-    asked = compose_sweep(words)
-    assert [one.projection.width for one in asked] == [0.312, 0.5, 0.707, 1, 1.414, 1.732]
-    assert {one.network.name for one in asked} == {"resnet18"}
+    requests = compose_sweep(words)
+    assert [item.projection.width for item in requests] == [0.312, 0.5, 0.707, 1, 1.414, 1.732]
+    assert {item.network.name for item in requests} == {"resnet18"}
 
 
 SAVED = {
@@ -246,14 +248,14 @@ SAVED = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_what_is_saved_is_what_the_paper_says(name, asked):
-    curves = asked[name][0].figures[0]
+def test_what_is_saved_is_what_the_paper_says(name, request):
+    curves = request[name][0].figures[0]
     assert curves.paper_saved == {network: per_cent for network, per_cent, _ in SAVED[name]}
 
 
-def test_the_last_layers_are_as_wide_as_the_paper_says(asked):
+def test_the_last_layers_are_as_wide_as_the_paper_says(request):
     """ "The average optimized width has 1300 channels for ResNet18 and 3785 for MobileNetV2." """
-    (average,) = (one for one in asked["fig3_width"][0].figures if one.name == "figA1")
+    (average,) = (figure for figure in request["fig3_width"][0].figures if figure.name == "figA1")
     assert average.paper_last == {"resnet18": 1300, "mobilenet_v2": 3785}
 
 
@@ -276,20 +278,20 @@ def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
         loader = GlobalHydra.instance().config_loader()
         points = expand_sweep(loader, [f"experiment={name}"])[::17]
         together = build_requests(loader, points)
-    for words, one in zip(points, together, strict=True):
+    for words, item in zip(points, together, strict=True):
         alone = compose(words)
-        assert one.fields == alone.fields
-        assert (one.root, one.runtime, one.figures) == (alone.root, alone.runtime, alone.figures)
+        assert item.fields == alone.fields
+        assert (item.root, item.runtime, item.figures) == (alone.root, alone.runtime, alone.figures)
 
 
 def test_the_values_of_one_point_do_not_reach_the_next():
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        one, other = build_requests(
+        left, second = build_requests(
             loader, [["projection.width=0.7", "seeds=[3]"], ["target.depth=2"]]
         )
-    assert (one.projection.width, one.seeds, one.target.depth) == (0.7, (3,), 1)
-    assert other.fields == compose(["target.depth=2"]).fields
+    assert (left.projection.width, left.seeds, left.target.depth) == (0.7, (3,), 1)
+    assert second.fields == compose(["target.depth=2"]).fields
 
 
 def test_groups_are_composed_once_for_each_choice(monkeypatch):
@@ -310,10 +312,10 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
 
 def test_requests_that_are_frozen_are_the_same_again():
     words = ["root=elsewhere", "runtime.workers=3", *first("fig6_compound")]
-    one = compose(["experiment=fig6_compound", *words])
-    again = build_request(_config(json.loads(json.dumps(to_plain(one)))))
-    assert again.fields == one.fields
-    assert (again.root, again.runtime) == (one.root, one.runtime)
+    request = compose(["experiment=fig6_compound", *words])
+    again = build_request(_config(json.loads(json.dumps(to_plain(request)))))
+    assert again.fields == request.fields
+    assert (again.root, again.runtime) == (request.root, request.runtime)
 
 
 def _config(content):
@@ -327,7 +329,7 @@ def test_one_is_one_however_it_is_typed(value):
     here = compose([f"projection.width={value}", f"algorithm.strength={value}"])
     there = compose(["projection.width=1.0", "algorithm.strength=1.0"])
     assert here.fields == there.fields
-    keys = [SizedRequest(one).search_entry("transfer", 0).key for one in (here, there)]
+    keys = [SizedRequest(item).search_entry("transfer", 0).key for item in (here, there)]
     assert keys[0] == keys[1]
 
 
@@ -426,32 +428,32 @@ def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
     """Completeness: a value that is added and forgotten fails here."""
     monkeypatch.setenv("WIDTHOPT_DATA", str(tmp_path))
     for name in ("image_folder", "cifar100-subset"):
-        for one in ("train/a", "train/b", "val/a", "val/b"):
-            (tmp_path / name / one).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(tmp_path / name / one / "0.png")
+        for request in ("train/a", "train/b", "val/a", "val/b"):
+            (tmp_path / name / request).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / request / "0.png")
     depth = 2 if group == "projection" else 1  # as deep as the deepest proxy
     words = [f"{group}={choice}", "target.resolution=224", f"target.depth={depth}"]
-    one = compose([*words, *NEEDED.get(choice, ())])
-    point = SizedRequest(one, images=False)
+    request = compose([*words, *NEEDED.get(choice, ())])
+    point = SizedRequest(request, images=False)
 
     def names(fields):
-        point.request = dataclasses.replace(one, fields=fields)
+        point.request = dataclasses.replace(request, fields=fields)
         return {
             "search": point.search_entry("transfer", 0).key,
             "train": point.train_entry("transfer", 0).key,
             "uniform": point.train_entry("uniform", 0).key,
         }
 
-    before, silent = names(one.fields), {kind: set() for kind in NOT_OF}
-    every = {".".join(path) for path, _ in leaves(one.fields)}
-    for path, value in leaves(one.fields):
+    before, silent = names(request.fields), {kind: set() for kind in NOT_OF}
+    every = {".".join(path) for path, _ in leaves(request.fields)}
+    for path, value in leaves(request.fields):
         kind = type(value)
         changed = CHANGES[kind](value) if kind in CHANGES else [9]
-        after = names(with_leaf(one.fields, path, changed))
+        after = names(with_leaf(request.fields, path, changed))
         for stage, silent_ones in silent.items():
             if after[stage] == before[stage]:
                 silent_ones.add(".".join(path))
-    nowhere = NOWHERE | places(one.dataset)
+    nowhere = NOWHERE | places(request.dataset)
     assert silent == {
         stage: {name for name in every if name in nowhere or name.startswith(left)}
         for stage, left in NOT_OF.items()
@@ -460,8 +462,8 @@ def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
 
 def test_where_and_how_it_runs_is_no_part_of_a_name():
     assert set(NON_IDENTITY_KEYS) == {"root", "runtime", "resources", "figures", "tracking"}
-    one = compose([])
-    assert one.fields.keys() & set(NON_IDENTITY_KEYS) == set()
+    request = compose([])
+    assert request.fields.keys() & set(NON_IDENTITY_KEYS) == set()
 
 
 # -------------------------------------------------------------------------------------- cost
@@ -469,10 +471,10 @@ def test_where_and_how_it_runs_is_no_part_of_a_name():
 
 def test_the_cost_is_that_of_what_is_left_and_no_training_comes_before_its_search(paper):
     states = dict.fromkeys(paper.runs, "missing")
-    one = paper.cost(states, nodes=1, macs_per_second=1e12)
-    assert one.macs == one.macs_left == sum(run.macs for run in paper.runs.values())
-    assert one.gpu_hours_left == pytest.approx(one.macs / 1e12 / 3600)
-    assert one.wall_hours_left == pytest.approx(one.gpu_hours_left / 8)
+    item = paper.cost(states, nodes=1, macs_per_second=1e12)
+    assert item.macs == item.macs_left == sum(run.macs for run in paper.runs.values())
+    assert item.gpu_hours_left == pytest.approx(item.macs / 1e12 / 3600)
+    assert item.wall_hours_left == pytest.approx(item.gpu_hours_left / 8)
     many = paper.cost(states, nodes=10**6, macs_per_second=1e12)
     longest = max(
         run.macs + sum(paper.runs[need].macs for need in run.needs) for run in paper.runs.values()
@@ -480,18 +482,18 @@ def test_the_cost_is_that_of_what_is_left_and_no_training_comes_before_its_searc
     assert many.wall_hours_left == pytest.approx(longest / 8e12 / 3600)
     done = dict.fromkeys(paper.runs, "done")
     nothing = paper.cost(done, nodes=1, macs_per_second=1e12)
-    assert nothing == Cost(600, 369, 552, {"done": 921}, one.macs, 0, 0.0, 0.0)
+    assert nothing == Cost(600, 369, 552, {"done": 921}, item.macs, 0, 0.0, 0.0)
 
 
 def test_a_resnet18_training_takes_the_gpu_hours_that_follow_by_hand(paper):
     """1.814 GMACs, three passes, 1251 steps of 1024 images, 100 epochs."""
     name = next(
-        one.train
-        for one in paper.points
-        if one.method == "uniform"
-        and one.point.request.network.name == "resnet18"
-        and (one.point.target.width, one.point.target.depth) == (1, 1)
-        and one.point.target.resolution == 224
+        point.train
+        for point in paper.points
+        if point.method == "uniform"
+        and point.point.request.network.name == "resnet18"
+        and (point.point.target.width, point.point.target.depth) == (1, 1)
+        and point.point.target.resolution == 224
     )
     assert paper.runs[name].macs == 3 * 1_814_073_344 * 1251 * 1024 * 100
 
@@ -505,11 +507,11 @@ def test_a_v100_trains_at_what_100_gpu_hours_of_resnet50_come_to():
 # ----------------------------------------------------------------------------------- manifests
 
 
-def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
-    plan = Plan.of(asked["fig4_extrapolation"], images=False)
-    one = Manifest.of(plan, title="fig4", tracking={})
-    again = Manifest.from_json(one.to_json(), name="x")
-    assert again.name == one.name
+def test_a_manifest_says_again_what_was_planned(request, tmp_path):
+    plan = Plan.of(request["fig4_extrapolation"], images=False)
+    item = Manifest.of(plan, title="fig4", tracking={})
+    again = Manifest.from_json(item.to_json(), name="x")
+    assert again.name == item.name
     assert again.own.keys() == plan.runs.keys()
     assert len(again.points) == 48
     store = plan.points[0].point.store
@@ -523,8 +525,8 @@ def test_a_manifest_says_again_what_was_planned(asked, tmp_path):
     del tmp_path
 
 
-def test_points_that_two_experiments_share_are_in_the_figures_of_both(asked):
-    plan = Plan.of([*asked["fig3_depth"], *asked["fig4_extrapolation"]], images=False)
+def test_points_that_two_experiments_share_are_in_the_figures_of_both(request):
+    plan = Plan.of([*request["fig3_depth"], *request["fig4_extrapolation"]], images=False)
     shown = [
         name
         for point in Manifest.of(plan, title="two", tracking={}).points
@@ -552,8 +554,8 @@ def test_what_is_no_manifest_is_refused(text, line):
 @pytest.mark.parametrize(
     ("key", "value"), [("points", [{}]), ("points", 3), ("runs", {}), ("name", "another")]
 )
-def test_a_manifest_that_was_edited_by_hand_is_refused(asked, key, value):
-    plan = Plan.of(asked["uniform"][:1], images=False)
+def test_a_manifest_that_was_edited_by_hand_is_refused(request, key, value):
+    plan = Plan.of(request["uniform"][:1], images=False)
     content = json.loads(Manifest.of(plan, title="one", tracking={}).to_json())
     content["sweep"][key] = value
     with pytest.raises(InputError) as error:
@@ -664,9 +666,9 @@ def test_a_plan_says_which_proxies_are_dearer_than_their_targets(capsys):
     words = ["target.width=0.25", "projection.width=0.125,0.25,0.5", "seeds=[0,1]"]
     plan = Plan.of(compose_sweep(words))
     show_plan(plan, plan.states())
-    said = [line for line in capsys.readouterr().out.splitlines() if "takes about" in line]
+    message = [line for line in capsys.readouterr().out.splitlines() if "takes about" in line]
     # Twice as wide is four times the multiply-adds.
-    (line,) = said
+    (line,) = message
     assert line == (
         "the proxy (0.5, 1, 32, 100%) takes about 4 times what its target (0.25, 1, 32, 100%) "
         "does; lower what is larger in it, as in projection.width=..."
@@ -684,7 +686,7 @@ def test_a_plan_says_which_proxies_are_dearer_than_their_targets(capsys):
 )  # fmt: skip
 def test_a_choice_that_an_experiment_leaves_whole_may_be_made(words, key, value):
     group, name = key
-    assert {one.fields[group][name] for one in compose_sweep(["experiment=demo", *words])} == {
+    assert {item.fields[group][name] for item in compose_sweep(["experiment=demo", *words])} == {
         value
     }
 
@@ -700,7 +702,7 @@ def test_two_values_of_one_key_contradict_each_other():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["+seeds=[0]", "seeds=[1]"], "seeds is [0] and [1]"),
         (["seeds=[0]", "++seeds=[1]"], "seeds is [0] and [1]"),
@@ -709,10 +711,10 @@ def test_two_values_of_one_key_contradict_each_other():
         (["a={b:{c:1}}", "a.b={c:2}"], "a.b.c is 1 and 2"),
     ],
 )
-def test_two_values_contradict_each_other_however_they_are_given(words, said):
+def test_two_values_contradict_each_other_however_they_are_given(words, message):
     with pytest.raises(InputError) as error:
         check_once(words)
-    assert str(error.value).startswith(f"{said}, but it has one value in one command;")
+    assert str(error.value).startswith(f"{message}, but it has one value in one command;")
 
 
 def test_values_that_do_not_contradict_each_other_may_be_given():
@@ -750,7 +752,7 @@ def test_an_experiment_file_that_is_no_table_is_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("projection:\n  widht: 1\n", "projection.widht"),
         ("wrong: [1\n", "mine.yaml"),
@@ -777,10 +779,10 @@ def test_an_experiment_file_that_is_no_table_is_one_line(tmp_path, content):
         ("seeds: zero\n", "seeds is zero, but it is a list"),
     ],
 )
-def test_a_typo_in_an_experiment_file_is_one_line(tmp_path, text, said):
+def test_a_typo_in_an_experiment_file_is_one_line(tmp_path, text, message):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
     with pytest.raises(InputError) as error:
         compose_sweep(["experiment=mine"], config_dir=str(tmp_path))
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

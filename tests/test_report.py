@@ -21,6 +21,6 @@ ROWS = {
 def test_a_status_tells_a_failure_in_its_own_words(message, capsys):
     row = {**ROWS, "state": "failed", "why": message}
     report.show_status([{"sweep": "sweep[/x]-1", "points": 1, "runs": [row]}], as_json=False)
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.endswith(f"failed: {row['name']} ({row['what']}), job 7 RUNNING: {message}")
-    assert said.startswith("sweep[/x]-1, 1 points")
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.endswith(f"failed: {row['name']} ({row['what']}), job 7 RUNNING: {message}")
+    assert text.startswith("sweep[/x]-1, 1 points")

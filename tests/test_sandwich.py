@@ -106,7 +106,7 @@ IMAGES, LABELS = Synthetic().pixels[:16].double(), Synthetic().labels[:16]
 
 
 def gradients(supernet):
-    return {name: one.grad.clone() for name, one in supernet.model.named_parameters()}
+    return {name: parameter.grad.clone() for name, parameter in supernet.model.named_parameters()}
 
 
 def after_a_step(supernet, objective, images=IMAGES, labels=LABELS, *, step=0, share=1.0):
@@ -135,13 +135,13 @@ class Watch:
         self.runs[-1] += (len(module.weight),)
 
 
-def close(one, other, tolerance=1e-5):
+def close(first, second, tolerance=1e-5):
     """Losses are in float32, so gradients in float64 agree to float32's precision."""
-    assert one.keys() == other.keys()
-    size = max(float(tensor.abs().max()) for tensor in other.values())
+    assert first.keys() == second.keys()
+    size = max(float(tensor.abs().max()) for tensor in second.values())
     assert size > 0
-    for name, tensor in one.items():
-        assert (tensor - other[name]).abs().max() <= tolerance * size, name
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() <= tolerance * size, name
 
 
 # -------------------------------------------------------------------- one step's gradient
@@ -157,19 +157,19 @@ def test_the_gradient_of_a_step_is_that_of_its_four_losses_by_hand(backend, redu
     assert len({COUNTS, (2, 1, 3), *drawn}) == 4
 
     weights = {
-        name: one.detach().clone().requires_grad_()
-        for name, one in supernet.model.named_parameters()
+        name: parameter.detach().clone().requires_grad_()
+        for name, parameter in supernet.model.named_parameters()
     }
-    total = {name: torch.zeros_like(one) for name, one in weights.items()}
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     logits = by_hand(weights, IMAGES, *COUNTS)
     teacher = logits.detach().softmax(1)
     losses = [smoothed(logits, LABELS, 0.1)]
-    losses += [soft(by_hand(weights, IMAGES, *one), teacher) for one in [(2, 1, 3), *drawn]]
+    losses += [soft(by_hand(weights, IMAGES, *item), teacher) for item in [(2, 1, 3), *drawn]]
     for loss in losses:
-        for name, one in zip(
+        for name, item in zip(
             weights, torch.autograd.grad(loss, list(weights.values())), strict=True
         ):
-            total[name] += one if reduction == "sum" else one / 4
+            total[name] += item if reduction == "sum" else item / 4
     close(found, total)
 
 
@@ -186,27 +186,29 @@ def test_the_loss_and_logits_of_a_step_are_the_widests():
 
 
 def test_the_mean_is_a_quarter_of_the_sum():
-    by_reduction = [after_a_step(*made(reduction=one)) for one in ("sum", "mean")]
-    close({name: one / 4 for name, one in by_reduction[0].items()}, by_reduction[1], 1e-12)
+    by_reduction = [after_a_step(*made(reduction=item)) for item in ("sum", "mean")]
+    close({name: item / 4 for name, item in by_reduction[0].items()}, by_reduction[1], 1e-12)
 
 
 def test_the_mean_is_over_as_many_subnets_as_there_are():
-    one, other = (after_a_step(*made(reduction=one, random_subnets=0)) for one in ("sum", "mean"))
-    close({name: tensor / 2 for name, tensor in one.items()}, other, 1e-12)
+    first, second = (
+        after_a_step(*made(reduction=item, random_subnets=0)) for item in ("sum", "mean")
+    )
+    close({name: tensor / 2 for name, tensor in first.items()}, second, 1e-12)
 
 
 def test_a_share_of_the_images_has_that_share_of_the_gradient():
     supernet, objective = made()
     whole = after_a_step(supernet, objective)
     part = after_a_step(supernet, objective, share=0.25)
-    close({name: one / 4 for name, one in whole.items()}, part, 1e-12)
+    close({name: item / 4 for name, item in whole.items()}, part, 1e-12)
 
 
 def test_gradients_are_added_to_those_that_are_there():
     supernet, objective = made()
     once = after_a_step(supernet, objective)
     objective.backward(supernet.model, IMAGES, LABELS, share=1.0)
-    close(gradients(supernet), {name: 2 * one for name, one in once.items()}, 1e-12)
+    close(gradients(supernet), {name: 2 * item for name, item in once.items()}, 1e-12)
 
 
 @pytest.mark.parametrize("backend", ["slice", "mask"])
@@ -229,17 +231,17 @@ def test_the_widest_learns_nothing_from_its_students(backend):
 def test_other_labels_change_the_widests_part_of_the_gradient_only():
     """T16: the others see no labels."""
     supernet, objective = made()
-    others = LABELS.flip(0).roll(1)
-    assert not torch.equal(others, LABELS)
-    steps = [after_a_step(supernet, objective, labels=one) for one in (LABELS, others)]
+    rest = LABELS.flip(0).roll(1)
+    assert not torch.equal(rest, LABELS)
+    steps = [after_a_step(supernet, objective, labels=item) for item in (LABELS, rest)]
     widest = []
-    for labels in (LABELS, others):
+    for labels in (LABELS, rest):
         supernet.model.zero_grad()
         objective.loss(supernet.full(IMAGES), labels).backward()
         widest.append(gradients(supernet))
     close(
-        {name: one - steps[1][name] for name, one in steps[0].items()},
-        {name: one - widest[1][name] for name, one in widest[0].items()},
+        {name: step - steps[1][name] for name, step in steps[0].items()},
+        {name: item - widest[1][name] for name, item in widest[0].items()},
         1e-9,
     )
 
@@ -314,7 +316,7 @@ def test_the_subnets_of_a_step_are_the_widest_the_narrowest_and_its_draws():
     for step in range(3):
         training.step(IMAGES.float(), LABELS, step)
     drawn = [[tuple(objective.draw(step, n).values()) for n in (0, 1)] for step in range(3)]
-    assert watch.runs == [one for two in drawn for one in [COUNTS, (2, 1, 3), *two]]
+    assert watch.runs == [item for two in drawn for item in [COUNTS, (2, 1, 3), *two]]
     assert len(set(itertools.chain(*drawn))) > 3
 
 
@@ -349,7 +351,7 @@ def test_the_gradient_of_micro_batches_is_that_of_each_by_its_share():
     for a, b in ((0, 10), (10, 16)):
         objective.backward(supernet.model, IMAGES[a:b], LABELS[a:b], share=(b - a) / 16)
     close(
-        gradients(supernet), {name: one + parts[1][name] for name, one in parts[0].items()}, 1e-12
+        gradients(supernet), {name: part + parts[1][name] for name, part in parts[0].items()}, 1e-12
     )
 
 
@@ -368,7 +370,7 @@ def quantile(freedom):
 def chi_square(observed, cells):
     expected = sum(observed.values()) / cells
     rest = (cells - len(observed)) * expected  # of cells that nothing fell into
-    return sum((one - expected) ** 2 / expected for one in observed.values()) + rest
+    return sum((item - expected) ** 2 / expected for item in observed.values()) + rest
 
 
 @pytest.fixture(scope="module")
@@ -381,14 +383,14 @@ def drawn():
 def test_every_entry_is_drawn_equally_often(drawn):
     """Test 12: the narrowest and the widest too."""
     for name, grid in GRIDS.items():
-        found = Counter(one[name] for one in drawn)
+        found = Counter(item[name] for item in drawn)
         assert found.keys() == set(grid)
         assert chi_square(found, len(grid)) < quantile(len(grid) - 1)
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(GRIDS, 2)))
 def test_variables_are_drawn_independently(drawn, pair):
-    found = Counter(tuple(one[name] for name in pair) for one in drawn)
+    found = Counter(tuple(item[name] for name in pair) for item in drawn)
     cells = math.prod(len(GRIDS[name]) for name in pair)
     assert chi_square(found, cells) < quantile(cells - 1)
 
@@ -398,7 +400,7 @@ def test_subnets_are_drawn_independently_of_those_before(drawn, lag):
     """1: of the same step, half of the time; 2: of the step before."""
     name = "head"
     found = Counter(
-        (one[name], other[name]) for one, other in zip(drawn, drawn[lag:], strict=False)
+        (first[name], second[name]) for first, second in zip(drawn, drawn[lag:], strict=False)
     )
     assert chi_square(found, 16) < quantile(15)
 
@@ -417,8 +419,8 @@ def test_a_draw_follows_from_the_seed_and_the_step_alone():
             assert [again.draw(step, n) for n in (0, 1)] == first[step]
         assert random.getstate() == before[0]
         assert torch.equal(torch.get_rng_state(), before[1])
-    _, other = made(seed=1)
-    assert {step: [other.draw(step, n) for n in (0, 1)] for step in steps} != first
+    _, second = made(seed=1)
+    assert {step: [second.draw(step, n) for n in (0, 1)] for step in steps} != first
 
 
 # ------------------------------------------------------------------------------- the cost
@@ -570,7 +572,7 @@ def test_all_four_losses_fall_on_64_images():
 
 
 def weights(supernet):
-    return {name: one.clone() for name, one in supernet.model.state_dict().items()}
+    return {name: item.clone() for name, item in supernet.model.state_dict().items()}
 
 
 def test_both_ways_train_the_same_network():
@@ -601,11 +603,11 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bits(tmp_path, step,
     assert dataclasses.replace(again, seconds=0) == dataclasses.replace(whole, seconds=0)
     ours, theirs = weights(resumed), weights(supernet)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(one, theirs[name]) for name, one in ours.items())
+    assert all(torch.equal(our, theirs[name]) for name, our in ours.items())
 
 
 @pytest.mark.parametrize(
-    "other",
+    "second",
     [
         {"options": GRIDS | {"head": (3, 12)}},
         {"random_subnets": 1, "reduction": "sum"},
@@ -614,12 +616,12 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bits(tmp_path, step,
     ],
     ids=["grid", "subnets", "reduction", "many long grids"],
 )
-def test_a_checkpoint_of_another_search_is_refused_in_one_line(tmp_path, other):
+def test_a_checkpoint_of_another_search_is_refused_in_one_line(tmp_path, second):
     trained(made(dtype=torch.float32)[1], tmp_path, epochs=1)
     with pytest.raises(
         InputError, match=r"checkpoints are of another training \(.*\); use"
     ) as info:
-        trained(made(dtype=torch.float32, **other)[1], tmp_path, epochs=1)
+        trained(made(dtype=torch.float32, **second)[1], tmp_path, epochs=1)
     assert "\n" not in str(info.value)
     assert len(str(info.value)) < 600
 
@@ -678,7 +680,7 @@ def test_the_trial_chooses_a_way_and_keeps_it(tmp_path, passes):
     assert kept_in(tmp_path) == way_of(supernet, runtime)
     assert kept_in(tmp_path) in WAYS
     assert len(passes) == 2 + 4 * 5 * 3  # four ways, five rounds of three passes
-    assert all(one.grad is None for one in supernet.model.parameters())
+    assert all(parameter.grad is None for parameter in supernet.model.parameters())
     fresh = Supernet(BLUEPRINT, enlarge=1.5, seed=0).model.state_dict()
     assert fresh.keys() == supernet.model.state_dict().keys()
 
@@ -762,6 +764,6 @@ def test_a_choice_that_cannot_be_read_is_made_again(tmp_path, passes, text):
 def test_weights_of_a_search_depend_on_its_seed_and_not_on_the_trial(tmp_path):
     first = weights(prepare(tmp_path / "1")[0])
     timed = weights(prepare(tmp_path / "2", backend="auto")[0])
-    assert all(torch.equal(one, timed[name]) for name, one in first.items())
-    other = weights(prepare(tmp_path / "3", seed=1)[0])
-    assert not torch.equal(first["stem.weight"], other["stem.weight"])
+    assert all(torch.equal(item, timed[name]) for name, item in first.items())
+    second = weights(prepare(tmp_path / "3", seed=1)[0])
+    assert not torch.equal(first["stem.weight"], second["stem.weight"])

@@ -115,10 +115,10 @@ def test_a_result_that_was_changed_is_neither_believed_nor_overwritten(entry, be
 
 
 def test_a_result_of_another_stage_is_not_believed(entry, tmp_path):
-    other = Store(tmp_path / "runs").entry("search", {"width": 0.7})
-    other.finish({"top1": 1.0})
+    second = Store(tmp_path / "runs").entry("search", {"width": 0.7})
+    second.finish({"top1": 1.0})
     entry.finish({"top1": 70.25})
-    shutil.copy(other.folder / "result.json", entry.folder)
+    shutil.copy(second.folder / "result.json", entry.folder)
     with pytest.raises(InputError, match="was changed after it was written"):
         entry.result()
 
@@ -336,13 +336,13 @@ def test_a_claim_goes_with_an_error(entry):
 
 
 def test_who_does_not_wait_is_told_who_works(entry, tmp_path):
-    other = Store(tmp_path / "runs").entry("search", {"width": 0.5})
+    second = Store(tmp_path / "runs").entry("search", {"width": 0.5})
     with entry.claim(job="7"):
         with pytest.raises(Taken, match=rf"process {os.getpid()}, host .*, job 7\)"):
-            other.claim(wait=False).__enter__()
+            second.claim(wait=False).__enter__()
         assert (entry.folder / "claim.json").exists()
-        assert other.state() == "running"
-    with other.claim(wait=False):
+        assert second.state() == "running"
+    with second.claim(wait=False):
         pass
 
 
@@ -543,13 +543,13 @@ def test_the_states_of_a_thousand_stages_take_less_than_a_second(tmp_path):
         first.finish(result)
     done = json.loads((first.folder / "result.json").read_text())
     for seed in range(1, 1000):
-        other = store.entry("search", {"seed": seed})
-        other.folder.mkdir()
+        second = store.entry("search", {"seed": seed})
+        second.folder.mkdir()
         for name in ("fields.json", "lock"):
-            shutil.copy(first.folder / name, other.folder)
+            shutil.copy(first.folder / name, second.folder)
         if seed < 500:
-            text = json.dumps({**done, "key": other.key})
-            (other.folder / "result.json").write_text(text)
+            text = json.dumps({**done, "key": second.key})
+            (second.folder / "result.json").write_text(text)
     before = time.process_time()
     states = [store.entry("search", {"seed": seed}).state() for seed in range(1000)]
     assert time.process_time() - before < 1
@@ -608,10 +608,12 @@ def test_the_stages_on_the_disk_are_found_by_what_names_them(tmp_path):
     (tmp_path / "resnet18-run").mkdir()
     store.entry("search", "killed before it was named").folder.mkdir()
     found = list(store.entries())
-    assert [(one.kind, one.fields) for one in found] == [(one.kind, one.fields) for one in made]
-    assert [one.folder for one in found] == [one.folder for one in made]
-    assert [one.state() for one in found] == ["done", "stale"]
-    assert [one.kind for one in store.entries("train")] == ["train"]
+    assert [(item.kind, item.fields) for item in found] == [
+        (item.kind, item.fields) for item in made
+    ]
+    assert [item.folder for item in found] == [item.folder for item in made]
+    assert [item.state() for item in found] == ["done", "stale"]
+    assert [item.kind for item in store.entries("train")] == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -633,7 +635,7 @@ def test_a_folder_named_by_something_else_is_passed_over(entry, caplog, content)
     assert "fields.json does not name its folder; the folder is passed over" in caplog.text
     with entry.claim():
         pass
-    assert [one.key for one in Store(entry.folder.parent).entries()] == [entry.key]
+    assert [item.key for item in Store(entry.folder.parent).entries()] == [entry.key]
 
 
 def test_a_root_that_cannot_be_listed_is_one_line(tmp_path):

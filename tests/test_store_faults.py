@@ -130,11 +130,11 @@ def prepare(root, before):
     return entry
 
 
-def leave_claim(entry, **said):
+def leave_claim(entry, **message):
     """What a claim leaves whose process is killed."""
     with entry.claim():
         claim = json.loads((entry.folder / "claim.json").read_text())
-    (entry.folder / "claim.json").write_text(json.dumps({**claim, **said}) + "\n")
+    (entry.folder / "claim.json").write_text(json.dumps({**claim, **message}) + "\n")
 
 
 def files(root):
@@ -371,8 +371,8 @@ def race(root, count, spoil=lambda _workers: None):
         worker.stdin.flush()
     spoiled = spoil(workers)
     for worker in workers:
-        said = worker.communicate(timeout=30)[0]
-        assert worker is spoiled or (said, worker.returncode) == ("through\n", 0)
+        message = worker.communicate(timeout=30)[0]
+        assert worker is spoiled or (message, worker.returncode) == ("through\n", 0)
     log = {"worked": [], "finished": []}
     for line in (root / "log").read_text().splitlines():
         what, number, who = line.split()
@@ -471,8 +471,8 @@ def turn(entry, seconds):
     for name, field in (("claim.json", "started"), ("failed.json", "time")):
         path = entry.folder / name
         if path.exists():
-            said = json.loads(path.read_text())
-            path.write_text(json.dumps({**said, field: said[field] + seconds}))
+            message = json.loads(path.read_text())
+            path.write_text(json.dumps({**message, field: message[field] + seconds}))
             os.utime(path, (time.time() + seconds,) * 2)
 
 
@@ -515,8 +515,8 @@ def full(root):
 
 def alone(entry, name, content):
     """Leave one file of a entry, with this content."""
-    for other in CUT:
-        (entry.folder / other).unlink(missing_ok=True)
+    for second in CUT:
+        (entry.folder / second).unlink(missing_ok=True)
     (entry.folder / name).write_bytes(content)
 
 
@@ -548,7 +548,7 @@ def test_a_file_cut_short_anywhere_is_not_believed(tmp_path, name, caplog):
     with entry.claim(wait=False):
         entry.finish(NEW)
     assert (entry.result(), entry.state()) == (NEW, "done")
-    assert [other.key for other in Store(tmp_path).entries()] == [entry.key]
+    assert [second.key for second in Store(tmp_path).entries()] == [entry.key]
 
 
 def test_a_mark_of_the_root_cut_short_anywhere_is_written_again(tmp_path, caplog):
@@ -582,7 +582,7 @@ def test_a_result_with_any_byte_changed_is_never_another_result(tmp_path):
             else:
                 assert found in (None, NEW)
                 seen["kept" if found else "missing"] += 1
-    assert min(seen[one] for one in ("refused", "missing", "kept")) > 10
+    assert min(seen[name] for name in ("refused", "missing", "kept")) > 10
 
 
 def test_a_half_written_file_beside_is_removed_by_the_next_claim(tmp_path):

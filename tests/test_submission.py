@@ -67,7 +67,7 @@ def launcher():
 
 
 def test_each_run_waits_for_its_own_search_alone(tmp_path, sent):
-    table = {f"s{one}": ((), "well") for one in range(3)}
+    table = {f"s{index}": ((), "well") for index in range(3)}
     table |= {"t0": (("s0",), "well"), "t1": (("s1",), "well"), "u1": (("s1",), "well")}
     assert launcher().submit(FileWork(tmp_path, table)) == 6
     # Most awaited first; then element by element, and what is left over on one element.
@@ -77,7 +77,7 @@ def test_each_run_waits_for_its_own_search_alone(tmp_path, sent):
 
 
 def test_arrays_are_cut_to_what_the_cluster_allows(tmp_path, sent):
-    table = {f"s{one}": ((), "well") for one in range(5)}
+    table = {f"s{index}": ((), "well") for index in range(5)}
     launcher().submit(FileWork(tmp_path, table))
     assert [names for names, _ in sent] == [["s0", "s1", "s2"], ["s3", "s4"]]
 
@@ -93,8 +93,8 @@ def test_arrays_are_cut_to_what_the_cluster_allows(tmp_path, sent):
 )
 def test_as_much_is_sent_as_there_is_room_for(tmp_path, sent, limited, room, arrays):
     """An array of three does not fit into room for two; what follows waits for its own."""
-    table = {f"s{one}": ((), "well") for one in range(3)}
-    table |= {f"t{one}": ((f"s{one}",), "well") for one in range(3)}
+    table = {f"s{index}": ((), "well") for index in range(3)}
+    table |= {f"t{index}": ((f"s{index}",), "well") for index in range(3)}
     limited[0] = room
     with pytest.raises(InputError, match="were sent"):
         launcher().submit(FileWork(tmp_path, table))
@@ -144,7 +144,7 @@ def test_ctrl_c_says_at_any_time_that_jobs_go_on(tmp_path, sent, monkeypatch, wh
 @pytest.mark.usefixtures("sent")
 def test_a_disk_of_the_login_node_is_warned_of(tmp_path, monkeypatch, caplog, case):
     """It may be exported to the nodes, so it is no mistake for certain."""
-    kind, host, told = case
+    kind, host, reported = case
     monkeypatch.setattr(slurm, "file_system", lambda _folder: kind)
     monkeypatch.setattr(socket, "gethostname", lambda: "login.cluster")
     monkeypatch.setattr(queue, "hosts", lambda: {host})
@@ -153,7 +153,7 @@ def test_a_disk_of_the_login_node_is_warned_of(tmp_path, monkeypatch, caplog, ca
         f"root is {tmp_path}, on a disk of this machine ({kind}); runs fail on nodes that do not "
         f"see it: check one with widthopt doctor --job --root {tmp_path}"
     )
-    assert [one.getMessage() for one in caplog.records] == [warning] * told
+    assert [record.getMessage() for record in caplog.records] == [warning] * reported
 
 
 def test_a_root_without_locks_is_one_line(tmp_path, sent, monkeypatch):
@@ -179,7 +179,7 @@ def test_whoever_asks_for_the_state_does_not_wait_for_a_submitter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("setup", None, "hydra.launcher.setup is null, but it is a list; write 'hydra.launcher"),
         ("code", 3, "hydra.launcher.code is 3, but it is a list; write 'hydra.launcher.code=[\"3"),
@@ -196,10 +196,10 @@ def test_whoever_asks_for_the_state_does_not_wait_for_a_submitter(tmp_path):
         ),
     ],
 )
-def test_a_value_of_another_kind_is_one_line(name, value, said):
-    values = {one.name: getattr(launcher(), one.name) for one in fields(launcher())}
+def test_a_value_of_another_kind_is_one_line(name, value, message):
+    values = {field.name: getattr(launcher(), field.name) for field in fields(launcher())}
     values = {**values, "wait": False, name: value}
-    with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         WidthoptSlurmLauncher(workload="", assume_yes=False, **values).prepare()
 
 

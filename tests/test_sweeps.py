@@ -87,8 +87,8 @@ def records(folder):
         result = stage.result()
         if result is not None:
             record = record_of(result, method="transfer", algorithm="any")
-            one = dataclasses.replace(record.found, search_seconds=0.0)
-            found[stage.key] = dataclasses.replace(record, found=one, train_seconds=0.0)
+            item = dataclasses.replace(record.found, search_seconds=0.0)
+            found[stage.key] = dataclasses.replace(record, found=item, train_seconds=0.0)
     return found
 
 
@@ -132,9 +132,9 @@ def test_a_sweep_ends_with_its_figures_and_a_page(whole):
     for name in ("mine.png", "mine.pdf", "mine.csv", "mine.md", "index.html"):
         assert (report / name).stat().st_size > 0
     assert (report / "mine.png").read_bytes().startswith(b"\x89PNG")
-    told = done.stdout.splitlines()
-    place = told.index("mine: Mine (6 records, 2 points missing)")
-    assert told[place + 1 : place + 3] == [
+    reported = done.stdout.splitlines()
+    place = reported.index("mine: Mine (6 records, 2 points missing)")
+    assert reported[place + 1 : place + 3] == [
         "  missing: my_network.MyNetwork on digits, (1, 1, 12, 100%): training, un-optimised, seed "
         f"{seed}"
         for seed in (0, 1)
@@ -157,7 +157,7 @@ def test_a_third_party_adds_a_figure_by_one_file_and_one_experiment(whole):
     assert head == "search s,top-1 %"
     found = [stage.result() for stage in entries(folder, "train")]
     shown = sorted(row.partition(",")[2] for row in rows)
-    assert shown == sorted(f"{one['top1']:.1f}" for one in found)
+    assert shown == sorted(f"{item['top1']:.1f}" for item in found)
 
 
 def test_a_third_party_adds_a_projection_by_one_file_and_one_conf_file(folder):
@@ -236,18 +236,18 @@ def test_what_a_sweep_varies_names_its_rows_and_is_never_averaged_over(folder):
     done = widthopt("-m", *words, *varied, "methods=[uniform,transfer]", folder=folder)
     assert done.returncode == 0, done.stderr
     again = widthopt("report", folder=folder)
-    for said in (done.stdout, again.stdout):
-        shown = said[said.index("epochs 1\n") :]
+    for message in (done.stdout, again.stdout):
+        shown = message[message.index("epochs 1\n") :]
         for title in ("epochs 1", "epochs 2"):
             table = shown.partition(f"{title}\n")[2].partition("runs/report/")[0]
             lines = [re.sub(" {2,}", "|", line.strip()) for line in table.splitlines()]
             found = [line.split("|") for line in lines if re.match(r"-\||morphnet.*\|", line)]
-            assert sorted((one[0], one[1]) for one in found[:3]) == [
+            assert sorted((item[0], item[1]) for item in found[:3]) == [
                 ("-", "uniform"), ("morphnet strength 4", "transfer"),
                 ("morphnet strength 5", "transfer"),
             ]  # fmt: skip
-            assert all("±" in one[-2] for one in found[:3])
-            assert [one[-1] for one in found[3:]] == ["2 of 2"] * 2
+            assert all("±" in item[-2] for item in found[:3])
+            assert [item[-1] for item in found[3:]] == ["2 of 2"] * 2
     folders = sorted(path.parent.name for path in folder.glob("runs/report/*/accuracy.png"))
     assert [name[-9:] for name in folders] == ["-epochs-1", "-epochs-2"]
 
@@ -340,9 +340,9 @@ def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder
     process = started(folder, *words)
     wait_for(lambda: results(folder) >= 2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command continues from" in said
+    assert "the same command continues from" in message
     assert not list((folder / "runs" / "stages").glob("*/failed.json"))
     assert not list((folder / "runs" / "stages").glob("*/claim.json"))
     done = widthopt(*words, folder=folder)
@@ -355,8 +355,8 @@ def test_two_sweeps_at_once_do_nothing_twice(whole, folder):
     words = (*SWEEP, "hydra/launcher=local")
     both = [started(folder, *words) for _ in range(2)]
     for process in both:
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+        _, message = process.communicate(timeout=200)
+        assert process.returncode == 0, message
     assert records(folder) == records(whole[0])
     for kind in ("search", "train"):
         assert set(map(tuple, epochs_told(folder, kind).values())) == {("1", "2")}
@@ -377,7 +377,7 @@ def test_a_sweep_of_many_gpu_hours_wants_to_be_meant(folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["projection.widht=1,2"], "projection.widht is not a key"),
         (["projection.width=1,abc"], "projection.width is abc, but it must be a number"),
@@ -389,10 +389,10 @@ def test_a_sweep_of_many_gpu_hours_wants_to_be_meant(folder):
         (["root=one,other"], "root is one and other, but a sweep is kept in one folder"),
     ],
 )
-def test_a_mistake_in_a_sweep_is_one_line_and_starts_nothing(folder, words, said):
+def test_a_mistake_in_a_sweep_is_one_line_and_starts_nothing(folder, words, message):
     base = [word for word in SWEEP if not word.startswith(("projection", "seeds"))]
     line = one_line(widthopt(*base, *words, folder=folder), 2)
-    assert said in line
+    assert message in line
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
         "my_network.py"
     ]
@@ -431,9 +431,9 @@ def test_a_run_that_cannot_even_begin_says_why(folder):
     process = started(folder, *SWEEP, "hydra/launcher=local")
     wait_for((folder / "runs" / "sweeps").exists)
     (folder / "my_network.py").rename(folder / "another.py")
-    _, said = process.communicate(timeout=120)
+    _, message = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "FAILED (network.factory is my_network.MyNetwork, but my_network cannot be" in said
+    assert "FAILED (network.factory is my_network.MyNetwork, but my_network cannot be" in message
 
 
 @pytest.fixture(scope="module")
@@ -481,7 +481,7 @@ def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, w
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("logs train --rank 7", "KEY is {train}, but process 7 of it has printed nothing; {show}"),
         ("show nothing", "KEY is nothing, but there is no such run in {root}; {all} lists them"),
@@ -490,13 +490,13 @@ def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, w
         ("status other", "other is no sweep in {root}, but the sweeps there are: {sweep}"),
     ],
 )
-def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, said):
+def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, message):
     root = Path(shutil.copytree(by_hand / "runs", tmp_path / "of mine"))
     _, train = forgotten(root)
     (sweep,) = (path.stem for path in root.glob("sweeps/*.json"))
     done = widthopt(*shlex.split(words), "--root", str(root), folder=tmp_path)
     assert done.returncode == 2
-    said = said.format(
+    message = message.format(
         root=root,
         train=train,
         sweep=sweep,
@@ -504,7 +504,7 @@ def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, s
         status=f"see widthopt status --root '{root}'",
         show=f"see widthopt show {train} --root '{root}'",
     )
-    assert done.stderr.splitlines()[-1] == f"widthopt: {said}"
+    assert done.stderr.splitlines()[-1] == f"widthopt: {message}"
 
 
 @pytest.fixture
@@ -523,18 +523,18 @@ def unanswered(by_hand, tmp_path):
         )
         path.chmod(0o755)
 
-    def asked(*words):
+    def request(*words):
         return subprocess.run(  # noqa: S603
             command(*words), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100,
             env={**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
         )  # fmt: skip
 
-    return asked, tmp_path / "asked"
+    return request, tmp_path / "asked"
 
 
 def test_a_queue_that_does_not_answer_is_asked_once_and_ends_no_run(unanswered):
-    asked, questions = unanswered
-    done = asked("status", "--json")
+    request, questions = unanswered
+    done = request("status", "--json")
     assert done.returncode == 0, done.stderr
     assert questions.read_text().split() == ["squeue"]
     assert "no controller" in done.stderr
@@ -546,8 +546,8 @@ def test_a_queue_that_does_not_answer_is_asked_once_and_ends_no_run(unanswered):
 
 
 def test_where_the_queue_does_not_answer_nothing_is_cancelled_and_that_is_said(unanswered):
-    asked, _ = unanswered
-    line = one_line(asked("cancel", "sweep"), 2)
+    request, _ = unanswered
+    line = one_line(request("cancel", "sweep"), 2)
     assert line.startswith("squeue is refused by SLURM (no controller), but it has to succeed;")
 
 
@@ -612,8 +612,8 @@ def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
         "but what it says names its folder; give the same sweep again",
         line,
     )
-    assert {one.folder.name for one in entries(folder)} == {
-        one.folder.name for one in entries(whole[0])
+    assert {entry.folder.name for entry in entries(folder)} == {
+        entry.folder.name for entry in entries(whole[0])
     }
 
 

@@ -29,9 +29,9 @@ def warned(rank, *requeue, saving=True, **environment):
 
 def test_the_first_process_says_that_it_stopped_and_ends():
     process = warned(0)
-    _, said = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert said == "widthopt: stopped before its end; give the same sweep again\n"
+    assert message == "widthopt: stopped before its end; give the same sweep again\n"
 
 
 def test_other_processes_wait_for_the_first_to_end_them():
@@ -47,16 +47,16 @@ def test_other_processes_wait_for_the_first_to_end_them():
 def test_where_nothing_is_saved_other_processes_wait_for_seconds_only():
     """The first one may be waiting for this one, where no signal gets at it."""
     process = warned(1, saving=False)
-    _, said = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert said == "widthopt: stopped before its end; give the same sweep again\n"
+    assert message == "widthopt: stopped before its end; give the same sweep again\n"
 
 
 def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
     process = warned(0, "requeue", SLURM_JOB_ID="7", PATH=str(tmp_path))
-    _, said = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert said == (
+    assert message == (
         "widthopt: job 7 could not be requeued (there is no scontrol where it runs); give the same "
         "sweep again\n"
     )
@@ -88,5 +88,5 @@ def test_a_warning_is_ctrl_c_here_and_nothing_in_what_was_forked():
         [sys.executable, "-c", FORKED], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert done.stdout.readline() == "ready\n"
-    said, _ = done.communicate("go\n", timeout=60)
-    assert said == "7 False\nTrue\n"
+    message, _ = done.communicate("go\n", timeout=60)
+    assert message == "7 False\nTrue\n"

@@ -229,7 +229,7 @@ class Cluster:
             self.run("scancel", "--user=root", "--signal=KILL", "--full")  # some ignore SIGTERM
         return False
 
-    def kill_node(self, name: str, *, told: bool = True) -> None:
+    def kill_node(self, name: str, *, reported: bool = True) -> None:
         """End a node as if its power went: its slurmd, and all processes of jobs on it.
 
         Args:
@@ -238,7 +238,7 @@ class Cluster:
         """
         assert name in self.nodes, name
         self._kill(lambda process: process.node == name)
-        if told:
+        if reported:
             self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
 
     def kill_daemon_of(self, name: str) -> None:
@@ -249,7 +249,9 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """Start a node again, unless it runs, and wait until it takes jobs."""
         assert name in self.nodes, name
-        if not any(one.name == "slurmd" and one.node == name for one in self._processes()):
+        if not any(
+            process.name == "slurmd" and process.node == name for process in self._processes()
+        ):
             self._start_daemon_of(name)
         working = {"idle", "mixed", "allocated", "completing"}
         self._wait_until(lambda: self.states()[self.nodes.index(name)] in working)

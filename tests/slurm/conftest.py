@@ -44,9 +44,9 @@ def _clean(request, monkeypatch):
     """The environment of a client; and after each test no jobs, and all daemons alive."""
     names = [name for name in ("bare", "cluster") if name in request.fixturenames]
     used = [request.getfixturevalue(name) for name in names]
-    for one in used:
-        monkeypatch.setenv("SLURM_CONF", one.environment["SLURM_CONF"])
+    for item in used:
+        monkeypatch.setenv("SLURM_CONF", item.environment["SLURM_CONF"])
     yield
-    for one in used:
-        one.repair()
-        one.cancel_all()
+    for item in used:
+        item.repair()
+        item.cancel_all()

@@ -140,8 +140,8 @@ class Folder:
 
 def _timeless(value):
     if isinstance(value, dict):
-        return {key: _timeless(one) for key, one in value.items() if "seconds" not in key}
-    return [_timeless(one) for one in value] if isinstance(value, list) else value
+        return {key: _timeless(item) for key, item in value.items() if "seconds" not in key}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def done_alone(folder, *words):

@@ -31,10 +31,10 @@ def until_over(cluster):
 
 def submit(cluster, out, script, *words):
     """Submit a line of shell that prints into a file; the job."""
-    said = cluster.run(
+    done = cluster.run(
         "sbatch", "--parsable", "--open-mode=append", f"--output={out}", *words, "--wrap", script
     )
-    return said.strip()
+    return done.strip()
 
 
 def printed(out):
@@ -244,7 +244,7 @@ def test_two_clusters_side_by_side_do_not_know_each_other(cluster, bare, tmp_pat
     bare.cancel_all()
     assert cluster.run("squeue", "-h", "-o", "%A").split() == [job]
     blocks = [
-        {port // 500 for _, port in listeners(processes(one.folder))} for one in (cluster, bare)
+        {port // 500 for _, port in listeners(processes(item.folder))} for item in (cluster, bare)
     ]
     assert not blocks[0] & blocks[1]
 
@@ -262,10 +262,10 @@ def possible():
 
 @pytest.mark.usefixtures("possible")
 def test_a_cluster_that_is_stopped_leaves_nothing(tmp_path):
-    with Cluster(nodes=1) as one:
-        folder = one.folder
+    with Cluster(nodes=1) as item:
+        folder = item.folder
         stubborn = "trap '' TERM; setsid sleep 600 & echo starts; sleep 600"
-        submit(one, tmp_path / "out", stubborn)
+        submit(item, tmp_path / "out", stubborn)
         printed(tmp_path / "out")
         # Four daemons and one that slurmctld starts; slurmd; slurmstepd and three of the job's.
         assert len(processes(folder)) >= 9
@@ -277,12 +277,12 @@ def test_a_cluster_that_is_stopped_leaves_nothing(tmp_path):
 
 @pytest.mark.usefixtures("possible")
 def test_a_cluster_that_does_not_start_says_why_and_leaves_nothing(monkeypatch):
-    one = Cluster(nodes=1, accounting=False, settings={"SelectType": "select/unheard"})
+    item = Cluster(nodes=1, accounting=False, settings={"SelectType": "select/unheard"})
     with tempfile.TemporaryDirectory() as place:  # a shorter path than those that tests are given
         Path(place).chmod(0o755)  # as munged wants it
         monkeypatch.setattr(tempfile, "tempdir", place)
         with pytest.raises(ClusterError, match="find plugin for select/unheard"):
-            one.start()
+            item.start()
         assert list(Path(place).iterdir()) == []
         assert place not in HOSTS.read_text()
 

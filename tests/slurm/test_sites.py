@@ -15,7 +15,7 @@ from PIL import Image
 LATER = "+hydra.launcher.options.begin=now+600"
 
 
-def told(folder, kind):
+def reported(folder, kind):
     """What SLURM knows of the job of a search or a training."""
     return folder.cluster.run("scontrol", "-o", "show", "job", folder.row(kind)["job"])
 
@@ -33,12 +33,12 @@ def test_options_are_sbatchs_own(folder):
         "hydra.launcher.resources.memory_gb=3", submitted=2,
     )  # fmt: skip
     for kind in ("search", "train"):
-        said = told(folder, kind)
+        message = reported(folder, kind)
         for words in (
             "Partition=high", "Features=volta32gb", "Account=root", "QOS=normal",
             "OverSubscribe=NO", "MailUser=someone", "Comment=width", "MinMemoryNode=3G",
         ):  # fmt: skip
-            assert words in said
+            assert words in message
 
 
 @pytest.mark.parametrize("way", ["gpus-per-node", "gres", "none"])
@@ -47,16 +47,16 @@ def test_resources_are_those_of_each_kind_of_run(folder, way):
         *ONE, f"hydra.launcher.gpus_as={way}", "+resources.search.minutes=7",
         "+resources.train.gpus_per_node=3", LATER,
     )  # fmt: skip
-    assert "TimeLimit=00:07:00" in told(folder, "search")
-    assert "gpu:3" not in told(folder, "search")
-    assert "TimeLimit=01:00:00" in told(folder, "train")
-    assert ("gres:gpu:3" in told(folder, "train")) == (way != "none")
+    assert "TimeLimit=00:07:00" in reported(folder, "search")
+    assert "gpu:3" not in reported(folder, "search")
+    assert "TimeLimit=01:00:00" in reported(folder, "train")
+    assert ("gres:gpu:3" in reported(folder, "train")) == (way != "none")
 
 
 def test_gpus_may_have_a_type(folder):
     typed = "+hydra.launcher.options.gres=gpu:v100:8"
     folder.send(*ONE, LATER, "hydra.launcher.gpus_as=none", typed, submitted=2)
-    assert "gres:gpu:v100:8" in told(folder, "search")
+    assert "gres:gpu:v100:8" in reported(folder, "search")
 
 
 def test_a_persons_habits_hide_no_job_from_us(folder):
@@ -74,11 +74,11 @@ def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
         "SUBMITIT_PREEMPT_SIGNAL": "USR1",
     }  # fmt: skip
     folder.send(*ONE, LATER, "hydra.launcher.options.partition=main", submitted=2)
-    said = told(folder, "search")
-    assert "Partition=main" in said
-    assert "TimeLimit=01:00:00" in said
-    assert "JobName=widthopt-" in said
-    assert "Features=volta32gb" in said
+    message = reported(folder, "search")
+    assert "Partition=main" in message
+    assert "TimeLimit=01:00:00" in message
+    assert "JobName=widthopt-" in message
+    assert "Features=volta32gb" in message
     script = folder.cluster.run(
         "scontrol", "write", "batch_script", folder.row("search")["job"], "-"
     )
@@ -207,14 +207,14 @@ def test_a_root_that_nodes_do_not_see_is_said_by_the_doctor_and_by_the_state(fol
     root = folder.cluster.scratch / folder.path.name
     done = folder.widthopt("doctor", "--job", "--root", str(root))
     assert done.returncode == 1
-    (line,) = [one for one in done.stdout.splitlines() if one.startswith("BAD")]
+    (line,) = [item for item in done.stdout.splitlines() if item.startswith("BAD")]
     assert line.startswith("BAD node ")
     assert "no node has written" in line
     done = folder.widthopt(*ONE, f"root={root}")
     assert done.returncode == 0
     folder.until_over()
-    said = folder.widthopt("status", "--root", str(root)).stdout
-    assert "no node has written" in " ".join(said.split())
+    stdout = folder.widthopt("status", "--root", str(root)).stdout
+    assert "no node has written" in " ".join(stdout.split())
 
 
 # ------------------------------------------------------------------------------ SLURM is away
@@ -284,9 +284,9 @@ def test_a_command_that_waits_outlives_the_controllers_absence(folder):
         folder.until(lambda: (folder.path / "runs" / "sweeps").exists() and folder.rows()[0]["job"])
         folder.until_running()
         folder.cluster.restart_controller(away_seconds=30)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    assert "trying again" in said
+    _, message = process.communicate(timeout=240)
+    assert process.returncode == 0, message
+    assert "trying again" in message
     assert {row["state"] for row in folder.rows()} == {"done"}
 
 

@@ -46,12 +46,12 @@ def test_a_sweep_with_shared_searches_and_failures_comes_to_its_report(folder):
         + [("train", "blocked")] * 3 + [("train", "done")] * 3
     )  # fmt: skip
     why = {row["why"] for row in folder.rows() if row["state"] == "failed"}
-    assert all("the loss is nan" in one for one in why), why
-    said = {}
+    assert all("the loss is nan" in item for item in why), why
+    message = {}
     for row in folder.rows():
         text = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
-        said.setdefault((row["kind"], row["state"]), set()).add(text.split()[0])
-    assert said == {
+        message.setdefault((row["kind"], row["state"]), set()).add(text.split()[0])
+    assert message == {
         ("search", "done"): {"COMPLETED"}, ("train", "done"): {"COMPLETED"},
         ("search", "failed"): {"FAILED"}, ("train", "blocked"): {"CANCELLED"},
     }  # fmt: skip
@@ -140,10 +140,10 @@ def test_ctrl_c_ends_the_wait_and_no_job(folder):
     while "2 runs submitted" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    _, message = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     (sweep,) = (folder.path / "runs" / "sweeps").iterdir()
-    assert said.splitlines()[-1] == (
+    assert message.splitlines()[-1] == (
         "widthopt: stopped; submitted jobs continue; to end them: widthopt cancel "
         f"{sweep.stem} --root runs"
     )
@@ -223,8 +223,8 @@ def test_a_time_limit_is_a_pause(folder):
     assert len(folder.attempts(row["name"])) == 2
     assert "goes on when SLURM has room for it" in log.read_text()
     assert log.read_text().count(f"epoch 1 of {EPOCHS}") == 1
-    said = folder.cluster.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
-    assert "TIMEOUT" not in said
+    done = folder.cluster.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
+    assert "TIMEOUT" not in done
     assert whole(folder, *words)
 
 
@@ -235,7 +235,7 @@ def _warned(process):
     except FileNotFoundError:
         return True
     pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE)
-    return any(int(one, 16) >> (signal.SIGUSR2 - 1) & 1 for one in pending)
+    return any(int(item, 16) >> (signal.SIGUSR2 - 1) & 1 for item in pending)
 
 
 def test_a_job_that_is_put_back_too_often_is_given_up(folder):
@@ -337,13 +337,13 @@ def test_two_submitters_at_once_send_each_run_once(folder):
         try:
             folder.until((folder.path / "held").exists)  # it has seen the queue, which is empty
             second = folder.start(*words)
-            said = [second.stderr.readline()]
-            while said[-1] and "waiting for it" not in said[-1]:
-                said.append(second.stderr.readline())
-            assert said[-1] == "another process submits from runs; waiting for it\n"
+            message = [second.stderr.readline()]
+            while message[-1] and "waiting for it" not in message[-1]:
+                message.append(second.stderr.readline())
+            assert message[-1] == "another process submits from runs; waiting for it\n"
         finally:
             (folder.path / "go").touch()  # else it waits for ever
-        ends = [one.communicate(timeout=PATIENCE_SECONDS)[1] for one in (first, second)]
+        ends = [item.communicate(timeout=PATIENCE_SECONDS)[1] for item in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], ends
     assert ends[0].splitlines()[-1].startswith("4 runs submitted; see: ")
     assert ends[1].splitlines()[-1].startswith("0 runs submitted, 4 are in the queue already; ")
@@ -418,9 +418,9 @@ def test_two_nodes_train_one_run_together_as_one_node_does(folder):
     folder.until_over()
     assert {row["state"] for row in folder.rows()} == {"done"}
     jobs = ",".join(row["job"] for row in folder.rows())
-    said = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "NNodes,ReqTRES", "-j", jobs)
-    assert len(said.split()) == 2
-    for line in said.split():
+    done = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "NNodes,ReqTRES", "-j", jobs)
+    assert len(done.split()) == 2
+    for line in done.split():
         assert line.startswith("2|")
         assert "gres/gpu=8" in line
     folder.send(*ONE, "hydra.launcher.resources.tasks_per_node=4", "root=one_node", submitted=2)
@@ -451,8 +451,8 @@ def test_the_failure_of_any_process_is_the_jobs_and_is_told(folder):
     row = folder.row("search")
     assert "the third has no luck" in row["why"]
     assert (row["state"], folder.row("train")["state"]) == ("failed", "blocked")
-    said = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
-    assert said.split() == ["FAILED"]
+    done = folder.cluster.run("sacct", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
+    assert done.split() == ["FAILED"]
 
 
 def test_a_process_of_several_that_is_killed_is_the_failure_of_its_run(folder):
@@ -465,9 +465,9 @@ def test_a_process_of_several_that_is_killed_is_the_failure_of_its_run(folder):
     row = folder.row("search")
     assert row["state"] in {"failed", "stale"}, row  # as another process had time to say why or not
     assert row["why"]
-    said = folder.widthopt("status")
-    assert said.returncode == 0, said.stderr
-    assert " ".join(row["why"].split()) in " ".join(said.stdout.split())
+    message = folder.widthopt("status")
+    assert message.returncode == 0, message.stderr
+    assert " ".join(row["why"].split()) in " ".join(message.stdout.split())
     assert folder.row("train")["state"] in {"blocked", "stale"}
 
 
@@ -529,7 +529,7 @@ def test_processes_that_are_preempted_agree_where_to_stop(folder):
         preempted(folder, row)
         folder.until_started(row, 2)
     folder.until_over()
-    assert {one["state"] for one in folder.rows()} == {"done"}
+    assert {item["state"] for item in folder.rows()} == {"done"}
     assert len(folder.attempts(row["name"])) == 2
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
     assert log.count(f"epoch 1 of {EPOCHS}") == 1
@@ -546,7 +546,7 @@ def test_processes_that_are_preempted_agree_where_to_stop(folder):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("hydra.launcher.options.partition=nowhere", "partition"),
         ("hydra.launcher.options.constraint=quantum", "Invalid feature"),
@@ -555,19 +555,19 @@ def test_processes_that_are_preempted_agree_where_to_stop(folder):
         ("+resources.train.gpus_per_node=9", "node configuration"),  # searches would be taken
     ],
 )
-def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word, said):
+def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word, message):
     done = folder.widthopt(*ONE, word)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2, done.stderr
     assert line.startswith("widthopt: sbatch is given --"), line
-    assert said in line
+    assert message in line
     assert "Traceback" not in done.stderr
     assert folder.queue() == {}
     assert not list(folder.path.glob("runs/stages/*/submission.json"))
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         (
             "hydra.launcher.options.partition=short",
@@ -590,10 +590,10 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
         ("hydra.launcher.warn_seconds=1801", "hydra.launcher.warn_seconds is 1801, but of a time"),
     ],
 )
-def test_a_wrong_value_is_one_line(folder, word, said):
+def test_a_wrong_value_is_one_line(folder, word, message):
     done = folder.widthopt(*ONE, word)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"widthopt: {said}"), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"widthopt: {message}"), done.stderr
     assert folder.queue() == {}
 
 
@@ -644,7 +644,7 @@ def test_the_doctor_looks_at_the_folder_the_queue_and_a_node(folder):
 def test_the_doctor_says_where_torch_does_not_see_the_gpus_that_were_asked_for(folder):
     done = folder.widthopt("doctor", "hydra/launcher=slurm_8xv100", "--job")
     assert done.returncode == 1
-    (line,) = [one for one in done.stdout.splitlines() if one.startswith("BAD")]
+    (line,) = [item for item in done.stdout.splitlines() if item.startswith("BAD")]
     assert line.startswith(
         f"BAD GPUs            torch {torch.__version__} sees 0 of the 8 that each"
     )

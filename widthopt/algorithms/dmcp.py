@@ -399,7 +399,8 @@ class _Architecture(Sandwich):
 
     def epoch_metrics(self) -> dict[str, float]:
         """The channels that are expected of each width variable."""
-        return {f"channels/{name}": one for name, one in self.chains.expected_channels().items()}
+        expected = self.chains.expected_channels()
+        return {f"channels/{name}": count for name, count in expected.items()}
 
     def details(self) -> dict[str, Any]:
         """How it went: by epoch, and how many steps were below, within and above the band."""

@@ -94,7 +94,9 @@ class Flow:
         graph = supernet.graph
         self.layers = self._layers(nodes, graph)
         self.overwritten, entangled = self._overwritten(nodes)
-        names = {index: one.name for index, one in enumerate(graph.variables) if one.free}
+        names = {
+            index: variable.name for index, variable in enumerate(graph.variables) if variable.free
+        }
         carried = self._carry_variables(nodes, names)
         self.mixed = set(graph.free) if entangled else set()
         for node in nodes:
@@ -118,7 +120,7 @@ class Flow:
                 for source in node.all_input_nodes
                 if source not in changed and source.op != "get_attr"
             }
-            self.stale[name] = followers(nodes, {one for one in nodes if name in carried[one]})
+            self.stale[name] = followers(nodes, {node for node in nodes if name in carried[node]})
 
     def nodes_to_run(
         self,
@@ -183,7 +185,7 @@ class Flow:
                 writes = self.layers[node].writes
                 carried[node] = {names[run.variable] for run in writes if run.variable in names}
             else:
-                carried[node] = set().union(*(carried[one] for one in node.all_input_nodes))
+                carried[node] = set().union(*(carried[source] for source in node.all_input_nodes))
         return carried
 
     def _per_channel(self, node: fx.Node) -> bool:
@@ -192,7 +194,7 @@ class Flow:
             return True
         module = self._module(node)
         if module is not None:
-            own = any(one in self._rules for one in type(module).__mro__)
+            own = any(kind in self._rules for kind in type(module).__mro__)
             return not own and isinstance(module, _PER_CHANNEL_MODULES)
         name = torch_function_name(node)
         if name == "size" or node.target is getattr:
@@ -224,8 +226,8 @@ class Flow:
                 overwritten[node] = set(sharing[origin[node]])
                 entangled |= any(
                     self._order.get(user, math.inf) > self._order[node]
-                    for one in overwritten[node]
-                    for user in one.users
+                    for earlier in overwritten[node]
+                    for user in earlier.users
                 )
             sharing[origin[node]].add(node)
         return overwritten, entangled

@@ -289,7 +289,7 @@ def path_macs(
         steps = _steps(graph, grids, channels)
         counts = _class_counts(graph, channels)
         costs = [_layer_macs(layer, counts) for layer in graph.layers]
-        runs = Counter(place for one in steps for place in again[one])
+        runs = Counter(place for step in steps for place in again[step])
         total += sum(
             costs[place] * (runs[place] + (place in fresh and runs[place] < len(steps)))
             for place in places
@@ -302,7 +302,7 @@ def path_macs(
 
 def _run_again(graph: WidthGraph, name: str, *, writers: bool = False) -> list[int]:
     """The places of the layer calls that depend on a bin of a variable; or have it as well."""
-    index = next(i for i, one in enumerate(graph.variables) if one.name == name)
+    index = next(i for i, variable in enumerate(graph.variables) if variable.name == name)
     reached: set[int] = set()
     places: list[int] = []
     for place, layer in enumerate(graph.layers):
@@ -319,7 +319,7 @@ def _widest(graph: WidthGraph, grids: Grids) -> dict[str, int]:
     """The counts that the path begins with, in the order of the graph."""
     for name, grid in grids.items():
         count = graph.channels[name]
-        if grid[-1] != count or any(one >= other for one, other in pairwise(grid)):
+        if grid[-1] != count or any(first >= second for first, second in pairwise(grid)):
             raise InputError(
                 f"grids is {list(grid)} for {name}, but it ascends, without equals, to the "
                 f"supernet's {count} channels; sort it, and take out what is there twice"
@@ -388,19 +388,19 @@ class _Journal:
             return []
         try:
             record = json.loads(self._path.read_text("utf-8"))
-            other = differences(
+            mismatch = differences(
                 {"format": record["format"], **record["identity"]},
                 {"format": FORMAT, **self._fields},
             )
             # Before the moves, which another search's grids do not allow.
-            entries = [] if other else list(_replay(record["moves"], grids, graph))
+            entries = [] if mismatch else list(_replay(record["moves"], grids, graph))
         except (KeyError, TypeError, ValueError):
             logger.warning("%s is not whole; the search begins anew", self._path)
             return []
-        if other:
+        if mismatch:
             raise InputError(
-                f"log is {self._path}, but it is of another search ({other}); name another file, "
-                "or delete this one"
+                f"log is {self._path}, but it is of another search ({mismatch}); name another "
+                "file, or delete this one"
             )
         return entries
 
@@ -425,14 +425,14 @@ def _replay(
         KeyError, TypeError, ValueError: They are not a path through these grids.
     """
     channels = _widest(graph, grids)
-    for one in moves:
+    for record in moves:
         steps = _steps(graph, grids, channels)
-        errors = {name: int(count) for name, count in dict(one["errors"]).items()}
+        errors = {name: int(count) for name, count in dict(record["errors"]).items()}
         if steps.keys() != errors.keys():
             raise ValueError("the candidates are other ones")
-        channels[one["variable"]] = steps[one["variable"]]
-        move = Move(one["variable"], one["channels"], errors, one["macs"])
-        yield _Entry(move, one["run_macs"], one["seconds"])
+        channels[record["variable"]] = steps[record["variable"]]
+        move = Move(record["variable"], record["channels"], errors, record["macs"])
+        yield _Entry(move, record["run_macs"], record["seconds"])
 
 
 @contextmanager
@@ -444,14 +444,14 @@ def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
         first: Images of a batch that BatchNorm takes its statistics from; 0 for all of them.
     """
     before = [(module, module.training) for module in model.modules()]
-    norms = [one for one in model.modules() if isinstance(one, _BatchNorm)] if first else []
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)] if first else []
 
     def calibrate(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen = inputs[0][:first].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        others = [dim for dim in range(seen.dim()) if dim != 1]
+        reduced = [dim for dim in range(seen.dim()) if dim != 1]
         # Over n - 1, as running statistics have it, for these images too, which training would
         # normalise over n: of hundreds of values it is nearly the same.
-        module.running_var, module.running_mean = torch.var_mean(seen, others)
+        module.running_var, module.running_mean = torch.var_mean(seen, reduced)
 
     hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]
     try:
@@ -601,7 +601,7 @@ class _Fast:
             for name, tensor in self._supernet.slice_weights(extents).items()
         }
         counts = _class_counts(self._supernet.graph, channels)
-        costs = {node: _layer_macs(one, counts) for node, one in self._flow.layers.items()}
+        costs = {node: _layer_macs(layer, counts) for node, layer in self._flow.layers.items()}
         return extents, weights, costs
 
     def on_move(self, name: str) -> None:
@@ -619,7 +619,7 @@ class _Fast:
     ) -> dict[str, Tensor]:
         """The weights that read a variable, with zeros for its bin."""
         graph = self._supernet.graph
-        index = next(i for i, one in enumerate(graph.variables) if one.name == name)
+        index = next(i for i, variable in enumerate(graph.variables) if variable.name == name)
         result: dict[str, Tensor] = {}
         for layer in self._flow.readers[name]:
             module = self._supernet.model.get_submodule(layer.name)
@@ -702,9 +702,9 @@ class _Fast:
 def _class_counts(graph: WidthGraph, channels: Mapping[str, int]) -> dict[int, int]:
     """Classes of each free variable, by its index."""
     return {
-        index: channels[one.name] // one.unit
-        for index, one in enumerate(graph.variables)
-        if one.free
+        index: channels[variable.name] // variable.unit
+        for index, variable in enumerate(graph.variables)
+        if variable.free
     }
 
 

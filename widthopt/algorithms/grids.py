@@ -25,10 +25,10 @@ def grids(graph: WidthGraph, rule: Callable[[int], list[int]]) -> Grids:
     """
     searchable = set(graph.searchable)
     return {
-        name: tuple(one.unit * count for count in rule(one.classes))
+        name: tuple(variable.unit * count for count in rule(variable.classes))
         if name in searchable
-        else (one.channels,)
-        for name, one in graph.free.items()
+        else (variable.channels,)
+        for name, variable in graph.free.items()
     }
 
 

@@ -43,14 +43,14 @@ class Chains:
             device: Where to compute.
         """
         self._names = list(graph.free)
-        self._units = [one.unit for one in graph.free.values()]
+        self._units = [variable.unit for variable in graph.free.values()]
         counts = [
             [channels // unit for channels in grids[name]]
             for name, unit in zip(self._names, self._units, strict=True)
         ]
         groups = max(map(len, counts)) - 1
         padded = torch.tensor(
-            [[*one, *[one[-1]] * (groups + 1 - len(one))] for one in counts], dtype=torch.float64
+            [[*row, *[row[-1]] * (groups + 1 - len(row))] for row in counts], dtype=torch.float64
         )
         self._counts = padded.to(device)
         self._least = self._counts[:, 0]
@@ -59,7 +59,7 @@ class Chains:
         self.real = self._steps > 0
         self.alpha = torch.zeros_like(self._steps)
         macs = Polynomial.of(graph)
-        self._macs = Polynomial(macs.constant, *(one.to(device) for one in macs[1:]))
+        self._macs = Polynomial(macs.constant, *(term.to(device) for term in macs[1:]))
         self._places = torch.tensor(
             _places(graph, dict(zip(self._names, counts, strict=True)), groups), device=device
         )

@@ -134,7 +134,7 @@ class MorphNet:
         calibrated += recalibrate(model, data.train, runtime=runtime)
         masked = evaluate(model, data.evaluation, runtime=runtime)
         gap = full.top1 - masked.top1
-        least = {name: min(self.floor, one.classes) for name, one in graph.free.items()}
+        least = {name: min(self.floor, variable.classes) for name, variable in graph.free.items()}
         collapsed = [name for name in penalty.searchable if alive[name] < least[name]]
         cut = [name for name in collapsed if not graph.connected_without(name)]
         diagnostics: dict[str, Any] = {
@@ -144,11 +144,13 @@ class MorphNet:
             "fixed": start["fixed"],
             "masked_accuracy_gap": gap,
             "suspect": [name for name in collapsed if alive_relative[name] >= least[name]],
-            "unchanged": all(alive[name] == one.classes for name, one in graph.free.items()),
+            "unchanged": all(
+                alive[name] == variable.classes for name, variable in graph.free.items()
+            ),
             "valid": not cut and gap <= GAP_POINTS,
         }
         _warn(diagnostics)
-        channels = {name: alive[name] * one.unit for name, one in graph.free.items()}
+        channels = {name: alive[name] * variable.unit for name, variable in graph.free.items()}
         return SearchResult(
             multipliers=found,
             overhead_macs=3 * graph.macs() * trained.images
@@ -195,8 +197,8 @@ class MorphNet:
             for step in range(steps * epochs)
         ]
         travel = sum(rates) / (1 - recipe.momentum)
-        reach = {name: self.strength * one * travel for name, one in pressure.items()}
-        fixed = [name for name, one in reach.items() if one < members[name]]
+        reach = {name: self.strength * value * travel for name, value in pressure.items()}
+        fixed = [name for name, distance in reach.items() if distance < members[name]]
         logger.debug("the penalty R/F0 starts at %.4f", value)
         if fixed and self.strength > 0:
             logger.warning(
@@ -266,7 +268,7 @@ class _Pruning(Objective):
     def _alive(self) -> dict[str, int]:
         """Channels alive of each width variable."""
         free, counts = self._penalty.graph.free, self._penalty.counts()
-        return {name: counts[name] * one.unit for name, one in free.items()}
+        return {name: counts[name] * variable.unit for name, variable in free.items()}
 
     def history(self) -> list[dict[str, float]]:
         """By epoch: R/F0 at its end, classes dead, and classes that came back to life."""
@@ -288,8 +290,8 @@ def _alive_fractions(
     """The direction: what stays alive of each variable, but the floor, over what there was."""
     counts = penalty.counts(relative=relative)
     return {
-        name: max(counts[name], min(floor, one.classes)) / one.classes
-        for name, one in graph.free.items()
+        name: max(counts[name], min(floor, variable.classes)) / variable.classes
+        for name, variable in graph.free.items()
     }
 
 

@@ -73,7 +73,7 @@ class Penalty:
         self._threshold, self._tie = threshold, tie
         self.macs = graph.macs()
         self.variables = list(graph.free)
-        rows = [index for index, one in enumerate(graph.variables) if one.free]
+        rows = [index for index, variable in enumerate(graph.variables) if variable.free]
         row = {index: place for place, index in enumerate(rows)}
         norms = [model.get_submodule(name) for name in graph.scale_axes]
         self._gammas: list[Tensor] = [_parameter(norm, "weight") for norm in norms]
@@ -83,8 +83,8 @@ class Penalty:
         for axis in graph.scale_axes.values():
             for run in axis:
                 for number in range(run.start, run.start + run.classes):
-                    one = classes.setdefault((run.variable, number), len(classes))
-                    slots.extend([one] * run.repeat)
+                    index = classes.setdefault((run.variable, number), len(classes))
+                    slots.extend([index] * run.repeat)
         free = [(row.get(variable, 0), variable in row) for variable, _ in classes]
         device = self._gammas[0].device
         self._sizes = [gamma.numel() for gamma in self._gammas]

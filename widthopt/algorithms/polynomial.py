@@ -24,7 +24,7 @@ class Polynomial(NamedTuple):
     @classmethod
     def of(cls, graph: WidthGraph) -> "Polynomial":
         """The polynomial `WidthGraph.quadratic` as tensors on the CPU."""
-        rows = [index for index, one in enumerate(graph.variables) if one.free]
+        rows = [index for index, variable in enumerate(graph.variables) if variable.free]
         row = {index: place for place, index in enumerate(rows)}
         slopes = torch.zeros(len(row), dtype=torch.float64)
         curvature = torch.zeros(len(row), len(row), dtype=torch.float64)

@@ -140,14 +140,14 @@ class Sandwich(Objective):
             self.backpropagate(student, share=share)
             subnet.collect()
             losses.append(student.detach() * len(labels))
-        before = self._losses or [torch.zeros_like(one) for one in losses]
-        self._losses = [one + other for one, other in zip(before, losses, strict=True)]
+        before = self._losses or [torch.zeros_like(loss) for loss in losses]
+        self._losses = [total + loss for total, loss in zip(before, losses, strict=True)]
         self._images += len(labels)
         return loss.detach(), logits.detach()
 
     def step_metrics(self) -> dict[str, float]:
         """The losses of the step's other subnets, over this process's images."""
-        names = ["narrowest", *(f"random_{one}" for one in range(1, len(self._losses)))]
+        names = ["narrowest", *(f"random_{index}" for index in range(1, len(self._losses)))]
         losses = torch.stack(self._losses) / self._images if self._losses else torch.zeros(0)
         return {f"loss_{name}": loss for name, loss in zip(names, losses.tolist(), strict=False)}
 
@@ -236,10 +236,10 @@ def prepare_supernet(
     side, count = supernet.graph.resolution, min(batch_size, TRIAL_IMAGES)
     images = torch.randn(max(2, count), 3, side, side, generator=draws).to(device)
     half = {
-        name: max(one.unit, one.channels // (2 * one.unit) * one.unit)
+        name: max(variable.unit, variable.channels // (2 * variable.unit) * variable.unit)
         if name in supernet.graph.searchable
-        else one.channels
-        for name, one in supernet.graph.free.items()
+        else variable.channels
+        for name, variable in supernet.graph.free.items()
     }
     check_maskable(supernet, images, half)
     way = _stored_trial(context.folder, runtime) or _fastest(supernet, images, half, runtime)
@@ -283,7 +283,7 @@ def _ways(runtime: Runtime, device: torch.device) -> list[_Way]:
     backends: list[Backend] = ["slice", "mask"]
     if runtime.backend != "auto":
         backends = [runtime.backend]
-    return [_Way(*one, backend) for one in formats for backend in backends]
+    return [_Way(*layout, backend) for layout in formats for backend in backends]
 
 
 def _stored_trial(folder: Path, runtime: Runtime) -> _Way | None:

@@ -23,8 +23,8 @@ class Uniform:
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`."""
         del data, budget_macs, context
-        ones = dict.fromkeys(Blueprint(setting).graph.free, 1.0)
-        return SearchResult(ones, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
+        multipliers = dict.fromkeys(Blueprint(setting).graph.free, 1.0)
+        return SearchResult(multipliers, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
 
     def overhead_macs(
         self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int

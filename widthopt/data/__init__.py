@@ -1,8 +1,7 @@
 """Data sets, stratified fractions, resolution, augmentation and batches.
 
-A `Dataset` names images and how they are normalised; `check` says what is wrong with it
-before work starts; `search_split` and `target_split` turn it into batches on a device.
-torch is imported with the batches, not with the choice of a data set.
+A `Dataset` describes images and their normalisation, `check` validates it before a run starts, and
+`search_split` and `target_split` turn it into batches on a device. Only the batches import torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The names that need torch, from the module that has them."""
+    """Return a name of `widthopt.data.batches`, which is imported when it is first needed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from widthopt.data import batches  # noqa: PLC0415 (imports torch)

@@ -1,7 +1,7 @@
 """Random changes to training images.
 
-The paper's work on one Pillow image at a time, the padded crop of small images on a whole
-batch at once. Every draw follows from the seed that is handed in.
+The paper's augmentation works on single Pillow images, the padded crop of small images on a batch.
+Every random number depends only on the seed that is passed.
 """
 
 import contextlib
@@ -21,31 +21,31 @@ RAND_AUGMENT = "rand-m9-mstd0.5"
 """timm's name of the paper's RandAugment: two operations of magnitude 9 (paper appendix A)."""
 
 WIDEST_TRANSLATION = 0.45
-"""Longest translation in pixels as a part of the resolution, where an operation asks for it."""
+"""Longest translation of RandAugment, as a part of the resolution."""
 
 PADDING = 8
-"""A padded crop adds one part in this many of the resolution on each side."""
+"""A padded crop adds the resolution divided by this number on each side."""
 
 
 class PaperAugmentation:
     """Random resized crop, horizontal flip and RandAugment.
 
-    Reading: the paper names these without their parameters. The crop takes 8 to 100 % of the
-    area at an aspect ratio of 3/4 to 4/3, bilinear, as torchvision has it; RandAugment fills
-    with the data set's mean and interpolates at random, as timm has it.
+    Interpretation: the paper gives no parameters. The crop takes 8 to 100 % of the area at an
+    aspect ratio of 3/4 to 4/3, with bilinear interpolation, as in torchvision; RandAugment fills
+    with the data set's mean and draws the interpolation at random, as in timm.
 
     Source: paper appendix A; Cubuk et al., 2020, "RandAugment".
     """
 
     def __init__(self, *, resolution: int, mean: tuple[float, float, float], flip: bool) -> None:
-        """Prepare the operations.
+        """Create the operations.
 
         Args:
             resolution: Side of the square input in pixels.
             mean: Mean of each channel, in units of full brightness.
             flip: Whether a mirrored image keeps its class.
         """
-        # Imported here: timm takes longer to import than all the rest, and most runs need none.
+        # Imported here because timm is slow to import and most runs do not need it.
         from timm.data.auto_augment import rand_augment_transform  # noqa: PLC0415
         from torchvision.transforms import RandomResizedCrop  # noqa: PLC0415
 
@@ -60,29 +60,29 @@ class PaperAugmentation:
         )
 
     def __call__(self, image: Image.Image, *, seed: int) -> Pixels:
-        """The changed image, 3 x resolution x resolution.
+        """Return the augmented image, 3 x resolution x resolution.
 
-        Call it inside `preserve_global_rngs`: the operations draw from the global generators.
+        Call it inside `preserve_global_rngs`: the operations draw from the global rngs.
 
         Args:
             image: In RGB, of any size.
-            seed: All draws follow from it.
+            seed: Seed of all random numbers.
         """
         _seed_globals(seed)
         cropped = self._crop(image)
-        if self._flip and random.random() < 0.5:  # noqa: S311, PLR2004 (a coin, and no secret)
+        if self._flip and random.random() < 0.5:  # noqa: S311, PLR2004 (not cryptographic)
             cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return channels_first(self._rand_augment(cropped))
 
 
 @contextlib.contextmanager
 def preserve_global_rngs() -> Iterator[None]:
-    """Give the global generators of Python, numpy and torch back as they were.
+    """Restore the states of the global rngs of Python, NumPy and torch on exit.
 
-    timm draws from Python's and numpy's, torchvision from torch's; none takes a generator.
+    timm draws from those of Python and NumPy, torchvision from torch's; none accepts a generator.
     """
     python = random.getstate()
-    numpy = np.random.get_state()  # noqa: NPY002 (what timm draws from)
+    numpy = np.random.get_state()  # noqa: NPY002 (timm draws from it)
     cpu = torch.default_generator.get_state()
     try:
         yield
@@ -94,12 +94,12 @@ def preserve_global_rngs() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class CropDraws:
-    """Where each image of a batch is cropped, and whether it is mirrored.
+    """The crop of each image of a batch, and whether the image is mirrored.
 
     Attributes:
-        rows: Offset of the crop from the top of the padded image, in pixels.
-        columns: Offset from its left, in pixels.
-        mirrored: Whether the crop is mirrored.
+        rows: Offset of each crop from the top of the padded image, in pixels.
+        columns: Offset from the left of the padded image, in pixels.
+        mirrored: Whether each crop is mirrored.
     """
 
     rows: Integers
@@ -107,7 +107,7 @@ class CropDraws:
     mirrored: np.ndarray[tuple[int], np.dtype[np.bool_]]
 
     def __getitem__(self, part: slice) -> "CropDraws":
-        """The draws of some of the images."""
+        """Return the draws of a slice of the images."""
         return CropDraws(self.rows[part], self.columns[part], self.mirrored[part])
 
 
@@ -117,8 +117,8 @@ def crop_draws(images: int, *, padding: int, flip: bool, seed: int) -> CropDraws
     Args:
         images: Images in the batch.
         padding: Pixels added on each side.
-        flip: Whether a mirrored image keeps its class; else nothing is mirrored.
-        seed: All draws follow from it.
+        flip: Whether images may be mirrored.
+        seed: Seed of all random numbers.
     """
     generator = np.random.default_rng(seed)
     rows, columns = generator.integers(0, 2 * padding, size=(2, images), endpoint=True)
@@ -126,11 +126,11 @@ def crop_draws(images: int, *, padding: int, flip: bool, seed: int) -> CropDraws
 
 
 def crop_images(pixels: Pixels, draws: CropDraws, *, padding: int) -> Pixels:
-    """Pad each image with black, crop it to its old size where it was drawn, mirror some.
+    """Pad each image with black, crop it to its size at the drawn offsets, and mirror some.
 
     Args:
         pixels: images x 3 x side x side.
-        draws: One for each image.
+        draws: The draws of these images.
         padding: Pixels added on each side.
     """
     images, channels, height, width = pixels.shape
@@ -144,7 +144,7 @@ def crop_images(pixels: Pixels, draws: CropDraws, *, padding: int) -> Pixels:
 
 
 def _seed_globals(seed: int) -> None:
-    """Seed the global generators, on the processor only."""
+    """Seed the global rngs of the CPU."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (what timm draws from)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (timm draws from it)
     torch.default_generator.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Batches on the device: normalised, in the memory format asked for, the same every time.
+"""Normalised batches on a device.
 
-A batch follows from (seed, epoch, step) alone, so training can resume at any step, with any
-number of worker processes, and ranks can each take their part of the same batch.
+A batch depends only on seed, epoch and step. Training can therefore resume at any step with any
+number of worker processes, and each rank can take its part of the same batch.
 """
 
 import itertools
@@ -25,30 +25,36 @@ from widthopt.data.augmentation import (
     crop_images,
     preserve_global_rngs,
 )
-from widthopt.data.cache import CachedEvalCrops, EvalCrops, FullImages, squares, wholes
+from widthopt.data.cache import (
+    CachedEvalCrops,
+    EvalCrops,
+    FullImages,
+    load_eval_crops,
+    load_full_images,
+)
 from widthopt.data.dataset import Dataset, classes
 from widthopt.data.images import Images, Integers, Pixels
-from widthopt.data.subsets import Counts, check_fraction, held_out, stratify
+from widthopt.data.subsets import Counts, check_fraction, split_validation, stratify
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed
 from widthopt.setting import Recipe, Runtime
 from widthopt.training.devices import memory_format
 
 
-Loaded: TypeAlias = tuple[Pixels, Integers]
-"""One batch as it is loaded: images x 3 x side x side, and the labels."""
+Batch: TypeAlias = tuple[Pixels, Integers]
+"""A batch as it is loaded: images x 3 x side x side, and the labels."""
 
-AHEAD = 2
-"""Batches that each worker prepares before they are asked for."""
+PREFETCH = 2
+"""Batches that each worker loads in advance."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """What one training sees.
+    """The batches of a search or training.
 
     Attributes:
         train: Batches to train on.
-        evaluation: Batches to measure accuracy on.
+        evaluation: Batches to evaluate on.
         classes: Number of classes.
     """
 
@@ -59,14 +65,14 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where batches go and how they get there.
+    """The device, memory format and normalisation of batches.
 
     Attributes:
-        device: The device they end up on.
+        device: The device of the batches.
         workers: Processes that load images; 0 loads in the calling process.
-        memory_format: Of the images.
-        scale: What each channel's pixels, 0 to 255, are multiplied by; 1 x 3 x 1 x 1.
-        shift: What is added then; 1 x 3 x 1 x 1.
+        memory_format: Memory format of the images.
+        scale: Factor on the pixels, 0 to 255, of each channel; 1 x 3 x 1 x 1.
+        shift: Summand of each channel after scaling; 1 x 3 x 1 x 1.
     """
 
     device: torch.device
@@ -77,7 +83,7 @@ class Placement:
 
     @classmethod
     def of(cls, dataset: Dataset, *, runtime: Runtime, device: torch.device) -> "Placement":
-        """The placement that a data set's mean and deviation and the runtime ask for."""
+        """Return the placement for a data set and a runtime."""
         mean, std = (
             torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
             for values in (dataset.mean, dataset.std)
@@ -91,26 +97,26 @@ class Placement:
         )
 
     def stream(
-        self, load: Callable[[int], Loaded], steps: Sequence[int], *, immediate: bool
+        self, load: Callable[[int], Batch], steps: Sequence[int], *, in_memory: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (float32, normalised) and labels (int64) of each step, on the device.
+        """Yield images (float32, normalised) and labels (int64) of each step, on the device.
 
         Args:
-            load: What gives the batch of one step; nothing but the step may matter to it.
+            load: Returns the batch of a step; the result depends only on the step.
             steps: The steps, in order.
-            immediate: Loading is no more than a copy in memory: worker processes would cost
-                more than they give, so a thread loads ahead instead.
+            in_memory: Whether loading only copies memory. A thread then loads in advance, because
+                worker processes would be slower.
 
         Raises:
             InputError: An image cannot be read.
         """
         pinned = self.device.type == "cuda"
-        if not immediate:
-            loaded = _with_processes(load, steps, workers=self.workers, pinned=pinned)
+        if not in_memory:
+            loaded = _load_in_processes(load, steps, workers=self.workers, pinned=pinned)
         elif self.workers > 0:
-            loaded = _with_thread(load, steps, pinned=pinned)
+            loaded = _load_in_thread(load, steps, pinned=pinned)
         else:
-            loaded = (_tensors(load(step), pinned=pinned) for step in steps)
+            loaded = (_to_tensors(load(step), pinned=pinned) for step in steps)
         for pixels, labels in loaded:
             images = pixels.to(self.device, non_blocking=pinned).to(
                 torch.float32, memory_format=self.memory_format
@@ -120,18 +126,18 @@ class Placement:
 
 
 class TrainBatches:
-    """Shuffled, augmented batches of one size; what is left over at the end is dropped.
+    """Shuffled, augmented batches of equal size; an incomplete last batch is dropped.
 
     Attributes:
-        images: Images in each epoch: whole batches only.
-        batch_size: Images in each batch; the recipe's, or all images where they are fewer.
+        images: Images in each epoch, in complete batches.
+        batch_size: Images in each batch; the recipe's batch size, or all images if they are fewer.
         steps_per_epoch: Batches in each epoch.
         classes: Number of classes.
     """
 
     def __init__(
         self,
-        augmented: "Augmented",
+        augmented: "AugmentedImages",
         labels: Integers,
         *,
         classes: int,
@@ -139,22 +145,22 @@ class TrainBatches:
         seed: int,
         placement: Placement,
     ) -> None:
-        """Take over images and labels.
+        """Store images and labels.
 
         Args:
-            augmented: Gives the images of a batch.
+            augmented: The images.
             labels: The class of each image.
             classes: Number of classes.
-            batch_size: Images in each batch, at most all.
+            batch_size: Requested images in each batch.
             seed: The run's seed.
-            placement: Where batches go.
+            placement: Device, memory format and normalisation.
         """
         counts = Counts.of(len(labels), 0, batch_size=batch_size)
         self.batch_size = counts.batch_size
         self.steps_per_epoch = counts.steps_per_epoch
         self.images = counts.per_epoch
         self.classes = classes
-        self._augment = augmented
+        self._augmented = augmented
         self._labels = labels
         self._seed = seed
         self._placement = placement
@@ -162,15 +168,15 @@ class TrainBatches:
     def epoch(
         self, epoch: int, *, first_step: int = 0, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch.
+        """Yield the batches of an epoch.
 
         Args:
-            epoch: Counted from 0; each has its own order and augmentation.
-            first_step: Begin at this step of the epoch; the batches are those that an
-                uninterrupted epoch would have had.
-            rank: Which of ``ranks`` processes asks; each gets its own part of every batch,
-                and the parts in order are the batch that one process would have had.
-            ranks: Processes that train together.
+            epoch: The epoch, counted from 0; order and augmentation depend on it.
+            first_step: The first step to return; its batch and the following ones are those of an
+                uninterrupted epoch.
+            rank: Rank of the process. Each process gets a part of every batch, and the parts in
+                the order of the ranks are the batch of a single process.
+            ranks: World size.
 
         Yields:
             Images, batch x 3 x height x width, float32 and normalised, and labels, int64.
@@ -183,70 +189,72 @@ class TrainBatches:
         size = self.batch_size
         part = slice(rank * size // ranks, (rank + 1) * size // ranks)
 
-        def load(step: int) -> Loaded:
+        def load(step: int) -> Batch:
             positions = order[step * size : (step + 1) * size]
             step_seed = derived_seed(
                 self._seed, "augmentation", epoch * self.steps_per_epoch + step
             )
-            images = self._augment(positions, part=part, seed=step_seed)
+            images = self._augmented(positions, part=part, seed=step_seed)
             return images, self._labels[positions[part]]
 
         return self._placement.stream(
-            load, range(first_step, self.steps_per_epoch), immediate=self._augment.immediate
+            load, range(first_step, self.steps_per_epoch), in_memory=self._augmented.in_memory
         )
 
 
 class EvaluationBatches:
-    """Batches of every image once, in order, resized and cropped at the centre.
+    """Batches of every image once, in order, each resized and cropped at the centre.
 
     Attributes:
         images: Number of images.
     """
 
     def __init__(
-        self, prepared: EvalCrops, labels: Integers, *, batch_size: int, placement: Placement
+        self, crops: EvalCrops, labels: Integers, *, batch_size: int, placement: Placement
     ) -> None:
-        """Take over images and labels.
+        """Store images and labels.
 
         Args:
-            prepared: The images.
+            crops: The images.
             labels: The class of each image.
-            batch_size: Images in each batch but the last.
-            placement: Where batches go.
+            batch_size: Images in each batch except the last.
+            placement: Device, memory format and normalisation.
         """
         self.images = len(labels)
-        self._squares = prepared
+        self._crops = crops
         self._labels = labels
         self._batch_size = batch_size
         self._placement = placement
         self._positions = np.arange(len(labels))
 
     def part(self, rank: int, ranks: int) -> "EvaluationBatches":
-        """The images that one of several processes evaluates: every ``ranks``-th.
+        """Return the images that a process evaluates: every ``ranks``-th image.
 
         Args:
-            rank: Which process, counted from 0.
-            ranks: Processes that evaluate together.
+            rank: Rank of the process.
+            ranks: World size.
         """
         return self._select(self._positions[rank::ranks], batch_size=self._batch_size)
 
     def sample(self, images: int, *, batch_size: int, seed: int) -> "EvaluationBatches":
-        """Some of these images in random order, for what depends on who shares a batch.
+        """Return a random sample of the images in random order.
+
+        Results that depend on batch statistics need it if the images are sorted by class.
 
         Args:
-            images: How many, at most all.
-            batch_size: Images in each batch but the last.
-            seed: What the choice and the order depend on.
+            images: Size of the sample, at most all images.
+            batch_size: Images in each batch except the last.
+            seed: Seed of the sample and its order.
         """
         order = np.random.default_rng(seed).permutation(self._positions)
         return self._select(order[:images], batch_size=batch_size)
 
     def share(self, rank: int, ranks: int) -> "EvaluationBatches":
-        """The batches, whole ones, that one of several processes takes: every ``ranks``-th.
+        """Return the batches that a process takes: every ``ranks``-th batch, undivided.
 
         Args:
-            rank: Which process, counted from 0.
-            ranks: Processes that share them.
+            rank: Rank of the process.
+            ranks: World size.
         """
         starts = range(rank * self._batch_size, self.images, ranks * self._batch_size)
         parts = [self._positions[start : start + self._batch_size] for start in starts]
@@ -254,26 +262,26 @@ class EvaluationBatches:
         return self._select(positions, batch_size=self._batch_size)
 
     def _select(self, positions: Integers, *, batch_size: int) -> "EvaluationBatches":
-        """Return the batches of the images at some positions, in this order."""
+        """Return batches of the images at these positions, in this order."""
         selected = EvaluationBatches(
-            self._squares, self._labels, batch_size=batch_size, placement=self._placement
+            self._crops, self._labels, batch_size=batch_size, placement=self._placement
         )
         selected._positions = positions
         selected.images = len(positions)
         return selected
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, batch x 3 x height x width, float32 and normalised, and labels, int64."""
+        """Yield images, batch x 3 x height x width, float32 and normalised, and labels, int64."""
         size = self._batch_size
 
-        def load(step: int) -> Loaded:
+        def load(step: int) -> Batch:
             positions = self._positions[step * size : (step + 1) * size]
-            return self._squares(positions), self._labels[positions]
+            return self._crops(positions), self._labels[positions]
 
         return self._placement.stream(
             load,
             range(math.ceil(self.images / size)),
-            immediate=isinstance(self._squares, CachedEvalCrops),
+            in_memory=isinstance(self._crops, CachedEvalCrops),
         )
 
 
@@ -287,29 +295,29 @@ def search_split(
     runtime: Runtime,
     device: torch.device,
 ) -> Split:
-    """What a width search sees: a stratified fraction of the training images.
+    """Return the batches of a width search, on a stratified fraction of the training images.
 
     The data set's validation share of that fraction is held out for evaluation. The test
-    images are not touched.
+    images are not used.
 
     Args:
         dataset: A choice of ``conf/dataset``.
         resolution: Side of the square input in pixels.
         fraction: Part of the training images, in (0, 1].
         seed: The run's seed.
-        recipe: Batch size and augmentation are taken from it.
-        runtime: Workers and memory format are taken from it.
-        device: Where the batches go.
+        recipe: Sets batch size and augmentation.
+        runtime: Sets workers and memory format.
+        device: The device of the batches.
 
     Raises:
-        InputError: As for `check`, but for what concerns the test images.
+        InputError: As for `check`, except for errors about the test images.
     """
     check_fraction(dataset, fraction=fraction, key="projection.fraction")
     images = dataset.train()
     drawn = stratify(images.labels, classes=len(images.classes), fraction=fraction, seed=seed)
-    train, validate = held_out(drawn, validation=dataset.validation)
-    preparation = Preparation(dataset, resolution, seed, recipe, runtime, device)
-    return preparation.split(images, train, evaluated=images, evaluation=validate)
+    train, validate = split_validation(drawn, validation=dataset.validation)
+    builder = SplitBuilder(dataset, resolution, seed, recipe, runtime, device)
+    return builder.build(images, train, evaluated=images, evaluation=validate)
 
 
 def target_split(
@@ -321,100 +329,99 @@ def target_split(
     runtime: Runtime,
     device: torch.device,
 ) -> Split:
-    """What a final training sees: all training images, and the test images.
+    """Return the batches of a final training: all training images, and the test images.
 
     Args:
         dataset: A choice of ``conf/dataset``.
         resolution: Side of the square input in pixels.
         seed: The run's seed.
-        recipe: Batch size and augmentation are taken from it.
-        runtime: Workers and memory format are taken from it.
-        device: Where the batches go.
+        recipe: Sets batch size and augmentation.
+        runtime: Sets workers and memory format.
+        device: The device of the batches.
 
     Raises:
         InputError: Images are missing or cannot be read, or there are fewer than two classes.
     """
     classes(dataset)
-    images, tested = dataset.train(), dataset.test()
-    preparation = Preparation(dataset, resolution, seed, recipe, runtime, device)
-    return preparation.split(
-        images,
-        np.arange(len(images.labels)),
-        evaluated=tested,
-        evaluation=np.arange(len(tested.labels)),
+    train, test = dataset.train(), dataset.test()
+    builder = SplitBuilder(dataset, resolution, seed, recipe, runtime, device)
+    return builder.build(
+        train,
+        np.arange(len(train.labels)),
+        evaluated=test,
+        evaluation=np.arange(len(test.labels)),
     )
 
 
-class Augmented:
-    """The images of a batch as training sees them."""
+class AugmentedImages:
+    """Training images with augmentation."""
 
-    immediate: bool
-    """Whether a batch is no more than a copy in memory."""
+    in_memory: bool
+    """Whether loading a batch only copies memory."""
 
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:
-        """Part of a batch, images x 3 x side x side.
+        """Return a part of a batch, images x 3 x side x side.
 
         Args:
-            positions: The images of the whole batch.
-            part: Which part is asked for; it comes out as it would in the whole batch.
-            seed: All draws for the whole batch follow from it.
+            positions: The images of the complete batch.
+            part: The part to return; its images are those of the complete batch.
+            seed: Seed of all random numbers of the complete batch.
         """
         raise NotImplementedError
 
 
-class Plain(Augmented):
-    """Images as they are evaluated."""
+class PlainImages(AugmentedImages):
+    """Training images without augmentation, as for evaluation."""
 
     def __init__(self, images: EvalCrops) -> None:
-        self.immediate = isinstance(images, CachedEvalCrops)
+        self.in_memory = isinstance(images, CachedEvalCrops)
         self._images = images
 
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:  # noqa: ARG002
-        """Part of a batch; nothing is drawn."""
+        """Return a part of a batch; the seed has no effect."""
         return self._images(positions[part])
 
 
-class Cropped(Augmented):
-    """Images cropped after padding, and mirrored."""
+class CroppedImages(AugmentedImages):
+    """Training images with padded random crop and flip."""
 
     def __init__(self, images: EvalCrops, *, padding: int, flip: bool) -> None:
-        self.immediate = isinstance(images, CachedEvalCrops)
+        self.in_memory = isinstance(images, CachedEvalCrops)
         self._images = images
         self._padding = padding
         self._flip = flip
 
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:
-        """Part of a batch; one draw serves the whole batch."""
+        """Return a part of a batch; the random numbers are drawn for the complete batch."""
         draws = crop_draws(len(positions), padding=self._padding, flip=self._flip, seed=seed)
         return crop_images(self._images(positions[part]), draws[part], padding=self._padding)
 
 
-class PaperAugmented(Augmented):
-    """Images with the paper's augmentation."""
+class PaperImages(AugmentedImages):
+    """Training images with the paper's augmentation."""
 
-    immediate = False
+    in_memory = False
 
     def __init__(self, images: FullImages, augmentation: PaperAugmentation) -> None:
         self._images = images
         self._augmentation = augmentation
 
     def __call__(self, positions: Integers, *, part: slice, seed: int) -> Pixels:
-        """Part of a batch; each image has a draw of its own."""
-        places = range(len(positions))[part]
+        """Return a part of a batch; each image has its own seed."""
         with preserve_global_rngs():
             return np.stack(
                 [
                     self._augmentation(
-                        self._images(int(positions[place])), seed=derived_seed(seed, place)
+                        self._images(int(positions[index])), seed=derived_seed(seed, index)
                     )
-                    for place in places
+                    for index in range(len(positions))[part]
                 ]
             )
 
 
 @dataclass(frozen=True, eq=False)
-class Preparation:
-    """Turns images into batches under one set of conditions."""
+class SplitBuilder:
+    """Builds the batches of a search or training from images."""
 
     dataset: Dataset
     resolution: int
@@ -423,18 +430,18 @@ class Preparation:
     runtime: Runtime
     device: torch.device
 
-    def split(
+    def build(
         self, images: Images, train: Integers, *, evaluated: Images, evaluation: Integers
     ) -> Split:
-        """Batches of some images to train on, and of others to evaluate.
+        """Return batches to train on and batches to evaluate on.
 
-        What the training images leave of the memory limit is there for the others.
+        The evaluation images may take the part of the memory limit that the training images leave.
         """
         placement = Placement.of(self.dataset, runtime=self.runtime, device=self.device)
         limit_bytes = self.dataset.memory_limit_gb * 1e9
         augmented, used_bytes = self._augment(images, train, limit_bytes=limit_bytes)
-        prepared = self._squares(evaluated, evaluation, limit_bytes=limit_bytes - used_bytes)
-        batches = TrainBatches(
+        crops = self._load_eval_crops(evaluated, evaluation, limit_bytes=limit_bytes - used_bytes)
+        train_batches = TrainBatches(
             augmented,
             images.labels[train],
             classes=len(images.classes),
@@ -442,27 +449,26 @@ class Preparation:
             seed=self.seed,
             placement=placement,
         )
-        measured = EvaluationBatches(
-            prepared,
+        evaluation_batches = EvaluationBatches(
+            crops,
             evaluated.labels[evaluation],
             batch_size=max(1, self.recipe.batch_size // self.recipe.accumulation),
             placement=placement,
         )
-        return Split(batches, measured, len(images.classes))
+        return Split(train_batches, evaluation_batches, len(images.classes))
 
     def _augment(
         self, images: Images, indices: Integers, *, limit_bytes: float
-    ) -> tuple[Augmented, int]:
-        """The recipe's augmentation of some images, and the memory that they take."""
+    ) -> tuple[AugmentedImages, int]:
+        """Return images with the recipe's augmentation, and the size of their cache in bytes."""
         match self.recipe.augmentation:
             case "paper":
-                # Deviation: timm crops from the image at its own size. Here an image larger
-                # than the target needs is reduced once, by default to the usual 256 pixels
-                # for 224, so that a proxy's images fit into memory; in memory or not, so
-                # that the memory limit changes no result. dataset.train_scale=null turns
-                # it off.
+                # Deviation: timm crops from the image at its own size. Here a larger image is
+                # reduced once, by default to 256 pixels for a resolution of 224, so that the
+                # images of a proxy fit into memory. It is reduced without the cache too, so that
+                # the memory limit does not change results. dataset.train_scale=null turns it off.
                 scale = self.dataset.train_scale
-                kept = wholes(
+                full = load_full_images(
                     images,
                     indices,
                     short_side=None if scale is None else max(1, round(self.resolution * scale)),
@@ -472,23 +478,25 @@ class Preparation:
                 augmentation = PaperAugmentation(
                     resolution=self.resolution, mean=self.dataset.mean, flip=self.dataset.flip
                 )
-                return PaperAugmented(kept, augmentation), kept.stored_bytes
+                return PaperImages(full, augmentation), full.stored_bytes
             case "crop":
-                prepared = self._squares(images, indices, limit_bytes=limit_bytes)
+                crops = self._load_eval_crops(images, indices, limit_bytes=limit_bytes)
                 padding = self.resolution // PADDING
                 return (
-                    Cropped(prepared, padding=padding, flip=self.dataset.flip),
-                    prepared.stored_bytes,
+                    CroppedImages(crops, padding=padding, flip=self.dataset.flip),
+                    crops.stored_bytes,
                 )
             case "none":
-                prepared = self._squares(images, indices, limit_bytes=limit_bytes)
-                return Plain(prepared), prepared.stored_bytes
-            case other:
-                assert_never(other)
+                crops = self._load_eval_crops(images, indices, limit_bytes=limit_bytes)
+                return PlainImages(crops), crops.stored_bytes
+            case unknown:
+                assert_never(unknown)
 
-    def _squares(self, images: Images, indices: Integers, *, limit_bytes: float) -> EvalCrops:
-        """Some images as evaluation sees them."""
-        return squares(
+    def _load_eval_crops(
+        self, images: Images, indices: Integers, *, limit_bytes: float
+    ) -> EvalCrops:
+        """Load some of the images as for evaluation."""
+        return load_eval_crops(
             images,
             indices,
             resolution=self.resolution,
@@ -499,36 +507,40 @@ class Preparation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Steps(torch.utils.data.Dataset[Any]):
-    """What a worker process calls: the batch of one step, or why there is none."""
+class _StepDataset(torch.utils.data.Dataset[Any]):
+    """The batches by step, as the worker processes load them.
 
-    load: Callable[[int], Loaded]
+    An `InputError` is returned as its message, because a `DataLoader` would raise it with the
+    traceback of the worker.
+    """
+
+    load: Callable[[int], Batch]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | str:
         try:
-            return _tensors(self.load(step), pinned=False)
-        except InputError as error:  # raised again where it was asked for, as one line
+            return _to_tensors(self.load(step), pinned=False)
+        except InputError as error:
             return str(error)
 
 
-def _with_processes(
-    load: Callable[[int], Loaded], steps: Sequence[int], *, workers: int, pinned: bool
+def _load_in_processes(
+    load: Callable[[int], Batch], steps: Sequence[int], *, workers: int, pinned: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches that forked worker processes load, in order."""
+    """Yield batches in order, loaded by forked worker processes."""
     workers = min(workers, len(steps))
     loader: DataLoader[Any] = DataLoader(
-        _Steps(load),
+        _StepDataset(load),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pinned,
-        prefetch_factor=AHEAD if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # or starting it would draw from the caller's
+        generator=torch.Generator(),  # the default draws from the global rng
     )
     with warnings.catch_warnings():
-        # Workers never touch the threads that this process may have.
+        # The workers do not use the threads of this process.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")
         batches = iter(loader)
     for batch in batches:
@@ -537,27 +549,27 @@ def _with_processes(
         yield batch
 
 
-def _with_thread(
-    load: Callable[[int], Loaded], steps: Sequence[int], *, pinned: bool
+def _load_in_thread(
+    load: Callable[[int], Batch], steps: Sequence[int], *, pinned: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches that one thread loads ahead, in order."""
+    """Yield batches in order, loaded in advance by a thread."""
     remaining = iter(steps)
     with ThreadPoolExecutor(1) as pool:
         pending: deque[Future[tuple[Tensor, Tensor]]] = deque()
         while True:
-            for step in itertools.islice(remaining, AHEAD - len(pending)):
-                pending.append(pool.submit(lambda s: _tensors(load(s), pinned=pinned), step))
+            for step in itertools.islice(remaining, PREFETCH - len(pending)):
+                pending.append(pool.submit(lambda s: _to_tensors(load(s), pinned=pinned), step))
             if not pending:
                 return
             yield pending.popleft().result()
 
 
-def _tensors(batch: Loaded, *, pinned: bool) -> tuple[Tensor, Tensor]:
-    """The batch as tensors, in memory that a device can copy from by itself if asked for."""
+def _to_tensors(batch: Batch, *, pinned: bool) -> tuple[Tensor, Tensor]:
+    """Return the batch as tensors, in pinned memory if requested."""
     pixels, labels = (torch.from_numpy(array) for array in batch)
     return (pixels.pin_memory(), labels.pin_memory()) if pinned else (pixels, labels)
 
 
-def _as_it_is(batch: Any) -> Any:
-    """The batch, which is whole already."""
+def _identity(batch: Any) -> Any:
+    """Return the batch unchanged; the data set already returns complete batches."""
     return batch

@@ -1,8 +1,7 @@
-"""Training images as they lie in memory, or as they are decoded when they are asked for.
+"""Decoded images: cached in memory if they fit, else decoded on each access.
 
-*EvalCrops* are images resized and cropped to the input's side, as evaluation sees them.
-*FullImages* are uncropped images, from which random resized crops are taken. Both come out the
-same whether they are kept in memory or not.
+`EvalCrops` are images resized and cropped to the input size, as for evaluation. `FullImages` are
+uncropped images, from which random resized crops are taken. The cache changes no pixel.
 """
 
 from collections.abc import Callable
@@ -25,32 +24,32 @@ from widthopt.data.images import (
 
 
 SAMPLE = 256
-"""Images whose size is looked up to estimate the memory that all would take."""
+"""Number of images that the memory estimate is based on."""
 
 
 class EvalCrops(Protocol):
-    """Images of the input's size; called with positions, it gives images x 3 x side x side."""
+    """Images resized and cropped to the input size."""
 
     @property
     def stored_bytes(self) -> int:
-        """The memory they take."""
+        """Size of the cache in bytes."""
         ...
 
     def __call__(self, positions: Integers) -> Pixels:
-        """The images at these positions."""
+        """Return the images at these positions, images x 3 x side x side."""
         ...
 
 
 class FullImages(Protocol):
-    """Uncropped images, one at a time."""
+    """Uncropped images."""
 
     @property
     def stored_bytes(self) -> int:
-        """The memory they take."""
+        """Size of the cache in bytes."""
         ...
 
     def __call__(self, position: int) -> Image.Image:
-        """The image at this position."""
+        """Return the image at this position."""
         ...
 
 
@@ -62,17 +61,17 @@ class CachedEvalCrops:
 
     @property
     def stored_bytes(self) -> int:
-        """The memory they take."""
+        """Size of the cache in bytes."""
         return self.pixels.nbytes
 
     def __call__(self, positions: Integers) -> Pixels:
-        """The images at these positions."""
+        """Return the images at these positions."""
         return self.pixels[positions]
 
 
 @dataclass(frozen=True, eq=False)
-class DecodedSquares:
-    """EvalCrops that are decoded each time."""
+class DecodedEvalCrops:
+    """EvalCrops that are decoded on each access."""
 
     images: Images
     indices: Integers
@@ -81,13 +80,13 @@ class DecodedSquares:
     stored_bytes: int = 0
 
     def __call__(self, positions: Integers) -> Pixels:
-        """The images at these positions."""
-        return np.stack([self.square(int(position)) for position in positions])
+        """Return the images at these positions."""
+        return np.stack([self.decode(int(position)) for position in positions])
 
-    def square(self, position: int) -> Pixels:
-        """The image at this position, 3 x side x side."""
+    def decode(self, position: int) -> Pixels:
+        """Return the image at this position, 3 x side x side."""
         image = self.images.image(int(self.indices[position]))
-        return channels_first(square(image, resolution=self.resolution, crop=self.crop))
+        return channels_first(eval_crop(image, resolution=self.resolution, crop=self.crop))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +95,7 @@ class CachedFullImages:
 
     Attributes:
         pixels: The pixels of all images, one after another.
-        ends: Where each image ends in ``pixels``.
+        ends: The end of each image in ``pixels``.
         sizes: Width and height of each image.
     """
 
@@ -106,11 +105,11 @@ class CachedFullImages:
 
     @property
     def stored_bytes(self) -> int:
-        """The memory they take."""
+        """Size of the cache in bytes."""
         return self.pixels.nbytes
 
     def __call__(self, position: int) -> Image.Image:
-        """The image at this position."""
+        """Return the image at this position."""
         width, height = (int(side) for side in self.sizes[position])
         end = int(self.ends[position])
         pixels = self.pixels[end - width * height * CHANNELS : end]
@@ -118,8 +117,8 @@ class CachedFullImages:
 
 
 @dataclass(frozen=True, eq=False)
-class DecodedWholes:
-    """FullImages that are decoded each time."""
+class DecodedFullImages:
+    """FullImages that are decoded on each access."""
 
     images: Images
     indices: Integers
@@ -127,11 +126,11 @@ class DecodedWholes:
     stored_bytes: int = 0
 
     def __call__(self, position: int) -> Image.Image:
-        """The image at this position."""
+        """Return the image at this position."""
         return self.images.image(int(self.indices[position]), short_side=self.short_side)
 
 
-def squares(
+def load_eval_crops(
     images: Images,
     indices: Integers,
     *,
@@ -140,20 +139,20 @@ def squares(
     limit_bytes: float,
     progress: bool,
 ) -> EvalCrops:
-    """Some of the images as squares, in memory where they fit.
+    """Load some of the images resized and cropped, into memory if they fit.
 
     Args:
         images: The images of one split.
-        indices: Which of them.
-        resolution: Side of the squares in pixels.
+        indices: The images to load.
+        resolution: Side of the cropped images in pixels.
         crop: Side of the central crop as a part of the resized short side.
-        limit_bytes: The memory there is for them.
-        progress: Show a progress bar while they are decoded.
+        limit_bytes: The memory that they may take.
+        progress: Whether to show a progress bar.
 
     Raises:
-        UnreadableError: Some cannot be decoded; each is named.
+        UnreadableError: Some cannot be decoded; the message names them.
     """
-    decoded = DecodedSquares(images, indices, resolution, crop)
+    decoded = DecodedEvalCrops(images, indices, resolution, crop)
     shape = (len(indices), CHANNELS, resolution, resolution)
     if int(np.prod(shape, dtype=np.int64)) > limit_bytes:
         return decoded
@@ -165,14 +164,14 @@ def squares(
         return CachedEvalCrops(np.ascontiguousarray(images.pixels[indices].transpose(0, 3, 1, 2)))
     pixels = np.empty(shape, dtype=np.uint8)
 
-    def keep(position: int) -> None:
-        pixels[position] = decoded.square(position)
+    def store(position: int) -> None:
+        pixels[position] = decoded.decode(position)
 
-    _decode(keep, len(indices), progress=progress)
+    _decode_all(store, len(indices), progress=progress)
     return CachedEvalCrops(pixels)
 
 
-def wholes(
+def load_full_images(
     images: Images,
     indices: Integers,
     *,
@@ -180,21 +179,21 @@ def wholes(
     limit_bytes: float,
     progress: bool,
 ) -> FullImages:
-    """Some of the images uncropped, in memory where they fit.
+    """Load some of the images uncropped, into memory if they fit.
 
-    The memory is estimated from at most 256 of them.
+    The memory is estimated from a sample of about `SAMPLE` images.
 
     Args:
         images: The images of one split.
-        indices: Which of them.
+        indices: The images to load.
         short_side: Larger images are reduced to this short side; None keeps their size.
-        limit_bytes: The memory there is for them.
-        progress: Show a progress bar while they are decoded.
+        limit_bytes: The memory that they may take.
+        progress: Whether to show a progress bar.
 
     Raises:
-        UnreadableError: Some cannot be decoded; each is named.
+        UnreadableError: Some cannot be decoded; the message names them.
     """
-    decoded = DecodedWholes(images, indices, short_side)
+    decoded = DecodedFullImages(images, indices, short_side)
     sample = indices[:: max(1, len(indices) // SAMPLE)]
     areas = [_area(*images.size(int(index)), short_side=short_side) for index in sample]
     if sum(areas) / len(areas) * CHANNELS * len(indices) > limit_bytes:
@@ -207,10 +206,10 @@ def wholes(
             return CachedFullImages(pixels, ends, np.tile(size, (len(indices), 1)))
     arrays: list[Pixels] = [np.empty(0, dtype=np.uint8)] * len(indices)
 
-    def keep(position: int) -> None:
+    def store(position: int) -> None:
         arrays[position] = np.asarray(decoded(position))
 
-    _decode(keep, len(indices), progress=progress)
+    _decode_all(store, len(indices), progress=progress)
     sizes = np.array([array.shape[1::-1] for array in arrays], dtype=np.int64)
     return CachedFullImages(
         pixels=np.concatenate([array.ravel() for array in arrays]),
@@ -219,12 +218,12 @@ def wholes(
     )
 
 
-def square(image: Image.Image, *, resolution: int, crop: float) -> Image.Image:
-    """The evaluation transform: resize the short side, then crop the centre.
+def eval_crop(image: Image.Image, *, resolution: int, crop: float) -> Image.Image:
+    """Return the image as for evaluation: short side resized, centre cropped.
 
     Args:
         image: In RGB.
-        resolution: Side of the square in pixels.
+        resolution: Side of the crop in pixels.
         crop: ``resolution`` as a part of the resized short side, in (0, 1].
     """
     short_side = max(resolution, round(resolution / crop))
@@ -237,23 +236,27 @@ def square(image: Image.Image, *, resolution: int, crop: float) -> Image.Image:
 
 
 def channels_first(image: Image.Image) -> Pixels:
-    """The image's pixels as 3 x height x width."""
+    """Return the pixels of an image as 3 x height x width."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _area(width: int, height: int, *, short_side: int | None) -> int:
-    """Pixels of an image after `reduce_image`."""
+    """Return the number of pixels of an image after `reduce_image`."""
     if short_side is not None and min(width, height) > short_side:
         width, height = side_lengths(width, height, short_side)
     return width * height
 
 
-def _decode(keep: Callable[[int], None], count: int, *, progress: bool) -> None:
-    """Call ``keep`` for every position, in threads, and name all that cannot be decoded."""
+def _decode_all(store: Callable[[int], None], count: int, *, progress: bool) -> None:
+    """Call ``store`` for every position, in threads.
+
+    Raises:
+        UnreadableError: Some images cannot be decoded; the message names them.
+    """
 
     def attempt(position: int) -> UnreadableError | None:
         try:
-            keep(position)
+            store(position)
         except UnreadableError as error:
             return error
         return None
@@ -261,4 +264,4 @@ def _decode(keep: Callable[[int], None], count: int, *, progress: bool) -> None:
     outcomes = map_threaded(attempt, range(count), progress="Decoding images" if progress else None)
     errors = [error for error in outcomes if error is not None]
     if errors:
-        raise errors[0].images.unreadable([index for e in errors for index in e.indices])
+        raise errors[0].images.unreadable_error([index for e in errors for index in e.indices])

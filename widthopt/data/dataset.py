@@ -1,4 +1,4 @@
-"""What every choice of ``conf/dataset`` says about its images, and the checks on it."""
+"""The interface and the fields that all choices of ``conf/dataset`` share."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from widthopt.errors import InputError, check_value
 
 
 CHANNELS = 3
-"""Red, green and blue; greyscale images are converted."""
+"""Red, green and blue; greyscale images are converted to RGB."""
 
 
 class Dataset(Protocol):
-    """A data set: ``conf/dataset`` chooses one by its ``_target_``.
+    """A data set; ``_target_`` in ``conf/dataset`` names its class.
 
-    One of your own needs these attributes and two methods; `DatasetChoice` checks them.
+    A class that implements it can inherit the attributes and their checks from `DatasetChoice`.
     """
 
     @property
@@ -26,7 +26,7 @@ class Dataset(Protocol):
 
     @property
     def resolution(self) -> int:
-        """Side of the square input in pixels where nothing else is asked for."""
+        """Default side of the square input, in pixels."""
         ...
 
     @property
@@ -41,80 +41,80 @@ class Dataset(Protocol):
 
     @property
     def crop(self) -> float:
-        """Side of the central crop at evaluation as a part of the short side, in (0, 1]."""
+        """Side of the central crop at evaluation, as a part of the short side, in (0, 1]."""
         ...
 
     @property
     def flip(self) -> bool:
-        """Whether a mirrored image keeps its class."""
+        """Whether a mirrored image keeps its class, so that augmentation may mirror images."""
         ...
 
     @property
     def train_scale(self) -> float | None:
         """Short side of the images that random resized crops are taken from.
 
-        As a multiple of the resolution; None keeps every image at its own size.
+        It is a multiple of the resolution; None keeps every image at its own size.
         """
         ...
 
     @property
     def validation(self) -> float:
-        """Part of a search's training images that is held out for its validation."""
+        """Part of a search's training images that is held out for validation, in (0, 1)."""
         ...
 
     @property
     def memory_limit_gb(self) -> float:
-        """Decoded images are kept in memory up to this many gigabytes (10^9 bytes)."""
+        """Memory for decoded images, in gigabytes (10^9 bytes)."""
         ...
 
     def class_count(self) -> int:
-        """How many classes there are."""
+        """Return the number of classes."""
         ...
 
     def train(self) -> Images:
-        """The training images.
+        """Return the training images.
 
         Raises:
-            InputError: They are missing or broken.
+            InputError: Images are missing or cannot be read.
         """
         ...
 
     def test(self) -> Images:
-        """The images that final accuracy is measured on; no search sees them.
+        """Return the test images, which final accuracy is measured on; no search uses them.
 
         Raises:
-            InputError: They are missing or broken.
+            InputError: Images are missing or cannot be read.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetChoice:
-    """The part that all choices of ``conf/dataset`` share; default values live there.
+    """The fields that all choices of ``conf/dataset`` share; their defaults are in ``conf/``.
 
     Attributes:
         name: The data set's name in records, figures and messages.
-        resolution: Side of the square input in pixels where nothing else is asked for.
-        mean: Mean of each of three channels, in units of full brightness.
-        std: Standard deviation of each of three channels, in the same units.
-        crop: Side of the central crop at evaluation as a part of the short side, in (0, 1].
-        flip: Whether a mirrored image keeps its class.
+        resolution: Default side of the square input, in pixels.
+        mean: Mean of each of the three channels, in units of full brightness.
+        std: Standard deviation of each of the three channels, in the same units.
+        crop: Side of the central crop at evaluation, as a part of the short side, in (0, 1].
+        flip: Whether a mirrored image keeps its class, so that augmentation may mirror images.
         train_scale: Short side of the images that random resized crops are taken from, as a
             multiple of the resolution; larger images are reduced to it once. None keeps
             every image at its own size.
-        validation: Part of a search's training images held out for its validation, in (0, 1).
-        memory_limit_gb: Decoded images are kept in memory up to this many gigabytes (10^9
-            bytes); 0 decodes each image whenever it is needed. Changes no result.
+        validation: Part of a search's training images that is held out for validation, in (0, 1).
+        memory_limit_gb: Memory for decoded images, in gigabytes (10^9 bytes); 0 decodes each
+            image whenever it is needed. Does not change results.
     """
 
     NON_IDENTITY_KEYS: ClassVar[frozenset[str]] = frozenset({"memory_limit_gb", "resolution"})
-    """Fields that change no result, so that they are no part of a run's name.
+    """Fields that are not part of a run's identity because they do not change results.
 
-    The resolution is that of the target where nobody says another, and has its place there.
+    The resolution only sets the default of ``target.resolution``, which is part of the identity.
     """
 
     IMPORTS: ClassVar[tuple[str, ...]] = ()
-    """Modules that its images need, beside this one, and that take long to import."""
+    """Modules that the images need and that are slow to import."""
 
     name: str
     resolution: int
@@ -132,13 +132,13 @@ class DatasetChoice:
         Raises:
             InputError: A value lies outside its range.
         """
-        for key in ("mean", "std"):  # a configuration hands over lists
+        for key in ("mean", "std"):  # the configuration passes lists
             object.__setattr__(self, key, _per_channel(f"dataset.{key}", getattr(self, key)))
         check_value(
             "dataset.resolution",
             self.resolution,
             holds=self.resolution >= 1,
-            rule="an image has a side of at least one pixel; use a whole number from 1 up",
+            rule="an image has at least one pixel; use an integer of at least 1",
         )
         check_value(
             "dataset.std",
@@ -168,37 +168,37 @@ class DatasetChoice:
             "dataset.memory_limit_gb",
             self.memory_limit_gb,
             holds=self.memory_limit_gb >= 0,
-            rule="it is a size; use 0 to keep nothing in memory, or a number above",
+            rule="it is a size; use 0 to cache no images, or a number above 0",
         )
 
 
 def classes(dataset: Dataset) -> tuple[str, ...]:
-    """The names of the classes, in the order of the labels.
+    """Return the names of the classes, in the order of the labels.
 
     Args:
-        dataset: A choice of ``conf/dataset``; its training images are looked up.
+        dataset: A choice of ``conf/dataset``; its training images are listed.
 
     Raises:
-        InputError: There are fewer than two, or the training images are missing or broken.
+        InputError: There are fewer than two, or training images are missing or cannot be read.
     """
     names = dataset.train().classes
-    if len(names) < 2:  # noqa: PLR2004 (two classes are the least there is to tell apart)
-        found = ", ".join(names) or "none"
+    if len(names) < 2:  # noqa: PLR2004 (a classifier needs two classes)
+        listed = ", ".join(names) or "none"
         raise InputError(
-            f"{origin(dataset)}, but it has fewer than two classes ({found}) and there is "
-            "nothing to tell apart; use a data set of two classes or more"
+            f"{origin(dataset)}, but it has fewer than two classes ({listed}) and a "
+            "classifier needs two; use a data set of two classes or more"
         )
     return names
 
 
 def origin(dataset: Dataset) -> str:
-    """The key that says where a data set comes from, and its value, as a message begins."""
+    """Return the beginning of a message: the key that identifies the data set, and its value."""
     root = getattr(dataset, "root", None)
     return f"dataset.name is {dataset.name}" if root is None else f"dataset.root is {root}"
 
 
 def _per_channel(key: str, values: Sequence[float]) -> tuple[float, ...]:
-    """The values as a tuple of three numbers."""
+    """Return the values as a tuple of three numbers."""
     numbers = tuple(values)
     check_value(
         key,

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8 pixels, that come with scikit-learn: no download, no folder."""
+"""Handwritten digits of 8x8 pixels, which are part of scikit-learn."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,22 +8,22 @@ import numpy as np
 
 from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages
-from widthopt.data.subsets import fraction_of, members, permute
+from widthopt.data.subsets import fraction_of, indices_by_class, permute
 
 
-BRIGHTEST = 16
-"""The largest value of a pixel as scikit-learn stores it."""
+MAX_PIXEL = 16
+"""The largest pixel value in scikit-learn's images."""
 
-TRAIN = 0.8
-"""Part of each class that trains; the rest is the test split."""
+TRAIN_SHARE = 0.8
+"""Part of each class in the training split; the rest is the test split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(DatasetChoice):
     """1,797 greyscale digits in ten classes.
 
-    scikit-learn has one set of images and no split, so four fifths of each class train and
-    the rest test, the same for every seed.
+    scikit-learn provides no split: four fifths of each class are training images and the rest are
+    test images, the same for every seed.
 
     Source: Alpaydin and Kaynak, 1998, "Optical Recognition of Handwritten Digits".
     """
@@ -31,33 +31,33 @@ class Digits(DatasetChoice):
     IMPORTS: ClassVar[tuple[str, ...]] = ("sklearn.datasets",)
 
     def class_count(self) -> int:
-        """How many classes there are."""
+        """Return the number of classes."""
         return 10
 
     def train(self) -> ArrayImages:
-        """The training images: four fifths of each class."""
+        """Return the training images, four fifths of each class."""
         return self._splits[0]
 
     def test(self) -> ArrayImages:
-        """The test images: the other fifth."""
+        """Return the test images, the remaining fifth of each class."""
         return self._splits[1]
 
     @cached_property
     def _splits(self) -> tuple[ArrayImages, ArrayImages]:
         """Training and test images."""
-        from sklearn.datasets import load_digits  # noqa: PLC0415 (takes a second to import)
+        from sklearn.datasets import load_digits  # noqa: PLC0415 (slow to import)
 
         loaded = load_digits()
-        pixels = np.rint(loaded.images * (255 / BRIGHTEST)).astype(np.uint8)
+        pixels = np.rint(loaded.images * (255 / MAX_PIXEL)).astype(np.uint8)
         labels = loaded.target.astype(np.int64)
         names = tuple(str(name) for name in loaded.target_names)
         shuffled = [
-            permute(of_class, 0, "digits", i)
-            for i, of_class in enumerate(members(labels, len(names)))
+            permute(indices, 0, "digits", label)
+            for label, indices in enumerate(indices_by_class(labels, len(names)))
         ]
-        kept = [fraction_of(len(of_class), TRAIN) for of_class in shuffled]
-        train = np.concatenate([c[:k] for c, k in zip(shuffled, kept, strict=True)])
-        test = np.concatenate([c[k:] for c, k in zip(shuffled, kept, strict=True)])
+        counts = [fraction_of(len(indices), TRAIN_SHARE) for indices in shuffled]
+        train = np.concatenate([i[:n] for i, n in zip(shuffled, counts, strict=True)])
+        test = np.concatenate([i[n:] for i, n in zip(shuffled, counts, strict=True)])
         train.sort()
         test.sort()
         return (

@@ -1,7 +1,6 @@
-"""Labelled images as a data set hands them over, before any transform.
+"""The labelled images of a data set, before any transform.
 
-An image is a Pillow image in RGB at its own size. Where it comes from, an array or a file,
-is known only here.
+An image is a Pillow image in RGB at its own size, from an array or from a file.
 """
 
 import os
@@ -21,13 +20,13 @@ from widthopt.errors import InputError
 
 
 Integers: TypeAlias = NDArray[np.int64]
-"""Labels, or the indices of images."""
+"""Labels, or indices of images."""
 
 Pixels: TypeAlias = NDArray[np.uint8]
-"""Pixels as they are stored, from 0 to 255."""
+"""Pixels from 0 to 255."""
 
-NAMED = 10
-"""How many unreadable images a message names before it only counts them."""
+MAX_NAMED = 10
+"""The most names that a message lists; the remaining ones are counted."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,23 +46,23 @@ class Images(Protocol):
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height of one image in pixels, without decoding it."""
+        """Return width and height of an image in pixels, without decoding it."""
         ...
 
     def image(self, index: int, *, short_side: int | None = None) -> Image.Image:
-        """One image in RGB.
+        """Return an image in RGB.
 
         Args:
-            index: Which image.
-            short_side: Reduce the image so that its short side is not above this; a smaller
-                image stays as it is, and so does any image where this is None.
+            index: The index of the image.
+            short_side: Reduce an image with a longer short side to this short side; None keeps
+                every image at its own size.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages:
-    """Images that are in memory already, all of one size.
+    """Images in memory, all of the same size.
 
     Attributes:
         labels: The class of each image, counted from 0.
@@ -76,22 +75,22 @@ class ArrayImages:
     pixels: Pixels
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height of one image in pixels."""
+        """Return width and height of an image in pixels."""
         height, width = self.pixels[index].shape[:2]
         return width, height
 
     def image(self, index: int, *, short_side: int | None = None) -> Image.Image:
-        """One image in RGB, its short side not above ``short_side``."""
-        image = _rgb(Image.fromarray(self.pixels[index]))
+        """Return an image in RGB, with a short side of at most ``short_side``."""
+        image = _to_rgb(Image.fromarray(self.pixels[index]))
         return image if short_side is None else reduce_image(image, short_side)
 
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
-    """Images in files, decoded when they are asked for.
+    """Images in files, decoded on each access.
 
     Attributes:
-        root: The folder of the data set, as the user gave it.
+        root: The folder of the data set, as the user typed it.
         labels: The class of each image, counted from 0.
         classes: The names of the classes.
         paths: The file of each image.
@@ -103,68 +102,64 @@ class FileImages:
     paths: tuple[str, ...]
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height of one image in pixels, from the head of its file.
+        """Return width and height of an image in pixels, from the header of its file.
 
         Raises:
-            UnreadableError: The file is no image that Pillow can open.
+            UnreadableError: Pillow cannot open the file.
         """
         try:
             with Image.open(self.paths[index]) as image:
                 return image.size
-        except Exception as error:  # Pillow raises nearly anything on a broken file
-            raise self.unreadable([index]) from error
+        except Exception as error:  # Pillow raises many types for a broken file
+            raise self.unreadable_error([index]) from error
 
     def image(self, index: int, *, short_side: int | None = None) -> Image.Image:
-        """One image in RGB, its short side not above ``short_side``.
+        """Return an image in RGB, with a short side of at most ``short_side``.
 
-        A JPEG file that is to be reduced to less than half is decoded at the smallest of its
-        own scales (1/2, 1/4, 1/8) that leaves twice the size asked for: the decoder then has
-        a fraction of the work, and the resize still filters what is left.
+        A JPEG file that is reduced to less than half is decoded at the smallest of JPEG's scales
+        (1/2, 1/4, 1/8) that leaves at least twice the requested size. Decoding is then faster, and
+        the resize still filters the remaining pixels.
 
         Raises:
-            UnreadableError: The file is no image that Pillow can decode.
+            UnreadableError: Pillow cannot decode the file.
         """
         try:
             with Image.open(self.paths[index]) as image:
                 size = image.size
                 if short_side is not None:
                     image.draft("RGB", (2 * short_side, 2 * short_side))
-                colour = _rgb(image)
-        except Exception as error:  # Pillow raises nearly anything on a broken file
-            raise self.unreadable([index]) from error
+                colour = _to_rgb(image)
+        except Exception as error:  # Pillow raises many types for a broken file
+            raise self.unreadable_error([index]) from error
         return colour if short_side is None else reduce_image(colour, short_side, size=size)
 
-    def broken(self) -> list[int]:
-        """The indices of the files that cannot be decoded; every file is read once."""
-        return [
-            index
-            for index, readable in enumerate(map_threaded(self._decodes, range(len(self.paths))))
-            if not readable
-        ]
+    def find_unreadable(self) -> list[int]:
+        """Read every file once and return the indices of those that cannot be decoded."""
+        readable = map_threaded(self._is_readable, range(len(self.paths)))
+        return [index for index, is_readable in enumerate(readable) if not is_readable]
 
-    def unreadable(self, indices: Sequence[int]) -> "UnreadableError":
-        """The error that names the images that cannot be read."""
+    def unreadable_error(self, indices: Sequence[int]) -> "UnreadableError":
+        """Return the error about images that cannot be read."""
         return UnreadableError(
-            f"dataset.root is {self.root}, but {self.named(indices)}; replace or remove what "
-            "cannot be read (dataset=image_folder can also skip it, with "
-            "dataset.allow_unreadable=true)",
+            f"dataset.root is {self.root}, but {self.describe_unreadable(indices)}; replace or "
+            "remove them (dataset=image_folder can skip them with dataset.allow_unreadable=true)",
             self,
             indices,
         )
 
-    def named(self, indices: Sequence[int]) -> str:
-        """How many images cannot be read, and which: the first ten by their paths."""
+    def describe_unreadable(self, indices: Sequence[int]) -> str:
+        """Return how many images cannot be read, with the paths of the first `MAX_NAMED`."""
         names = [
             os.path.relpath(self.paths[index], Path(self.root).expanduser()) for index in indices
         ]
-        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
         return (
             f"{len(names):,} of {len(self.paths):,} images cannot be read "
-            f"({', '.join(names[:NAMED])}{more})"
+            f"({', '.join(names[:MAX_NAMED])}{more})"
         )
 
     def without(self, indices: Sequence[int]) -> "FileImages":
-        """The same images but these."""
+        """Return the images except those at these indices."""
         skipped = set(indices)
         kept = [index for index in range(len(self.paths)) if index not in skipped]
         return FileImages(
@@ -174,8 +169,8 @@ class FileImages:
             paths=tuple(self.paths[index] for index in kept),
         )
 
-    def _decodes(self, index: int) -> bool:
-        """Whether one file decodes to its last byte; a JPEG file at its smallest scale."""
+    def _is_readable(self, index: int) -> bool:
+        """Return whether a file can be decoded to its end; a JPEG file at its smallest scale."""
         try:
             self.image(index, short_side=1)
         except UnreadableError:
@@ -187,8 +182,8 @@ class UnreadableError(InputError):
     """Images that cannot be read.
 
     Attributes:
-        images: The images that they are among.
-        indices: Which ones.
+        images: The images of the split.
+        indices: The indices of the images that cannot be read.
     """
 
     def __init__(self, message: str, images: FileImages, indices: Sequence[int]) -> None:
@@ -200,13 +195,13 @@ class UnreadableError(InputError):
 def reduce_image(
     image: Image.Image, short_side: int, *, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """The image with a short side not above ``short_side``; never enlarged.
+    """Return the image reduced to a short side of at most ``short_side``; never enlarged.
 
     Args:
-        image: Any image.
+        image: The image.
         short_side: In pixels.
-        size: Width and height that the aspect ratio is taken from, where the image has been
-            decoded at a smaller scale; its own by default.
+        size: Original width and height, for the aspect ratio of an image that was decoded at a
+            smaller scale; by default the size of the image.
     """
     width, height = size or image.size
     if min(width, height) <= short_side:
@@ -215,7 +210,7 @@ def reduce_image(
 
 
 def side_lengths(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height at this short side and the same aspect ratio, as torchvision rounds."""
+    """Return width and height for a short side at the same aspect ratio, rounded as torchvision."""
     if width <= height:
         return short_side, int(short_side * height / width)
     return int(short_side * width / height), short_side
@@ -224,16 +219,16 @@ def side_lengths(width: int, height: int, short_side: int) -> tuple[int, int]:
 def map_threaded(
     task: Callable[[Item], Result], items: Sequence[Item], *, progress: str | None = None
 ) -> list[Result]:
-    """What ``task`` gives for each item, in order, with a thread for each processor.
+    """Return ``task(item)`` for each item, in order, with a thread for each CPU.
 
-    Pillow lets go of the interpreter's lock while it decodes and resizes.
+    Pillow releases the GIL while it decodes and resizes.
 
     Args:
-        task: What to do with one item.
-        items: All of them.
-        progress: What a progress bar says meanwhile; none is shown where this is None.
+        task: The function to call.
+        items: Its arguments.
+        progress: Description of the progress bar; None shows none.
     """
-    with ThreadPoolExecutor(_processors()) as pool:
+    with ThreadPoolExecutor(_cpu_count()) as pool:
         results = pool.map(task, items)
         console = Console(stderr=True)
         if progress is None or not console.is_terminal:
@@ -241,15 +236,15 @@ def map_threaded(
         return list(track(results, progress, total=len(items), transient=True, console=console))
 
 
-def _processors() -> int:
-    """Processors that this process may use."""
+def _cpu_count() -> int:
+    """Return the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB; transparency is dropped."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return the decoded image in RGB, without transparency."""
     if image.mode == "RGB":
         image.load()
         return image

@@ -1,7 +1,7 @@
-"""Which images: stratified nested fractions, and the validation share of a search.
+"""Subsets of the images: stratified nested fractions, and the validation images of a search.
 
-Each class is shuffled once for a seed. A fraction is the beginning of that order, so a
-smaller fraction lies within a larger one, and all algorithms at one seed see the same.
+Each class is shuffled with the seed, and a fraction takes the first images of that order. A smaller
+fraction is therefore a subset of a larger one, and all algorithms use the same images at a seed.
 """
 
 import math
@@ -10,34 +10,34 @@ from typing import NamedTuple
 import numpy as np
 
 from widthopt.data.dataset import Dataset, classes, origin
-from widthopt.data.images import NAMED, Integers
+from widthopt.data.images import MAX_NAMED, Integers
 from widthopt.errors import InputError
 from widthopt.seeds import derived_seed
 
 
-LEAST = 2
-"""Images a class needs: one to train on and one to hold out."""
+MIN_CLASS_IMAGES = 2
+"""The fewest images of a class: one for training and one for validation."""
 
 
-def members(labels: Integers, classes: int) -> list[Integers]:
-    """The indices of the images of each class, in ascending order."""
+def indices_by_class(labels: Integers, classes: int) -> list[Integers]:
+    """Return the indices of the images of each class, in ascending order."""
     return [np.flatnonzero(labels == label) for label in range(classes)]
 
 
 def permute(indices: Integers, seed: int, *purpose: str | int) -> Integers:
-    """The indices in the random order that (seed, purpose) gives."""
+    """Return the indices in a random order that depends only on seed and purpose."""
     return np.random.default_rng(derived_seed(seed, *purpose)).permutation(indices)
 
 
 def fraction_of(images: int, fraction: float) -> int:
-    """How many of a class's images a fraction takes: to the nearest, halves up."""
+    """Return the number of images in a fraction of a class, with halves rounded up."""
     return math.floor(images * fraction + 0.5)
 
 
 def stratify(labels: Integers, *, classes: int, fraction: float, seed: int) -> list[Integers]:
-    """The images of each class that a fraction takes, in the order they are drawn.
+    """Draw a fraction of the images of each class.
 
-    A smaller fraction at the same seed takes the beginning of the same order.
+    A smaller fraction at the same seed takes the first images of the same order.
 
     Args:
         labels: The class of each image.
@@ -46,42 +46,42 @@ def stratify(labels: Integers, *, classes: int, fraction: float, seed: int) -> l
         seed: The run's seed.
 
     Returns:
-        Indices into ``labels``, for each class.
+        Indices into ``labels`` for each class, in the order in which they are drawn.
     """
     return [
-        permute(of_class, seed, "fraction", label)[: fraction_of(len(of_class), fraction)]
-        for label, of_class in enumerate(members(labels, classes))
+        permute(indices, seed, "fraction", label)[: fraction_of(len(indices), fraction)]
+        for label, indices in enumerate(indices_by_class(labels, classes))
     ]
 
 
-def held_out(drawn: list[Integers], *, validation: float) -> tuple[Integers, Integers]:
-    """Split the drawn images of each class into those that train and those held out.
+def split_validation(drawn: list[Integers], *, validation: float) -> tuple[Integers, Integers]:
+    """Split the drawn images of each class into training and validation images.
 
-    Each class gives the last of its images, at least one, and keeps at least one.
+    The last images of each class are for validation. Both parts have at least one image.
 
     Args:
-        drawn: Images of each class, in the order they were drawn; two or more in each.
+        drawn: The images of each class, at least two, in the order in which they were drawn.
         validation: Part to hold out, in (0, 1).
 
     Returns:
-        Indices that train and indices held out, both ascending.
+        Training indices and validation indices, both ascending.
     """
     train, validate = [], []
-    for of_class in drawn:
-        share = max(1, fraction_of(len(of_class), validation))
-        kept = max(1, len(of_class) - share)
-        train.append(of_class[:kept])
-        validate.append(of_class[kept:])
+    for indices in drawn:
+        share = max(1, fraction_of(len(indices), validation))
+        count = max(1, len(indices) - share)
+        train.append(indices[:count])
+        validate.append(indices[count:])
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(validate))
 
 
 class Counts(NamedTuple):
-    """How many images a search or training sees.
+    """The number of images in a search or training.
 
     Attributes:
-        batch_size: Images in each batch; all images where they are fewer than asked for.
-        steps_per_epoch: Batches in each epoch; what is left over is dropped.
-        evaluation: Images that are evaluated on.
+        batch_size: Images in each batch; the recipe's batch size, or all images if they are fewer.
+        steps_per_epoch: Batches in each epoch; an incomplete last batch is dropped.
+        evaluation: Images for evaluation.
     """
 
     batch_size: int
@@ -90,18 +90,18 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, train: int, evaluation: int, *, batch_size: int) -> "Counts":
-        """The counts for so many training images at this batch size."""
+        """Return the counts for a number of training and evaluation images."""
         size = min(batch_size, train)
         return cls(size, train // size, evaluation)
 
     @property
     def per_epoch(self) -> int:
-        """Training images seen in one epoch."""
+        """Training images in each epoch."""
         return self.batch_size * self.steps_per_epoch
 
 
 class Sizes(NamedTuple):
-    """How many images a data set has.
+    """The number of images in a data set.
 
     Attributes:
         train: Training images of each class.
@@ -113,10 +113,10 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Sizes":
-        """From the labels; where there are no images, as published, to plan with.
+        """Count the labels, or return the published counts if the images are missing.
 
         Raises:
-            InputError: There are no images, and nothing is published about them.
+            InputError: The images are missing and the class has no ``published_counts``.
         """
         try:
             images = dataset.train()
@@ -130,30 +130,30 @@ class Sizes(NamedTuple):
 
 
 def search_counts(sizes: Sizes, *, fraction: float, validation: float, batch_size: int) -> Counts:
-    """The counts of `widthopt.data.search_split`, which are the same for every seed."""
+    """Return the counts of `widthopt.data.search_split`, which are the same for every seed."""
     train = held = 0
     for images in sizes.train:
         drawn = fraction_of(images, fraction)
-        kept = max(1, drawn - max(1, fraction_of(drawn, validation)))
-        train, held = train + kept, held + drawn - kept
+        count = max(1, drawn - max(1, fraction_of(drawn, validation)))
+        train, held = train + count, held + drawn - count
     return Counts.of(train, held, batch_size=batch_size)
 
 
 def target_counts(sizes: Sizes, *, batch_size: int) -> Counts:
-    """The counts of `widthopt.data.target_split`."""
+    """Return the counts of `widthopt.data.target_split`."""
     return Counts.of(sum(sizes.train), sizes.test, batch_size=batch_size)
 
 
 def check(dataset: Dataset, *, fraction: float, key: str = "projection.fraction") -> None:
-    """Raise all that can be known to be wrong with the data before work starts.
+    """Check the data before a run starts.
 
-    The images are looked up, and those of an image folder are read, so this can take a while
-    for a large one.
+    The images are listed, and those of an image folder are read, which can take minutes for a
+    large folder.
 
     Args:
         dataset: A choice of ``conf/dataset``.
-        fraction: Part of the training images that a search sees.
-        key: The key that the fraction was given with, for the message.
+        fraction: Part of the training images in a search.
+        key: The key of the fraction, for the message.
 
     Raises:
         InputError: The fraction lies outside (0, 1] or leaves a class fewer than two images;
@@ -161,25 +161,25 @@ def check(dataset: Dataset, *, fraction: float, key: str = "projection.fraction"
             training and test images differ in their classes.
     """
     check_fraction(dataset, fraction=fraction, key=key)
-    names, tested = dataset.train().classes, dataset.test().classes
-    if tested != names:
-        differing = sorted(set(names) ^ set(tested))
+    train, test = dataset.train().classes, dataset.test().classes
+    if train != test:
+        differing = sorted(set(train) ^ set(test))
         raise InputError(
             f"{origin(dataset)}, but its training and test images differ in their classes "
-            f"({', '.join(differing[:NAMED])}); give both the same classes"
+            f"({', '.join(differing[:MAX_NAMED])}); give them the same classes"
         )
 
 
 def check_fraction(dataset: Dataset, *, fraction: float, key: str) -> None:
-    """The part of `check` that concerns the training images alone.
+    """Check the training images and the fraction of them that a search takes.
 
     Args:
         dataset: A choice of ``conf/dataset``.
-        fraction: Part of the training images that a search sees.
-        key: The key that the fraction was given with, for the message.
+        fraction: Part of the training images in a search.
+        key: The key of the fraction, for the message.
 
     Raises:
-        InputError: As for `check`, but for what concerns the test images.
+        InputError: As for `check`, except for errors about the test images.
     """
     if not 0 < fraction <= 1:
         raise InputError(
@@ -190,27 +190,27 @@ def check_fraction(dataset: Dataset, *, fraction: float, key: str) -> None:
     images = np.bincount(dataset.train().labels, minlength=len(names))
     smallest = int(images.argmin())
     name, count = names[smallest], int(images[smallest])
-    if count < LEAST:
+    if count < MIN_CLASS_IMAGES:
         raise InputError(
-            f"{origin(dataset)}, but class {name} has {_count_images(count)} to train on and a "
-            "class needs 2, one of them for validation; add images or leave the class out"
+            f"{origin(dataset)}, but class {name} has {_images(count)} for training and a class "
+            "needs 2, one of them for validation; add images or remove the class"
         )
-    left = fraction_of(count, fraction)
-    if left < LEAST:
+    drawn = fraction_of(count, fraction)
+    if drawn < MIN_CLASS_IMAGES:
         raise InputError(
-            f"{key} is {fraction}, but class {name} is left with {_count_images(left)} of "
-            f"{count:,} and a class needs 2, one of them for validation; use "
-            f"{smallest_fraction(count)} or more"
+            f"{key} is {fraction}, but it leaves class {name} {_images(drawn)} of {count:,} and a "
+            "class needs 2, one of them for validation; use at least "
+            f"{smallest_fraction(count)}"
         )
 
 
 def smallest_fraction(images: int) -> float:
-    """The smallest fraction, to four decimals or more, that takes two of a class's images."""
+    """Return the smallest fraction, with at least four decimals, that takes two images."""
     digits = max(4, math.ceil(math.log10(images)) + 1)
     unit: int = 10**digits
-    return math.ceil((LEAST - 0.5) / images * unit) / unit
+    return math.ceil((MIN_CLASS_IMAGES - 0.5) / images * unit) / unit
 
 
-def _count_images(images: int) -> str:
-    """A number of images in words."""
-    return "1 image" if images == 1 else f"{images:,} images"
+def _images(count: int) -> str:
+    """Return a number of images in words."""
+    return "1 image" if count == 1 else f"{count:,} images"

@@ -1,4 +1,4 @@
-"""Data sets that torchvision reads: its own by name, and any folder of images by class."""
+"""Data sets of torchvision by name, and folders of images."""
 
 import os
 import warnings
@@ -14,18 +14,18 @@ from widthopt.data.images import ArrayImages, FileImages, Images
 from widthopt.errors import InputError
 
 
-Named = Literal["CIFAR10", "CIFAR100", "FashionMNIST", "ImageNet"]
-"""The classes of ``torchvision.datasets`` that can be asked for by name."""
+DatasetName = Literal["CIFAR10", "CIFAR100", "FashionMNIST", "ImageNet"]
+"""The supported classes of ``torchvision.datasets``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionDataset(DatasetChoice):
-    """One of torchvision's data sets.
+    """A data set of torchvision.
 
     Attributes:
-        dataset: Its class in ``torchvision.datasets``.
-        root: The folder that torchvision looks in; ``~`` is the user's own folder.
-        download: Let torchvision download what is missing. It cannot download ImageNet.
+        dataset: The name of its class in ``torchvision.datasets``.
+        root: The folder with the data; ``~`` is the home folder.
+        download: Whether torchvision downloads missing data. It cannot download ImageNet.
     """
 
     NON_IDENTITY_KEYS: ClassVar[frozenset[str]] = DatasetChoice.NON_IDENTITY_KEYS | {
@@ -33,7 +33,7 @@ class VisionDataset(DatasetChoice):
         "download",
     }
 
-    dataset: Named
+    dataset: DatasetName
     root: str
     download: bool
 
@@ -44,26 +44,27 @@ class VisionDataset(DatasetChoice):
             InputError: A value lies outside its range.
         """
         super().__post_init__()
-        if self.dataset not in get_args(Named):
+        if self.dataset not in get_args(DatasetName):
             raise InputError(
                 f"dataset.dataset is {self.dataset}, but the choices are "
-                f"{', '.join(sorted(get_args(Named)))}; use one of them, or "
-                "dataset=image_folder for images of your own"
+                f"{', '.join(sorted(get_args(DatasetName)))}; use one of them, or "
+                "dataset=image_folder for your own images"
             )
         if self.download and self.dataset == "ImageNet":
             raise InputError(
-                "dataset.download is True, but ImageNet can only be had by its own terms; get "
-                "its archives by hand, put them into dataset.root and set dataset.download=false"
+                "dataset.download is True, but torchvision cannot download ImageNet; copy its "
+                "archives to dataset.root and set dataset.download=false"
             )
 
     def class_count(self) -> int:
-        """How many classes there are; known without the images."""
+        """Return the number of classes, which is known without the images."""
         return {"CIFAR10": 10, "CIFAR100": 100, "FashionMNIST": 10, "ImageNet": 1000}[self.dataset]
 
     def published_counts(self) -> tuple[tuple[int, ...], int]:
-        """How many training images each class has, and how many test images there are.
+        """Return the number of training images of each class, and of test images.
 
-        Known without the images. ImageNet's classes have 732 to 1,300; here they are alike.
+        They are known without the images. The classes of ImageNet have 732 to 1,300 training
+        images; here they have equal numbers.
         """
         train, test = {
             "CIFAR10": (50_000, 10_000),
@@ -72,37 +73,37 @@ class VisionDataset(DatasetChoice):
             "ImageNet": (1_281_167, 50_000),
         }[self.dataset]
         classes = self.class_count()
-        each, more = divmod(train, classes)
-        return tuple(each + (label < more) for label in range(classes)), test
+        count, rest = divmod(train, classes)
+        return tuple(count + (label < rest) for label in range(classes)), test
 
     def train(self) -> Images:
-        """The training images.
+        """Return the training images.
 
         Raises:
-            InputError: They are missing or broken.
+            InputError: Images are missing or cannot be read.
         """
         return self._train
 
     def test(self) -> Images:
-        """The test images; those of ImageNet are its validation images.
+        """Return the test images; for ImageNet its validation images.
 
         Raises:
-            InputError: They are missing or broken.
+            InputError: Images are missing or cannot be read.
         """
         return self._test
 
     @cached_property
     def _train(self) -> Images:
-        """The training images, looked up once."""
+        """The training images, listed once."""
         return self._load(train=True)
 
     @cached_property
     def _test(self) -> Images:
-        """The test images, looked up once."""
+        """The test images, listed once."""
         return self._load(train=False)
 
     def _load(self, *, train: bool) -> Images:
-        """The images of one split."""
+        """Return the images of a split."""
         datasets = _torchvision_datasets()
         root = Path(self.root).expanduser()
         constructor = getattr(datasets, self.dataset)
@@ -112,10 +113,10 @@ class VisionDataset(DatasetChoice):
             else:
                 loaded = constructor(root, train=train, download=self.download)
         except (RuntimeError, OSError, ValueError, EOFError, ImportError) as error:
-            raise self._missing(error) from error
+            raise self._missing_error(error) from error
         if self.dataset == "ImageNet":
             names = tuple(
-                f"{folder} {words[0]}"  # two classes are a crane
+                f"{folder} {words[0]}"  # two classes are called crane
                 for folder, words in zip(loaded.wnids, loaded.classes, strict=True)
             )
             return _file_images(self.root, loaded.samples, names)
@@ -125,41 +126,40 @@ class VisionDataset(DatasetChoice):
             pixels=np.ascontiguousarray(loaded.data, dtype=np.uint8),
         )
 
-    def _missing(self, error: Exception) -> InputError:
-        """The error that says what torchvision did not find, and what to do."""
-        reason = _one_line(error)
+    def _missing_error(self, error: Exception) -> InputError:
+        """Return the error about data that torchvision does not find."""
+        reason = _first_sentence(error)
         if self.dataset == "ImageNet":
             remedy = (
-                "put ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and "
-                "ILSVRC2012_img_val.tar there, or use dataset=image_folder for folders that "
-                "are unpacked already"
+                "copy ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and "
+                "ILSVRC2012_img_val.tar to it, or use dataset=image_folder for unpacked folders"
             )
         elif self.download:
-            remedy = f"put the unpacked files of {self.dataset} there by hand"
+            remedy = f"copy the unpacked files of {self.dataset} to it"
         else:
             remedy = (
-                "download it with dataset.download=true, or point dataset.root to the folder "
-                "that has it"
+                "download it with dataset.download=true, or set dataset.root to the folder "
+                "that contains it"
             )
         return InputError(
             f"dataset.root is {self.root}, but torchvision finds no complete {self.dataset} "
-            f"there ({reason}); {remedy}"
+            f"in it ({reason}); {remedy}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(DatasetChoice):
-    """Images of your own: ``root/train/<class>/...`` and ``root/val/<class>/...``.
+    """Your own images in ``root/train/<class>/...`` and ``root/val/<class>/...``.
 
-    ``root/test`` is read where there is no ``root/val``. Either is only ever tested on: a
-    search holds its validation images out of the training images.
+    Without ``root/val``, ``root/test`` is read. Both are test images: a search takes its validation
+    images from the training images.
 
     Attributes:
-        root: The folder; ``~`` is the user's own folder.
-        verify: Read every image once, before work starts, so that a broken one is not met in
-            the middle of a run. Takes about a millisecond an image and processor.
-        allow_unreadable: Skip images that cannot be read, with a warning that names them;
-            implies ``verify``.
+        root: The folder; ``~`` is the home folder.
+        verify: Whether to read every image once before the run starts, so that an unreadable
+            image does not stop it later. Takes about a millisecond for each image on one CPU.
+        allow_unreadable: Whether to skip images that cannot be read, with a warning that names
+            them; implies ``verify``.
     """
 
     NON_IDENTITY_KEYS: ClassVar[frozenset[str]] = DatasetChoice.NON_IDENTITY_KEYS | {"verify"}
@@ -169,42 +169,42 @@ class ImageFolder(DatasetChoice):
     allow_unreadable: bool
 
     def class_count(self) -> int:
-        """How many classes there are: as many as ``root/train`` has folders."""
+        """Return the number of classes, which is the number of folders in ``root/train``."""
         return len(classes(self))
 
     def train(self) -> FileImages:
-        """The training images.
+        """Return the training images.
 
         Raises:
-            InputError: They are missing or broken.
+            InputError: Images are missing or cannot be read.
         """
         return self._train
 
     def test(self) -> FileImages:
-        """The images in ``val``, or in ``test`` where there is no ``val``.
+        """Return the images in ``val``, or in ``test`` if there is no ``val``.
 
         Raises:
-            InputError: They are missing or broken.
+            InputError: Images are missing or cannot be read.
         """
         return self._test
 
     @cached_property
     def _train(self) -> FileImages:
-        """The training images, looked up once."""
+        """The training images, listed once."""
         return self._load("train")
 
     @cached_property
     def _test(self) -> FileImages:
-        """The test images, looked up once."""
+        """The test images, listed once."""
         return self._load("val", "test")
 
     def _load(self, *folders: str) -> FileImages:
-        """The images in the first of these folders that exists."""
+        """Return the images in the first of these folders that exists."""
         root = Path(self.root).expanduser()
         if not root.is_dir():
             raise InputError(
-                f"dataset.root is {self.root}, but there is no such folder; give the folder "
-                "that holds train/<class> and val/<class>"
+                f"dataset.root is {self.root}, but there is no such folder; use the folder "
+                "that contains train/<class> and val/<class>"
             )
         folder = next((root / name for name in folders if (root / name).is_dir()), None)
         if folder is None:
@@ -218,31 +218,35 @@ class ImageFolder(DatasetChoice):
         except OSError as error:
             raise InputError(
                 f"dataset.root is {self.root}, but not every class folder in "
-                f"{folder.name} has images ({_one_line(error)}); add images or remove the "
+                f"{folder.name} has images ({_first_sentence(error)}); add images or remove the "
                 "empty folders"
             ) from error
         images = _file_images(self.root, loaded.samples, tuple(loaded.classes))
-        return self._readable(images) if self.verify or self.allow_unreadable else images
+        return self._check_readable(images) if self.verify or self.allow_unreadable else images
 
-    def _readable(self, images: FileImages) -> FileImages:
-        """The images that can be read; an error, or a warning, where there are others."""
-        broken = images.broken()
-        if not broken:
+    def _check_readable(self, images: FileImages) -> FileImages:
+        """Return the images that can be read, with a warning about the skipped ones.
+
+        Raises:
+            InputError: Images cannot be read, and ``allow_unreadable`` is False.
+        """
+        unreadable = images.find_unreadable()
+        if not unreadable:
             return images
         if not self.allow_unreadable:
-            raise images.unreadable(broken)
+            raise images.unreadable_error(unreadable)
         warnings.warn(
-            f"dataset.root is {self.root}, and {images.named(broken)}; they are skipped, as "
-            "dataset.allow_unreadable is true",
+            f"dataset.root is {self.root}, and {images.describe_unreadable(unreadable)}; they are "
+            "skipped because dataset.allow_unreadable is true",
             stacklevel=2,
         )
-        return images.without(broken)
+        return images.without(unreadable)
 
 
 def _file_images(
     root: str, samples: list[tuple[str | os.PathLike[str], int]], names: tuple[str, ...]
 ) -> FileImages:
-    """Images in files, from torchvision's pairs of path and label."""
+    """Return the images of torchvision's pairs of path and label."""
     return FileImages(
         root=root,
         labels=np.array([label for _, label in samples], dtype=np.int64),
@@ -252,13 +256,13 @@ def _file_images(
 
 
 def _torchvision_datasets() -> Any:
-    """``torchvision.datasets``, imported when it is first needed: it brings torch along."""
+    """Return ``torchvision.datasets``, which is imported here because it imports torch."""
     from torchvision import datasets  # noqa: PLC0415
 
     return datasets
 
 
-def _one_line(error: Exception) -> str:
-    """The first sentence of an error, lower case, without its full stop."""
+def _first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error in lower case, without the full stop."""
     text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     return f"{text[:1].lower()}{text[1:]}" if text else type(error).__name__

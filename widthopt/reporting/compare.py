@@ -104,16 +104,16 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
         InputError: The figures cannot be written.
     """
     targets: dict[str, list[Gathered]] = {}
-    for one in found:
-        first = one.records[0]
+    for gathered in found:
+        first = gathered.records[0]
         name = f"{first.network}-{first.dataset}-{_axes_name(first.target)}".replace("/", "_")
-        targets.setdefault(name, []).append(one)
+        targets.setdefault(name, []).append(gathered)
     console = new_console()
-    for name, its in targets.items():
-        told = _labels([one.trained for one in its])
-        for label in dict.fromkeys(told):
+    for name, target in targets.items():
+        titles = _labels([gathered.trained for gathered in target])
+        for label in dict.fromkeys(titles):
             records = _label_records(
-                [one for one, own in zip(its, told, strict=True) if own == label]
+                [gathered for gathered, own in zip(target, titles, strict=True) if own == label]
             )
             if label:
                 console.print(label, style="bold")
@@ -141,18 +141,18 @@ def _axes_name(setting: Mapping[str, float]) -> str:
 def _label_records(found: Sequence[Gathered]) -> list[Record]:
     """Records that were trained alike, each once; what was searched otherwise has its own name."""
     groups: dict[tuple[str, str], list[Gathered]] = {}
-    for one in found:
-        first = one.records[0]
-        groups.setdefault((first.algorithm, first.found.method), []).append(one)
+    for gathered in found:
+        first = gathered.records[0]
+        groups.setdefault((first.algorithm, first.found.method), []).append(gathered)
     result: list[Record] = []
-    for (algorithm, method), its in groups.items():
-        proxies = [_axes_name(one.records[0].proxy) for one in its]
+    for (algorithm, method), group in groups.items():
+        proxies = [_axes_name(gathered.records[0].proxy) for gathered in group]
         if method != "transfer" or len(set(proxies)) == 1:
-            proxies = [""] * len(its)
-        labels = _labels([one.searched for one in its], proxies)
-        for label, one in zip(labels, its, strict=True):
-            for record in one.records:
-                if not any(record.stages == other.stages for other in result):
+            proxies = [""] * len(group)
+        labels = _labels([gathered.searched for gathered in group], proxies)
+        for label, gathered in zip(labels, group, strict=True):
+            for record in gathered.records:
+                if not any(record.stages == known.stages for known in result):
                     name = f"{algorithm} {label}".strip()
                     result.append(replace(record, algorithm=name))
     return result
@@ -167,20 +167,21 @@ def _labels(tables: Sequence[Mapping[str, Any]], ends: Sequence[str] = ()) -> li
     """
     ends = ends or [""] * len(tables)
     values = [
-        {path: value for path, value in one.items() if not (any(ends) and path[0] in _PROXY)}
-        for one in identity.differing_values(tables)
+        {path: value for path, value in item.items() if not (any(ends) and path[0] in _PROXY)}
+        for item in identity.differing_values(tables)
     ]
     chosen: list[tuple[str, ...]] = []
     kinds: list[tuple[str, ...]] = [(end,) for end in ends]
     for path in values[0]:
         more = [
-            (*kind, identity.canonical(one[path])) for kind, one in zip(kinds, values, strict=True)
+            (*kind, identity.canonical(item[path]))
+            for kind, item in zip(kinds, values, strict=True)
         ]
         if len(set(more)) > len(set(kinds)):
             chosen, kinds = [*chosen, path], more
     labels = [
-        " ".join(filter(None, (*(f"{path[-1]} {_short(one[path])}" for path in chosen), end)))
-        for one, end in zip(values, ends, strict=True)
+        " ".join(filter(None, (*(f"{path[-1]} {_short(item[path])}" for path in chosen), end)))
+        for item, end in zip(values, ends, strict=True)
     ]
     # Values that are cut or rounded may read alike.
     alike: dict[str, dict[tuple[str, ...], int]] = {}
@@ -205,4 +206,4 @@ def _short(value: Any) -> str:
 def runs(root: Path) -> list[Path]:
     """The folders below a root that have a record, in the order in which these were written."""
     found = root.glob("*/record.json")
-    return [path.parent for path in sorted(found, key=lambda one: (one.stat().st_mtime_ns, one))]
+    return [path.parent for path in sorted(found, key=lambda item: (item.stat().st_mtime_ns, item))]

@@ -1,8 +1,7 @@
-"""What is printed: the cost of a run, its table and figures, states of sweeps, widths."""
+"""Printed output: cost of a plan, table and figures of a run, states of sweeps, MACs."""
 
 import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -28,29 +27,26 @@ from widthopt.runs.plan import GPU_MACS_PER_SECOND, Plan, axes
 from widthopt.runs.states import State
 
 
-logger = logging.getLogger("widthopt")
-
-
-logger = logging.getLogger("widthopt")
-
-
 def run_and_report(request: Request) -> Path:
-    """Say what a run will cost, run it, and show what came out; the run's folder.
+    """Print the cost of a run, run it, and print its results.
+
+    Returns:
+        The folder of the run.
 
     Raises:
-        InputError: Something asked for cannot be done; nothing has started.
+        InputError: The request is invalid; nothing has started.
     """
     console, plan = new_console(), Plan.of([request])
-    point = plan.points[0].point
+    sized = plan.points[0].point
     states = plan.states()
     check_writable(Path(request.root))
-    point.store.check()
+    sized.store.check()
     show_plan(plan, states)
-    records = run_request(point, show=lambda line: console.print(line, style="bold"))
-    folder = point.folder
+    records = run_request(sized, show=lambda line: console.print(line, style="bold"))
+    folder = sized.folder
     pictures = draw(records, folder / "figures")
     console.print(table(records))
-    for line in complaints(records):
+    for line in search_problems(records):
         console.print(line)
     _write_table(records, folder / "table.txt")
     for path in (*pictures, folder / "record.json", folder / "channels"):
@@ -59,13 +55,13 @@ def run_and_report(request: Request) -> Path:
 
 
 def new_console(*, width: int | None = None) -> Console:
-    """Standard output; wide enough for the table where it is not a terminal."""
+    """Return a console on standard output, wide enough for the tables if it is no terminal."""
     console = Console(width=width, **_PLAIN)
     return console if console.is_terminal or width else Console(width=118, **_PLAIN)
 
 
 _PLAIN: Mapping[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-"""What is printed are names and others' messages: brackets in them are no commands to rich."""
+"""Names and error messages are printed unchanged: rich does not interpret brackets in them."""
 
 
 def _write_table(records: Sequence[Record], path: Path) -> None:
@@ -74,23 +70,27 @@ def _write_table(records: Sequence[Record], path: Path) -> None:
     write_atomically(path, text.getvalue())
 
 
-def complaints(records: Sequence[Record]) -> list[str]:
-    """What went wrong in searches, so that matching FLOPs does not hide it; seeds together."""
+def search_problems(records: Sequence[Record]) -> list[str]:
+    """Return one line for each problem of the searches; seeds with the same problem share it.
+
+    All methods match the budget, so accuracy alone does not show that a search failed.
+    """
     seeds: dict[tuple[str, str], list[str]] = {}
-    several = len(by_algorithm([one for one in records if one.found.method != "uniform"])) > 1
+    searched = [record for record in records if record.found.method != "uniform"]
+    several = len(by_algorithm(searched)) > 1
     for record in records:
         method = record.found.method
         name = f"{record.algorithm}, {method}" if several else method
-        for what in _wrong(record.found.diagnostics):
-            seeds.setdefault((name, what), []).append(str(record.found.seed))
+        for problem in _problems(record.found.diagnostics):
+            seeds.setdefault((name, problem), []).append(str(record.found.seed))
     return [
-        f"{name}, seed{'s' * (len(its) > 1)} {', '.join(its)}: {what}"
-        for (name, what), its in seeds.items()
+        f"{name}, seed{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {problem}"
+        for (name, problem), numbers in seeds.items()
     ]
 
 
-def _wrong(diagnostics: Mapping[str, Any]) -> Iterator[str]:
-    """What went wrong in a search."""
+def _problems(diagnostics: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the problems of one search."""
     if diagnostics.get("valid") is False:
         cut = ", ".join(diagnostics["cut"]) or "nothing"
         yield (
@@ -98,7 +98,7 @@ def _wrong(diagnostics: Mapping[str, Any]) -> Iterator[str]:
             f"{diagnostics['masked_accuracy_gap']:.1f} points; cut: {cut}"
         )
     if diagnostics.get("unchanged"):
-        yield "the search pruned nothing; its widths are the un-optimised ones"
+        yield "the search pruned nothing; its widths are those of the baseline (uniform widths)"
     if diagnostics.get("collapsed"):
         yield f"fell to the floor: {', '.join(diagnostics['collapsed'])}"
     if diagnostics.get("budget_reached") is False:
@@ -106,14 +106,14 @@ def _wrong(diagnostics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw the figures of a run as PNG files; where they are."""
+    """Draw the figures of a run as PNG files and return their paths."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, kind in (("channels", channels_figure), ("accuracy", savings_figure)):
+    for name, module in (("channels", channels_figure), ("accuracy", savings_figure)):
         with mpl.rc_context(RC):
             figure = Figure()
-            kind.draw(figure.subplots(), records)
+            module.draw(figure.subplots(), records)
             paths.append(folder / f"{name}.png")
             with writing(folder):
                 figure.savefig(paths[-1])
@@ -121,7 +121,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 LISTED_RUNS = 16
-"""Runs up to which a plan lists each of them."""
+"""Largest number of runs that a plan lists one by one."""
 
 
 def show_plan(
@@ -132,73 +132,80 @@ def show_plan(
     nodes: int = 1,
     macs_per_second: float = GPU_MACS_PER_SECOND,
 ) -> None:
-    """Print what a plan would do and what it costs.
+    """Print the runs of a plan and their cost.
 
     Args:
         plan: The plan.
-        states: Of each of its runs.
-        as_json: Print one JSON object.
-        nodes: Nodes that the hours are for, each of eight accelerators.
-        macs_per_second: What one accelerator trains at.
+        states: The state of each run, by name.
+        as_json: Whether to print one JSON object.
+        nodes: Number of nodes, of eight accelerators each, for the estimate of the hours.
+        macs_per_second: Training throughput of one accelerator.
     """
     cost = plan.cost(states, nodes=nodes, macs_per_second=macs_per_second)
     if as_json:
         runs = [
             {
                 "name": name,
-                "kind": one.kind,
-                "what": one.what,
-                "needs": list(one.needs),
-                "macs": one.macs,
+                "kind": run.kind,
+                "what": run.what,
+                "needs": list(run.needs),
+                "macs": run.macs,
                 "state": states[name],
             }
-            for name, one in plan.runs.items()
+            for name, run in plan.runs.items()
         ]
         print(json.dumps({**asdict(cost), "runs": runs}, indent=2))  # noqa: T201
         return
-    result = Table(title="What this takes", title_justify="left")
+    result = Table(title="Plan", title_justify="left")
     if len(plan.runs) <= LISTED_RUNS:
         for name in ("run", "MACs", "state"):
             result.add_column(name, justify="right" if name == "MACs" else "left")
-        for name, one in plan.runs.items():
+        for name, run in plan.runs.items():
             state = "to do" if states[name] == "missing" else states[name]
-            result.add_row(one.what, short(one.macs), state)
+            result.add_row(run.what, short(run.macs), state)
         result.add_section()
-        result.add_row("left to do", short(cost.macs_left), "")
+        result.add_row("remaining", short(cost.macs_left), "")
     else:
         for name in ("runs", "all", "done", "left", "MACs left"):
             result.add_column(name, justify="left" if name == "runs" else "right")
         for kind, word in (("search", "searches"), ("train", "trainings")):
-            mine = [one for one in plan.runs.values() if one.kind == kind]
-            left = [one for one in mine if states[one.name] != "done"]
-            macs = short(sum(one.macs for one in left))
-            counts = (len(mine), len(mine) - len(left), len(left))
+            runs_of_kind = [run for run in plan.runs.values() if run.kind == kind]
+            left = [run for run in runs_of_kind if states[run.name] != "done"]
+            macs = short(sum(run.macs for run in left))
+            counts = (len(runs_of_kind), len(runs_of_kind) - len(left), len(left))
             result.add_row(word, *map(str, counts), macs)
         result.add_section()
-        result.add_row(f"for {cost.points} points", "", "", "", short(cost.macs_left))
+        result.add_row(f"all {cost.points} points", "", "", "", short(cost.macs_left))
     console = new_console()
     console.print(result)
     for line in _expensive_proxies(plan):
         console.print(line, soft_wrap=True)
-    others = {name: count for name, count in cost.states.items() if name in _NOTEWORTHY}
-    for name, count in others.items():
-        console.print(f"{count} {name}")
+    for name, count in cost.states.items():
+        if name in _NOTEWORTHY:
+            console.print(f"{count} {name}")
     if cost.gpu_hours_left >= 1:
         console.print(
-            f"{cost.gpu_hours_left:,.0f} GPU hours at {macs_per_second:.2g} MACs/s each; "
-            f"{cost.wall_hours_left:,.1f} hours on {nodes} node{'s' if nodes > 1 else ''} of eight"
+            f"{cost.gpu_hours_left:,.0f} GPU hours at {macs_per_second:.2g} MACs/s; "
+            f"{cost.wall_hours_left:,.1f} hours on {nodes} node{'s' if nodes > 1 else ''} "
+            "with 8 GPUs each"
         )
 
 
 def _expensive_proxies(plan: Plan) -> list[str]:
-    """Proxies that take more than their targets to search: what is typed are their own values."""
+    """Return one line for each proxy whose search costs more than a search on its target.
+
+    This happens if a value of ``projection``, which is absolute, is larger than the target's.
+    """
     lines: dict[str, None] = {}
-    for one in plan.points:
-        times = 1 / nominal_saving(one.point.target, one.point.proxy)
-        if one.method == "transfer" and times > 1:
-            proxy, target = (axes(each) for each in (one.point.proxy, one.point.target))
-            line = f"the proxy {proxy} takes about {times:.2g} times what its target {target} does"
-            lines[f"{line}; lower what is larger in it, as in projection.width=..."] = None
+    for point in plan.points:
+        times = 1 / nominal_saving(point.point.target, point.point.proxy)
+        if point.method == "transfer" and times > 1:
+            proxy, target = (axes(setting) for setting in (point.point.proxy, point.point.target))
+            line = (
+                f"the proxy {proxy} costs about {times:.2g} times as much as its target {target}; "
+                "lower the larger axis, for example projection.width=..."
+            )
+            lines[line] = None
     return list(lines)
 
 
@@ -206,25 +213,24 @@ _NOTEWORTHY = ("running", "queued", "failed", "blocked", "stale")
 
 
 LISTED_MISSING = 2
-"""Missing points of a figure that are named where it is printed; the page names all."""
+"""Number of a figure's missing points that are printed; the page lists all of them."""
 
 
 def show_figures(
     drawn: Sequence[tuple[FigureSpec, Sequence[Record], Sequence[str]]],
     *,
     into: Path,
-    whole: bool = True,
+    with_page: bool = True,
 ) -> dict[str, dict[str, str]]:
-    """Draw figures and tables, and one page with all of them; print where they are.
+    """Write figures and tables, and one page with all of them; print the paths.
 
     Args:
-        drawn: Each with its records, and the names of the points that are missing.
-        into: The folder they go to: PNG and PDF, CSV and Markdown, ``index.html``.
-        whole: Whether they are all there are; of some alone no page is made.
+        drawn: The figures, each with its records and the names of its missing points.
+        into: The output folder of PNG, PDF, CSV and Markdown files and ``index.html``.
+        with_page: Whether to write the page; False if only some figures are drawn.
 
     Returns:
-        Of each, the names of its pictures' and tables' files, by ``figures/...`` and
-        ``tables/...``.
+        For each figure, the names of its files by ``figures/...`` and ``tables/...``.
 
     Raises:
         InputError: The folder cannot be written.
@@ -233,37 +239,37 @@ def show_figures(
     media: dict[str, dict[str, str]] = {}
     with writing(into):
         into.mkdir(parents=True, exist_ok=True)
-    for kind, records, missing in drawn:
-        images, files_of = [], media.setdefault(kind.name, {})
-        for stem, figure in kind.draw(records).items():
+    for spec, records, missing in drawn:
+        images, files_of = [], media.setdefault(spec.name, {})
+        for stem, figure in spec.draw(records).items():
             files = {suffix: _encode_figure(figure, suffix) for suffix in _METADATA}
             for suffix, content in files.items():
                 write_atomically(into / f"{stem}.{suffix}", content)
             images.append(files["png"])
             files_of[f"figures/{stem}"] = f"{stem}.png"
-        grid = kind.table(records)
-        write_atomically(into / f"{kind.name}.csv", grid.csv())
-        write_atomically(into / f"{kind.name}.md", grid.markdown())
-        files_of[f"tables/{kind.name}"] = f"{kind.name}.csv"
-        sections.append(Section(kind.name, kind.title, kind.claim, images, [grid], list(missing)))
+        numbers = spec.table(records)
+        write_atomically(into / f"{spec.name}.csv", numbers.csv())
+        write_atomically(into / f"{spec.name}.md", numbers.markdown())
+        files_of[f"tables/{spec.name}"] = f"{spec.name}.csv"
+        sections.append(Section(spec.name, spec.title, spec.claim, images, numbers, list(missing)))
         lacking = f", {len(missing)} point{'s' * (len(missing) > 1)} missing" if missing else ""
-        seen = f"{len(records)} record{'s' * (len(records) != 1)}{lacking}"
-        console.print(f"{kind.name}: {kind.title} ({seen})")
+        counts = f"{len(records)} record{'s' * (len(records) != 1)}{lacking}"
+        console.print(f"{spec.name}: {spec.title} ({counts})")
         for name in missing[:LISTED_MISSING]:
             console.print(f"  missing: {name}", soft_wrap=True)
         if len(missing) > LISTED_MISSING:
-            where = ", on the page" if whole else ""
+            where = ", listed in index.html" if with_page else ""
             console.print(f"  and {len(missing) - LISTED_MISSING} more{where}")
-        for name in () if whole else files_of.values():
+        for name in () if with_page else files_of.values():
             console.print(str(into / name), soft_wrap=True)
-    if whole:
+    if with_page:
         write_atomically(into / "index.html", page("Width transfer", sections))
         console.print(str(into / "index.html"), soft_wrap=True)
     return media
 
 
 def _encode_figure(figure: Figure, suffix: str) -> bytes:
-    """A figure as a file of this kind."""
+    """Return a figure as the content of a file of this format."""
     content = io.BytesIO()
     with mpl.rc_context(RC):
         figure.savefig(content, format=suffix, metadata=_METADATA[suffix])
@@ -274,54 +280,56 @@ _METADATA: Mapping[str, dict[str, Any]] = {
     "pdf": {"CreationDate": None},
     "png": {"Software": None},
 }
-"""The same records give the same files: no date, no version."""
+"""Without a date and a version, equal records give equal files."""
 
 
 def show_status(tables: Sequence[Mapping[str, Any]], *, as_json: bool, every: bool = False) -> None:
-    """Print how far sweeps are.
+    """Print the states of sweeps and their runs.
 
     Args:
-        tables: As `widthopt.sweeps.control.states` returns them.
-        as_json: Print one JSON list.
-        every: Name every run, and not only those that run or went wrong.
+        tables: The output of `widthopt.sweeps.control.states`.
+        as_json: Whether to print one JSON list.
+        every: Whether to list every run; else only those that run, failed or are stale.
     """
     if as_json:
         print(json.dumps(list(tables), indent=2))  # noqa: T201
         return
     console = new_console()
-    for one in tables:
-        console.print(f"{one['sweep']}, {one['points']} points", soft_wrap=True)
+    for sweep in tables:
+        console.print(f"{sweep['sweep']}, {sweep['points']} points", soft_wrap=True)
         result = Table()
         states = [
-            state for state in get_args(State) if any(r["state"] == state for r in one["runs"])
+            state
+            for state in get_args(State)
+            if any(run["state"] == state for run in sweep["runs"])
         ]
         for name in ("runs", *states):
             result.add_column(name, justify="left" if name == "runs" else "right")
         for kind, word in (("search", "searches"), ("train", "trainings")):
-            counts = Counter(run["state"] for run in one["runs"] if run["kind"] == kind)
+            counts = Counter(run["state"] for run in sweep["runs"] if run["kind"] == kind)
             result.add_row(word, *(str(counts[state]) for state in states))
         console.print(result)
-        waiting = Counter(row["queue"] for row in one["runs"] if row["state"] == "queued")
-        for how, count in waiting.items():
-            console.print(f"queued: {count} {how}")
-        for row in one["runs"]:
-            if every or row["state"] in {"failed", "stale", "running"}:
-                why = f": {' '.join(row['why'].split())}" if row["why"] else ""
-                job = f", job {row['job']} {row['queue']}" if row.get("queue") else ""
-                told = f"{row['state']}: {row['name']} ({row['what']}){job}{why}"
-                console.print(told, soft_wrap=True)
+        queued = Counter(run["queue"] for run in sweep["runs"] if run["state"] == "queued")
+        for status, count in queued.items():
+            console.print(f"queued: {count} {status}")
+        for run in sweep["runs"]:
+            if every or run["state"] in {"failed", "stale", "running"}:
+                reason = f": {' '.join(run['why'].split())}" if run["why"] else ""
+                job = f", job {run['job']} {run['queue']}" if run.get("queue") else ""
+                line = f"{run['state']}: {run['name']} ({run['what']}){job}{reason}"
+                console.print(line, soft_wrap=True)
 
 
 def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None:
     """Print MACs, parameters and width variables of a request's target.
 
     Args:
-        request: Only its network, target and number of classes matter.
-        channels: A file of channel counts, instead of the un-optimised ones.
-        as_json: Print one JSON object.
+        request: The request; only its network, target and number of classes are used.
+        channels: A file with channel counts; those of the baseline (uniform widths) if None.
+        as_json: Whether to print one JSON object.
 
     Raises:
-        InputError: There is no such network, or the counts do not fit it.
+        InputError: The network does not exist, or the counts do not fit it.
     """
     blueprint = request.blueprint()
     graph = blueprint.graph
@@ -348,7 +356,7 @@ def show_macs(request: Request, *, channels: Path | None, as_json: bool) -> None
     result.add_column("width variable")
     result.add_column("channels", justify="right")
     result.add_column("MACs per channel", justify="right")
-    result.add_column("layers that write it", justify="right")
+    result.add_column("writing layers", justify="right")
     slopes = graph.gradient(counts)
     for name, variable in graph.free.items():
         result.add_row(name, str(counts[name]), short(slopes[name]), str(len(variable.writers)))

@@ -74,7 +74,7 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
     results: dict[str, dict[str, Any] | None] = {}
     for sweep in sweeps:
         stages = sweep.entries(store)
-        kinds |= {name: one for name, one in sweep.figures.items() if not only or name in only}
+        kinds |= {name: item for name, item in sweep.figures.items() if not only or name in only}
         for point in sweep.points:
             pairs = [(point["train"], point["method"]), (point["baseline"], "uniform")]
             for name, method in pairs:
@@ -83,13 +83,13 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
                 result = results[name]
                 for figure in point["figures"]:
                     if result is not None:
-                        one = record_of(result, method=method, algorithm=point["algorithm"])
-                        records.setdefault(figure, {})[name] = one
+                        item = record_of(result, method=method, algorithm=point["algorithm"])
+                        records.setdefault(figure, {})[name] = item
                     else:
                         wanted.setdefault(figure, {})[name] = sweep.runs[name]["what"]
     drawn = [
-        (one, list(records.get(one.name, {}).values()), list(wanted.get(one.name, {}).values()))
-        for one in build_figures(list(kinds.values()))
+        (item, list(records.get(item.name, {}).values()), list(wanted.get(item.name, {}).values()))
+        for item in build_figures(list(kinds.values()))
     ]
     media = console.show_figures(drawn, into=root / "report", whole=not only)
     for sweep in () if only else sweeps:
@@ -152,13 +152,13 @@ def show(root: Path, sweeps: Sequence[Manifest]) -> None:
         for point in sweep.points:
             result = stages[point["train"]].result()
             if result is not None:
-                one = record_of(result, method=point["method"], algorithm=point["algorithm"])
-                its = _dependencies(sweep, point)
-                key = identity.canonical([one.algorithm, one.found.method, *its])
-                found.setdefault(key, Gathered(*its, [])).records.append(one)
+                record = record_of(result, method=point["method"], algorithm=point["algorithm"])
+                group = _dependencies(sweep, point)
+                key = identity.canonical([record.algorithm, record.found.method, *group])
+                found.setdefault(key, Gathered(*group, [])).records.append(record)
     if not found:
         raise InputError(
-            f"--root is {root}, but no point of {', '.join(one.name for one in sweeps)} is done; "
+            f"--root is {root}, but no point of {', '.join(item.name for item in sweeps)} is done; "
             f"see widthopt status {root_option(root)}"
         )
     side_by_side(list(found.values()), into=root / "report")
@@ -169,7 +169,7 @@ def _dependencies(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a point's final training, and its search, depend on but for widths and seed."""
     runs = [sweep.runs[name] for name in (point["train"], *sweep.runs[point["train"]]["needs"])]
-    trained, *searches = ({**one["fields"], "seed": None} for one in runs)
+    trained, *searches = ({**run["fields"], "seed": None} for run in runs)
     origin = trained.pop("origin")
     searched = {"extrapolation": origin["extrapolation"], "budget": origin["budget"]}
     return trained, {**searches[0], **searched} if searches else {}
@@ -191,13 +191,13 @@ def status(
     for sweep in sweeps:
         states, stages = sweep.states(store, live), sweep.entries(store)
         rows = []
-        for name, one in sweep.own.items():
+        for name, item in sweep.own.items():
             rows.append(
                 {
                     "name": name,
-                    "kind": one["kind"],
+                    "kind": item["kind"],
                     "state": states[name],
-                    "what": one["what"],
+                    "what": item["what"],
                     "job": (stages[name].submission() or {}).get("job"),
                     "why": failure_reason(stages[name]) or None if states[name] in ENDED else None,
                 }

@@ -146,8 +146,8 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
     """
     algorithm, setting = point.algorithm(method), point.setting(method)
     if method == "uniform":
-        ones = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
-        return SearchResult(ones, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
+        uniform = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
+        return SearchResult(uniform, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
     stage = point.search_entry(method, seed)
     with _claim_entry(stage, point.device) as done:
         if done is None:
@@ -175,12 +175,12 @@ def run_training(point: SizedRequest, method: str, seed: int) -> Record:
         method: One of `widthopt.records.METHODS`.
         seed: One of the point's.
     """
-    one = _search_widths(point, method, seed)
+    widths = _search_widths(point, method, seed)
     stage = point.train_entry(method, seed)
     with _claim_entry(stage, point.device) as before:
         if before is None:
             with _open_tracker(point, "train", method, seed, stage) as tracker:
-                done = _train_and_record(point, one, stage, tracker)
+                done = _train_and_record(point, widths, stage, tracker)
         else:
             done = before
     return record_of(done, method=method, algorithm=point.request.algorithm.name)
@@ -266,18 +266,24 @@ def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: Sea
     moves = result.details.get("moves", ())
     tracker.rows(
         [
-            {"slimming/move": place, "slimming/macs": one["macs"], "slimming/errors": one["errors"]}
-            for place, one in enumerate(moves)
+            {
+                "slimming/move": place,
+                "slimming/macs": move["macs"],
+                "slimming/errors": move["errors"],
+            }
+            for place, move in enumerate(moves)
         ]
     )
-    channels = {name: one * graph.channels[name] for name, one in result.multipliers.items()}
+    channels = {
+        name: multiplier * graph.channels[name] for name, multiplier in result.multipliers.items()
+    }
     tracker.widths(channels, result.multipliers)
     tracker.summary(
         {
             "overhead_macs": result.overhead_macs,
             "budget_macs": point.search_budget(method),
             "seconds": result.seconds,
-            **{f"flags/{name}": one for name, one in result.diagnostics.items()},
+            **{f"flags/{name}": value for name, value in result.diagnostics.items()},
             **dict(_flatten_details("details", result.details)),
         }
     )
@@ -285,11 +291,11 @@ def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: Sea
 
 def _flatten_details(start: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Single values by name, those of tables within tables too; lists are left out."""
-    for name, one in values.items():
-        if isinstance(one, Mapping):
-            yield from _flatten_details(f"{start}/{name}", one)
-        elif not isinstance(one, list | tuple):
-            yield f"{start}/{name}", one
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten_details(f"{start}/{name}", value)
+        elif not isinstance(value, list | tuple):
+            yield f"{start}/{name}", value
 
 
 def _show_training(tracker: Tracker, record: Record) -> None:
@@ -315,7 +321,7 @@ def _show_training(tracker: Tracker, record: Record) -> None:
             "overhead_macs": found.overhead_macs,
             "overhead_saved_pct": saved,
             "seconds": record.train_seconds,
-            **{f"flags/{name}": one for name, one in found.diagnostics.items()},
+            **{f"flags/{name}": value for name, value in found.diagnostics.items()},
         }
     )
 

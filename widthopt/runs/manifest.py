@@ -57,15 +57,15 @@ class Manifest:
                 "what": run.what,
                 "macs": run.macs,
             }
-        for one in plan.points:
-            request = one.point.request
-            for figure in one.figures:
+        for point in plan.points:
+            request = point.point.request
+            for figure in point.figures:
                 kind = type(figure)
                 name = f"{kind.__module__}.{kind.__qualname__}"
                 figures[figure.name] = {"_target_": name, **asdict(figure)}
-            baseline = one.point.train_entry("uniform", one.seed)
+            baseline = point.point.train_entry("uniform", point.seed)
             if baseline.folder.name not in runs:
-                beside = Run("train", baseline, one.point, "uniform", one.seed, (), macs=0)
+                beside = Run("train", baseline, point.point, "uniform", point.seed, (), macs=0)
                 runs[baseline.folder.name] = {
                     "kind": "baseline",
                     "fields": baseline.fields,
@@ -73,13 +73,13 @@ class Manifest:
                 }
             points.append(
                 {
-                    "what": plan.runs[one.train].what,
-                    "method": one.method,
+                    "what": plan.runs[point.train].what,
+                    "method": point.method,
                     "algorithm": request.algorithm.name,
-                    "seed": one.seed,
-                    "train": one.train,
+                    "seed": point.seed,
+                    "train": point.train,
                     "baseline": baseline.folder.name,
-                    "figures": [figure.name for figure in one.figures],
+                    "figures": [figure.name for figure in point.figures],
                 }
             )
         key = identity.key("sweep", sorted(plan.runs))
@@ -118,22 +118,22 @@ class Manifest:
 
     def entries(self, store: Store) -> dict[str, StoreEntry]:
         """The stages of its runs, by name; those of baselines too."""
-        kinds = {name: one["kind"] for name, one in self.runs.items()}
+        kinds = {name: run["kind"] for name, run in self.runs.items()}
         return {
-            name: store.entry("train" if kinds[name] == "baseline" else kinds[name], one["fields"])
-            for name, one in self.runs.items()
+            name: store.entry("train" if kinds[name] == "baseline" else kinds[name], run["fields"])
+            for name, run in self.runs.items()
         }
 
     @property
     def own(self) -> dict[str, Mapping[str, Any]]:
         """Its runs without the baselines beside them, which are other sweeps' work."""
-        return {name: one for name, one in self.runs.items() if one["kind"] != "baseline"}
+        return {name: run for name, run in self.runs.items() if run["kind"] != "baseline"}
 
     def states(self, store: Store, live: Collection[str] = ()) -> dict[str, State]:
         """How far each of its own runs is, by name."""
         stages = self.entries(store)
         states = {name: stages[name].state(live) for name in self.own}
-        return mark_blocked(states, {name: one["needs"] for name, one in self.own.items()})
+        return mark_blocked(states, {name: run["needs"] for name, run in self.own.items()})
 
 
 def load_manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
@@ -151,5 +151,5 @@ def load_manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
         if not any(path.stem.startswith(name) for path in paths):
             known = ", ".join(path.stem for path in paths) or "none"
             raise InputError(f"{name} is no sweep in {root}, but the sweeps there are: {known}")
-    chosen = [one for one in paths if not names or one.stem.startswith(tuple(names))]
-    return [Manifest.from_json(one.read_bytes(), name=str(one)) for one in chosen]
+    chosen = [path for path in paths if not names or path.stem.startswith(tuple(names))]
+    return [Manifest.from_json(path.read_bytes(), name=str(path)) for path in chosen]

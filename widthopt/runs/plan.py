@@ -77,7 +77,7 @@ class Run:
 def axes(setting: Any) -> str:
     """Width, depth, resolution and fraction as the paper writes them: (0.5, 1, 224, 10%)."""
     values = (setting.width, setting.depth, setting.resolution)
-    return f"({', '.join(f'{one:g}' for one in values)}, {100 * setting.fraction:g}%)"
+    return f"({', '.join(f'{value:g}' for value in values)}, {100 * setting.fraction:g}%)"
 
 
 class Point(NamedTuple):
@@ -166,8 +166,8 @@ class Plan:
         Raises:
             InputError: The root belongs to another version, or a result was changed.
         """
-        for root in {one.point.request.root for one in self.points}:
-            stored = next(one.point for one in self.points if one.point.request.root == root)
+        for root in {point.point.request.root for point in self.points}:
+            stored = next(point.point for point in self.points if point.point.request.root == root)
             stored.store.check(write=False)
         states = {name: run.stage.state(live) for name, run in self.runs.items()}
         return mark_blocked(states, {name: run.needs for name, run in self.runs.items()})
@@ -183,7 +183,10 @@ class Plan:
         left = [run for name, run in self.runs.items() if states[name] != "done"]
         seconds = {run.name: run.macs / (macs_per_second * NODE_GPUS) for run in left}
         longest = max(
-            (seconds[one.name] + sum(seconds.get(need, 0.0) for need in one.needs) for one in left),
+            (
+                seconds[item.name] + sum(seconds.get(need, 0.0) for need in item.needs)
+                for item in left
+            ),
             default=0.0,
         )
         total = sum(seconds.values())
@@ -207,20 +210,20 @@ def _distinguish(runs: Mapping[str, Run]) -> dict[str, Run]:
     alike = defaultdict(list)
     for run in runs.values():
         alike[run.what].append(run)
-    told = dict(runs)
-    for ones in alike.values():
+    result = dict(runs)
+    for items in alike.values():
         tables = [
             {
-                "own": one.stage.fields,
-                "search": runs[one.needs[0]].stage.fields if one.needs else {},
+                "own": item.stage.fields,
+                "search": runs[item.needs[0]].stage.fields if item.needs else {},
             }
-            for one in ones
+            for item in items
         ]
-        for run, values in zip(ones, identity.differing_values(tables), strict=True):
+        for run, values in zip(items, identity.differing_values(tables), strict=True):
             # Of its search a training's own fields have but the name.
             named = {path[-1]: value for path, value in values.items() if path != _SEARCH}
-            told[run.name] = replace(run, apart=named)
-    return told
+            result[run.name] = replace(run, apart=named)
+    return result
 
 
 @dataclass(frozen=True, slots=True)

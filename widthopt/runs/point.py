@@ -53,8 +53,8 @@ class SizedRequest:
         self.proxy_blueprint = request.blueprint(self.proxy)
         graph = self.target_blueprint.graph
         self.budget_macs = graph.macs() if request.budget_macs is None else request.budget_macs
-        ones = dict.fromkeys(graph.free, 1.0)
-        match_macs(graph, ones, budget_macs=self.budget_macs)
+        uniform = dict.fromkeys(graph.free, 1.0)
+        match_macs(graph, uniform, budget_macs=self.budget_macs)
         if transfer:
             # Finds out now whether the proxy's widths can be carried over.
             request.extrapolation(
@@ -68,10 +68,10 @@ class SizedRequest:
     def with_seeds(self, seeds: Sequence[int]) -> "SizedRequest":
         """The same request for other seeds; nothing is checked or sized again."""
         fields = {**self.request.fields, "seeds": tuple(seeds)}
-        other = copy.copy(self)
-        other.__dict__.pop("folder", None)  # its name follows from the fields
-        other.request = replace(self.request, seeds=tuple(seeds), fields=fields)
-        return other
+        point = copy.copy(self)
+        point.__dict__.pop("folder", None)  # its name follows from the fields
+        point.request = replace(self.request, seeds=tuple(seeds), fields=fields)
+        return point
 
     def setting(self, method: str) -> Setting:
         """What a method searches."""
@@ -169,7 +169,7 @@ class SizedRequest:
     def search_entry(self, method: str, seed: int) -> StoreEntry:
         """The stage of a search; the same for all requests that need the same one."""
         setting, fields = self.setting(method), self.request.fields
-        recipe = {key: one for key, one in fields["recipe"].items() if key != "epochs"}
+        recipe = {key: value for key, value in fields["recipe"].items() if key != "epochs"}
         named = {
             "network": fields["network"],
             "dataset": _naming(self.request.dataset, fields["dataset"]),
@@ -188,7 +188,7 @@ class SizedRequest:
         depth is part of it only where there is another.
         """
         fields = self.request.fields
-        recipe = {key: one for key, one in fields["recipe"].items() if key != "search_epochs"}
+        recipe = {key: value for key, value in fields["recipe"].items() if key != "search_epochs"}
         named = {
             "network": fields["network"],
             "dataset": _naming(self.request.dataset, fields["dataset"]),

@@ -422,5 +422,5 @@ def failure_reason(stage: StoreEntry) -> str:
     # It ended before it began: the last line that its process left says why, if it is a reason.
     log = stage.folder / "log.txt"
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
-    said = _REASON.fullmatch(lines[-1]) if lines else None
-    return said["text"] if said else ""
+    match = _REASON.fullmatch(lines[-1]) if lines else None
+    return match["text"] if match else ""

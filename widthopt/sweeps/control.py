@@ -90,14 +90,14 @@ def find(root: Path, name: str) -> RunRef:
         InputError: There is none, or there are several.
     """
     sweeps = load_manifests(root)
-    names = sorted({one for sweep in sweeps for one in sweep.own})
+    names = sorted({run for sweep in sweeps for run in sweep.own})
     if not names:
         raise InputError(
             f"KEY is {name}, but in {root} there are no sweeps, whose runs have such names; start "
             "one with -m, or see single runs with widthopt report"
         )
-    fitting = [one for one in names if one.startswith(name) or one.partition("-")[2] == name]
-    fitting = fitting or [one for one in names if one.partition("-")[2].startswith(name)]
+    fitting = [run for run in names if run.startswith(name) or run.partition("-")[2] == name]
+    fitting = fitting or [run for run in names if run.partition("-")[2].startswith(name)]
     if len(fitting) != 1 or not name:
         known = f"{len(fitting)} runs there begin so" if fitting else "there is no such run"
         raise InputError(
@@ -175,12 +175,12 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
     path = stage.folder / (f"log-{rank}.txt" if rank else "log.txt")
     early = (stage.submission() or {}).get("log")
     before = [root / f"{early}_{rank}_log.{kind}" for kind in ("err", "out")] if early else []
-    told = [one for one in before if one.exists()]
-    yield from (one.read_text("utf-8", "replace") for one in told)
+    printed = [path for path in before if path.exists()]
+    yield from (path.read_text("utf-8", "replace") for path in printed)
     if follow:
         yield from _follow(path, root, stage)
-        late = [one for one in before if one not in told and one.exists()]
-        yield from (one.read_text("utf-8", "replace") for one in late)
+        late = [path for path in before if path not in printed and path.exists()]
+        yield from (path.read_text("utf-8", "replace") for path in late)
     elif path.exists():
         yield path.read_text("utf-8", "replace")
     elif not early:
@@ -192,10 +192,10 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
 
 def _follow(path: Path, root: Path, stage: StoreEntry) -> Iterator[str]:
     """What is in a log, and what comes, until the run has ended."""
-    read, jobs, asked = 0, live_jobs(root), time.monotonic()
+    read, jobs, queried = 0, live_jobs(root), time.monotonic()
     while True:
-        if time.monotonic() > asked + ASK_SECONDS:
-            jobs, asked = live_jobs(root), time.monotonic()
+        if time.monotonic() > queried + ASK_SECONDS:
+            jobs, queried = live_jobs(root), time.monotonic()
         ended = _state_without_queue(stage, stage.state(jobs or {}), jobs) not in {
             "queued",
             "running",
@@ -228,7 +228,12 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
     """
     sweeps, chosen = _sweeps_or_run(root, name)
     mine = {sweep.name for sweep in sweeps}
-    others = {run for one in load_manifests(root) if one.name not in mine for run in one.own}
+    rest = {
+        run
+        for manifest in load_manifests(root)
+        if manifest.name not in mine
+        for run in manifest.own
+    }
     jobs = _live(root)
     wanted: dict[str, str] = {}
     for sweep in sweeps:
@@ -236,7 +241,7 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
             job = str((stage.submission() or {}).get("job", ""))
             if run not in sweep.own or job not in jobs or (chosen and run not in chosen):
                 continue
-            if run in others and not force:
+            if run in rest and not force:
                 logger.info("%s goes on, since another sweep needs it; --force ends it too", run)
                 continue
             wanted[run] = job

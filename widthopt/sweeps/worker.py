@@ -90,8 +90,8 @@ def _run_spec(spec: Path, content: Mapping[str, Any], rank: int) -> None:
     meeting = spec.parent / f".meeting-{start}.json"
     log = f"log-{rank}.txt" if rank else "log.txt"
     with chdir(launch_folder(spec) or "."):
-        asked = build_request(OmegaConf.create({**content["config"], "root": str(root)}))
-        point = SizedRequest(asked, figures=content["figures"])
+        request = build_request(OmegaConf.create({**content["config"], "root": str(root)}))
+        point = SizedRequest(request, figures=content["figures"])
         staged = point.search_entry if content["kind"] == "search" else point.train_entry
         meant = staged(method, seed).folder.name
         if meant != spec.parent.name:

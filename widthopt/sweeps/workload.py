@@ -90,13 +90,13 @@ class Sweep(_Staged):
         Raises:
             InputError: Something asked for cannot be done.
         """
-        asked = build_requests(loader, points)
-        roots = sorted({one.root for one in asked})
+        requests = build_requests(loader, points)
+        roots = sorted({request.root for request in requests})
         if len(roots) > 1:
             raise InputError(
                 f"root is {' and '.join(roots)}, but a sweep is kept in one folder; name one"
             )
-        self.plan = Plan.of(asked)
+        self.plan = Plan.of(requests)
         self.root = Path(roots[0])
         self._title = _title(points)
         self._states: dict[str, State] = {}
@@ -115,8 +115,8 @@ class Sweep(_Staged):
     @property
     def imports(self) -> Sequence[str]:
         """See `_Staged`: what reads images, and what tracks runs."""
-        asked = [one.point.request for one in self.plan.points]
-        names = [name for one in asked for name in getattr(one.dataset, "IMPORTS", ())]
+        datasets = [point.point.request.dataset for point in self.plan.points]
+        names = [name for dataset in datasets for name in getattr(dataset, "IMPORTS", ())]
         return list(dict.fromkeys(names))
 
     def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
@@ -145,7 +145,7 @@ class Sweep(_Staged):
         names = {run.name for run in left}
         return [
             Task(
-                run.name, run.what, tuple(one for one in run.needs if one in names), run.macs,
+                run.name, run.what, tuple(need for need in run.needs if need in names), run.macs,
                 getattr(run.point.request.resources, run.kind),
             )
             for run in left
@@ -181,10 +181,10 @@ class Sweep(_Staged):
         """See `Workload`: figures where an experiment has some, else tables."""
         states = self.plan.states()
         done = False
-        for point in {id(one.point): one.point for one in self.plan.points}.values():
-            mine = [one for one in self.plan.points if one.point is point]
-            if all(states[one.train] == "done" for one in mine):
-                seeds = sorted({one.seed for one in mine})
+        for point in {id(item.point): item.point for item in self.plan.points}.values():
+            mine = [item for item in self.plan.points if item.point is point]
+            if all(states[item.train] == "done" for item in mine):
+                seeds = sorted({item.seed for item in mine})
                 gathered = point.with_seeds(seeds)
                 records = run_request(gathered, show=logger.debug)
                 if not self.manifest.figures:

@@ -100,9 +100,11 @@ class AverageWidths:
         for network, title, group in shown:
             name = title.removeprefix(f"({self.panels[network]}) ")
             paper = self.paper_last.get(network)
-            said = "" if paper is None else f"; {paper:g} in the paper"
+            message = "" if paper is None else f"; {paper:g} in the paper"
             if group is None or not group.searched:
-                notes.append(f"{name}: no records yet{said and said + ' for the last layer'}.")
+                notes.append(
+                    f"{name}: no records yet{message and message + ' for the last layer'}."
+                )
                 continue
             uniform, counts = _uniform(group), _counts(group)
             rows += [
@@ -113,7 +115,7 @@ class AverageWidths:
             if last is not None:
                 notes.append(
                     f"{name}: the last layer, `{last}`, has {counts[last].mean:.0f} channels on "
-                    f"average over {len(group.searched)} optimised widths{said}; "
+                    f"average over {len(group.searched)} optimised widths{message}; "
                     f"{uniform[last]:g} un-optimised."
                 )
         columns = ("network", "width variable", "uniform", "mean", "std")
@@ -128,7 +130,7 @@ class AverageWidths:
 def _counts(group: Group) -> dict[str, Summary]:
     """Channels of each variable over all that was found; each search counts once."""
     return {
-        name: Summary.of(one.found.channels[name] for one in group.searched)
+        name: Summary.of(record.found.channels[name] for record in group.searched)
         for name in group.searched[0].found.channels
     }
 

@@ -16,8 +16,8 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
     """
     names = list(records[0].found.channels)
     places = range(len(names))
-    for method, ones in by_method(records).items():
-        counts = [Summary.of(one.found.channels[name] for one in ones) for name in names]
+    for method, items in by_method(records).items():
+        counts = [Summary.of(record.found.channels[name] for record in items) for name in names]
         means = [count.mean for count in counts]
         axes.plot(
             places,

@@ -65,15 +65,19 @@ class PairwiseCosine:
         """One figure, a map for each network, all with the same scale."""
         shown = panels(records, self.panels, self.axis)
         entries = [self._entries(group) for _, _, group in shown]
-        matrices = [_matrix(ones) for ones in entries]
+        matrices = [_matrix(entry) for entry in entries]
         values = [
-            value for one in matrices for row in one for value in row if not math.isnan(value)
+            value
+            for matrix in matrices
+            for row in matrix
+            for value in row
+            if not math.isnan(value)
         ]
         least = min(0.95, math.floor(20 * min(values, default=0.0)) / 20)
         columns = min(2, max(1, len(shown)))
         rows = max(1, -(-len(shown) // columns))
         with mpl.rc_context({**RC, "axes.grid": False}):
-            longest = max((len(one.source) for ones in entries for one in ones), default=0)
+            longest = max((len(entry.source) for group in entries for entry in group), default=0)
             margin = LETTER_INCHES * longest
             side = min(MOST_INCHES, (PRINTED_INCHES - 0.4 - margin) / columns)
             size = (PRINTED_INCHES, 1.4 + rows * (side + 0.7 + margin))
@@ -81,13 +85,13 @@ class PairwiseCosine:
             figure.suptitle(self.title)
             cells = list(figure.subplots(rows, columns, squeeze=False).flat)
             image = None
-            for axes, (_, title, _), ones, matrix in zip(
+            for axes, (_, title, _), entry, matrix in zip(
                 cells, shown, entries, matrices, strict=False
             ):
-                axes.set_title(title, loc="left", fontsize=9, pad=18 if ones else 6)
-                if ones:
-                    image = _map(axes, ones, matrix, least)
-                    shared = [one[:2] for one in ones] == [one[:2] for one in entries[0]]
+                axes.set_title(title, loc="left", fontsize=9, pad=18 if entry else 6)
+                if entry:
+                    image = _map(axes, entry, matrix, least)
+                    shared = [item[:2] for item in entry] == [entry[:2] for entry in entries[0]]
                     if shared and axes is not cells[0] and columns > 1:
                         axes.tick_params(labelleft=axes.get_subplotspec().is_first_col())
                 else:
@@ -106,9 +110,9 @@ class PairwiseCosine:
         if group is None:
             return []
         return [
-            Entry(series, source_words(source, self.axis), ones)
+            Entry(series, source_words(source, self.axis), point)
             for series, points in group.series(self.axis, "algorithm").items()
-            for source, ones in points.items()
+            for source, point in points.items()
         ]
 
     def table(self, records: Sequence[Record]) -> TextTable:
@@ -119,7 +123,9 @@ class PairwiseCosine:
         shown = panels(records, self.panels, self.axis)
         names: dict[tuple[str, str], None] = {}
         for _, _, group in shown:
-            names.update(dict.fromkeys((one.algorithm, one.source) for one in self._entries(group)))
+            names.update(
+                dict.fromkeys((item.algorithm, item.source) for item in self._entries(group))
+            )
         rows: list[tuple[str, ...]] = []
         notes = [self.claim] if self.claim else []
         for network, title, group in shown:
@@ -130,8 +136,8 @@ class PairwiseCosine:
             matrix = _matrix(entries)
             for entry, line in zip(entries, matrix, strict=True):
                 cells = {
-                    (other.algorithm, other.source): _format(value)
-                    for other, value in zip(entries, line, strict=True)
+                    (second.algorithm, second.source): _format(value)
+                    for second, value in zip(entries, line, strict=True)
                 }
                 rows.append(
                     (
@@ -149,23 +155,24 @@ class PairwiseCosine:
         return TextTable(self.title, columns, tuple(rows), (*notes, *clash_notes(shown)))
 
 
-def mean_cosine(ones: Sequence[Record], others: Sequence[Record]) -> float:
+def mean_cosine(first: Sequence[Record], second: Sequence[Record]) -> float:
     """Mean cosine similarity over the seeds that both have; NaN where there is none.
 
     Widths over other variables cannot be compared, and count as not there.
     """
-    by_seed = {one.found.seed: one.found.multipliers for one in others}
+    by_seed = {record.found.seed: record.found.multipliers for record in second}
     return _mean(
-        cosine(one.found.multipliers, by_seed[one.found.seed])
-        for one in ones
-        if by_seed.get(one.found.seed, {}).keys() == one.found.multipliers.keys()
+        cosine(record.found.multipliers, by_seed[record.found.seed])
+        for record in first
+        if by_seed.get(record.found.seed, {}).keys() == record.found.multipliers.keys()
     )
 
 
-def to_uniform(ones: Sequence[Record]) -> float:
+def to_uniform(records: Sequence[Record]) -> float:
     """Mean cosine similarity to un-optimised widths, the vector of ones."""
     return _mean(
-        cosine(one.found.multipliers, dict.fromkeys(one.found.multipliers, 1.0)) for one in ones
+        cosine(record.found.multipliers, dict.fromkeys(record.found.multipliers, 1.0))
+        for record in records
     )
 
 

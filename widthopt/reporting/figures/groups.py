@@ -44,20 +44,20 @@ class Group:
         never mixed in a series: where an algorithm has several, each is a series of its own.
         """
         result = {}
-        algorithms = sorted({one.algorithm for one in self.searched})
+        algorithms = sorted({record.algorithm for record in self.searched})
         for algorithm in algorithms:
-            its = [one for one in self.searched if one.algorithm == algorithm]
-            strategies = sorted({one.extrapolation for one in its} - {""})
+            group = [record for record in self.searched if record.algorithm == algorithm]
+            strategies = sorted({record.extrapolation for record in group} - {""})
             for strategy in strategies or [""]:
                 if by == "algorithm":
                     name = f"{algorithm}, {strategy}" if len(strategies) > 1 else algorithm
                 else:
                     name = strategy or "same depth"
                     name = f"{algorithm}, {name}" if len(algorithms) > 1 else name
-                ones = [one for one in its if one.extrapolation in {"", strategy}]
-                points = sorted({source_of(one, axis) for one in ones}, reverse=True)
+                records = [r for r in group if r.extrapolation in {"", strategy}]
+                points = sorted({source_of(record, axis) for record in records}, reverse=True)
                 result[name] = {
-                    point: [one for one in ones if source_of(one, axis) == point]
+                    point: [record for record in records if source_of(record, axis) == point]
                     for point in points
                 }
         return result
@@ -99,25 +99,25 @@ def groups(records: Sequence[Record], *, network: str, axis: Axis | None = None)
         axis: What the figure is about; None keeps every search.
     """
     found = _by_target(records, network)
-    wanted = [ones for ones in found if any(_is_about(one, axis) for one in ones)]
-    searched = [ones for ones in found if any(_is_searched(one) for one in ones)]
-    result = [_group(ones, axis) for ones in wanted or searched or found]
-    return [one for one in result if one.uniform or one.searched]
+    wanted = [group for group in found if any(_is_about(record, axis) for record in group)]
+    searched = [group for group in found if any(_is_searched(record) for record in group)]
+    result = [_group(items, axis) for items in wanted or searched or found]
+    return [group for group in result if group.uniform or group.searched]
 
 
 def direct_groups(records: Sequence[Record], *, network: str) -> list[Group]:
     """Every target of a network: un-optimised, and searched on the target itself."""
-    kept = [one for one in records if is_direct(one) or not _is_searched(one)]
-    return [_group(ones, None) for ones in _by_target(kept, network)]
+    kept = [record for record in records if is_direct(record) or not _is_searched(record)]
+    return [_group(items, None) for items in _by_target(kept, network)]
 
 
 def _by_target(records: Sequence[Record], network: str) -> list[list[Record]]:
     """A network's records by data set and target, in the order they come."""
     found: dict[tuple[object, ...], list[Record]] = {}
-    for one in records:
-        if one.network == network:
-            key = (one.dataset, *sorted(one.target.items()))
-            found.setdefault(key, []).append(one)
+    for record in records:
+        if record.network == network:
+            key = (record.dataset, *sorted(record.target.items()))
+            found.setdefault(key, []).append(record)
     return list(found.values())
 
 
@@ -125,16 +125,16 @@ def _group(records: Sequence[Record], axis: Axis | None) -> Group:
     uniform: dict[tuple[object, ...], Record] = {}
     searched: dict[tuple[object, ...], Record] = {}
     clashes = 0
-    for one in records:
-        if _is_searched(one):
-            if axis in AXES and _differing(one) - {axis} and not is_direct(one):
+    for record in records:
+        if _is_searched(record):
+            if axis in AXES and _differing(record) - {axis} and not is_direct(record):
                 continue
-            source = source_of(one, "compound")
-            key = (one.algorithm, one.extrapolation, source, one.found.seed)
-            first = searched.setdefault(key, one)
+            source = source_of(record, "compound")
+            key = (record.algorithm, record.extrapolation, source, record.found.seed)
+            first = searched.setdefault(key, record)
         else:
-            first = uniform.setdefault((one.found.seed,), one)
-        clashes += (one.top1, one.found.channels) != (first.top1, first.found.channels)
+            first = uniform.setdefault((record.found.seed,), record)
+        clashes += (record.top1, record.found.channels) != (first.top1, first.found.channels)
     first = records[0]
     return Group(
         first.dataset, first.target, list(uniform.values()), list(searched.values()), clashes
@@ -179,7 +179,9 @@ def panels(
     for network, label in labels.items():
         found: Sequence[Group | None] = groups(records, network=network, axis=axis) or [None]
         alone = len(found) == 1
-        result += [(network, panel_title(label, network, one, alone=alone), one) for one in found]
+        result += [
+            (network, panel_title(label, network, item, alone=alone), item) for item in found
+        ]
     return result
 
 

@@ -64,8 +64,8 @@ class Section(NamedTuple):
 def page(title: str, sections: Sequence[Section]) -> str:
     """The page as HTML text, with a table of contents; all that it shows is inside it."""
     contents = "\n".join(
-        f'<li><a href="#{_address(one)}">{html.escape(one.title)}</a>{_count(one)}</li>'
-        for one in sections
+        f'<li><a href="#{_address(section)}">{html.escape(section.title)}</a>{_count(section)}</li>'
+        for section in sections
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -83,7 +83,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 </ul>
 </nav>
 <main>
-{"".join(_section(one) for one in sections)}</main>
+{"".join(_section(section) for section in sections)}</main>
 </body>
 </html>
 """
@@ -101,7 +101,7 @@ def _section(section: Section) -> str:
     # The claim is a note of a table by itself, but here it has been said.
     lines += [grid.html(omit=section.claim) for grid in section.grids]
     if section.missing:
-        points = "".join(f"<li>{html.escape(one)}</li>" for one in section.missing)
+        points = "".join(f"<li>{html.escape(item)}</li>" for item in section.missing)
         lines.append(
             f"<details><summary>Missing: {_points(section)}</summary><ul>{points}</ul></details>"
         )

@@ -27,14 +27,14 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
     """
     groups = by_algorithm(records)
     if plain := baseline(records):
-        _baseline(axes, Summary.of(one.top1 for one in plain))
+        _baseline(axes, Summary.of(record.top1 for record in plain))
     places = [0.0]
-    for number, (algorithm, its) in enumerate(groups.items()):
-        for method, ones in by_method(its).items():
+    for number, (algorithm, group) in enumerate(groups.items()):
+        for method, items in by_method(group).items():
             if method == "uniform":
                 continue
-            top1 = Summary.of(one.top1 for one in ones)
-            saved = Summary.of(100 * one.found.saved for one in ones)
+            top1 = Summary.of(record.top1 for record in items)
+            saved = Summary.of(100 * record.found.saved for record in items)
             places.append(saved.mean + APART * (number - (len(groups) - 1) / 2))
             axes.errorbar(
                 places[-1],

@@ -24,26 +24,30 @@ def table(records: Sequence[Record]) -> Table:
         result.add_column(name, no_wrap=True)
     for name in ("seeds", "direct", "uniform", "budget"):
         result.add_column(name, justify="right", no_wrap=True)
-    groups = {name: by_method(its) for name, its in by_algorithm(records).items()}
+    groups = {name: by_method(group) for name, group in by_algorithm(records).items()}
     for algorithm, methods in groups.items():
-        direct = {one.found.seed: one for one in _direct(algorithm, groups)}
-        for method, ones in methods.items():
+        direct = {record.found.seed: record for record in _direct(algorithm, groups)}
+        for method, items in methods.items():
             if method == "uniform":
                 continue
             reached = [
-                one for one in ones if one.found.diagnostics.get("budget_reached") is not False
+                record
+                for record in items
+                if record.found.diagnostics.get("budget_reached") is not False
             ]
             result.add_row(
                 algorithm,
                 method,
-                _cosine_text(combinations(ones, 2)),
+                _cosine_text(combinations(items, 2)),
                 _cosine_text(
-                    (one, direct[one.found.seed]) for one in ones if one.found.seed in direct
+                    (record, direct[record.found.seed])
+                    for record in items
+                    if record.found.seed in direct
                 )
                 if method != "direct"
                 else "-",
-                _format(cosine(one.found.multipliers, _ones(one)) for one in ones),
-                f"{len(reached)} of {len(ones)}",
+                _format(cosine(record.found.multipliers, _uniform_multipliers(record)) for record in items),
+                f"{len(reached)} of {len(items)}",
             )
     return result
 
@@ -57,12 +61,14 @@ def _direct(
     return found[-1] if found else ()
 
 
-def _ones(record: Record) -> dict[str, float]:
+def _uniform_multipliers(record: Record) -> dict[str, float]:
     return dict.fromkeys(record.found.multipliers, 1.0)
 
 
 def _cosine_text(pairs: Iterable[tuple[Record, Record]]) -> str:
-    return _format(cosine(one.found.multipliers, other.found.multipliers) for one, other in pairs)
+    return _format(
+        cosine(first.found.multipliers, second.found.multipliers) for first, second in pairs
+    )
 
 
 def _format(values: Iterable[float]) -> str:

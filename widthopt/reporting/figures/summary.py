@@ -28,11 +28,11 @@ def table(records: Sequence[Record]) -> Table:
         result.add_column(name, justify="left" if left else "right", no_wrap=True)
     plain = baseline(records)
     found = [("-", "uniform", plain)] if plain else []
-    for algorithm, its in groups.items():
-        of_methods = by_method(its).items()
-        found += [(algorithm, method, ones) for method, ones in of_methods if method != "uniform"]
-    for algorithm, method, ones in found:
-        cells = {"algorithm": algorithm, **_cells(method, ones)}
+    for algorithm, group in groups.items():
+        of_methods = by_method(group).items()
+        found += [(algorithm, method, items) for method, items in of_methods if method != "uniform"]
+    for algorithm, method, item in found:
+        cells = {"algorithm": algorithm, **_cells(method, item)}
         result.add_row(*(cells[name] for name in names))
     return result
 
@@ -52,27 +52,27 @@ def new_table(records: Sequence[Record]) -> Table:
 
 def _cells(method: str, records: Sequence[Record]) -> dict[str, str]:
     """A row by column: one method of one algorithm over seeds."""
-    found = [one.found for one in records]
-    search = Summary.of(one.search_seconds for one in found).mean
-    train = Summary.of(one.train_seconds for one in records).mean
-    overhead = Summary.of(one.overhead_macs for one in found).mean
+    found = [record.found for record in records]
+    search = Summary.of(item.search_seconds for item in found).mean
+    train = Summary.of(record.train_seconds for record in records).mean
+    overhead = Summary.of(item.overhead_macs for item in found).mean
     searched = overhead > 0
     return {
         "method": method,
         "channels": channels(records),
-        "MACs": short(Summary.of(one.macs for one in found).mean),
-        "params": short(Summary.of(one.parameters for one in found).mean),
+        "MACs": short(Summary.of(run.macs for run in found).mean),
+        "params": short(Summary.of(item.parameters for item in found).mean),
         "overhead": short(overhead) if searched else "-",
         "nominal": f"{found[0].nominal_saving:.3g}x" if searched else "-",
-        "saved": f"{100 * Summary.of(one.saved for one in found).mean:.1f}%" if searched else "-",
-        "top-1 %": str(Summary.of(one.top1 for one in records)),
+        "saved": f"{100 * Summary.of(item.saved for item in found).mean:.1f}%" if searched else "-",
+        "top-1 %": str(Summary.of(record.top1 for record in records)),
         "seconds": f"{search:.0f}+{train:.0f}",
     }
 
 
 def channels(records: Sequence[Record]) -> str:
     """The least and the most channels of any layer in these records."""
-    counts = [count for one in records for count in one.found.channels.values()]
+    counts = [count for record in records for count in record.found.channels.values()]
     return f"{min(counts)}-{max(counts)}"
 
 

@@ -103,24 +103,24 @@ class Table1:
             cells = figure.subplots(1, max(1, len(panels)), squeeze=False).flat
             handles: dict[str, Any] = {}
             for axes, label in zip(cells, panels, strict=False):
-                its = [row for row in rows if row.dataset == label]
+                group = [row for row in rows if row.dataset == label]
                 axes.set_title(f"{self.network}, {label}", loc="left", fontsize=9)
-                if not its:
+                if not group:
                     axes.text(0.5, 0.5, "no records yet", ha="center", transform=axes.transAxes)
                     axes.set(xticks=[], yticks=[])
                     continue
-                for row in its:
+                for row in group:
                     number = order.index(row.widths) if row.widths in order else -1
                     self._line(axes, row, configurations, number)
-                names = [_column(one) for one in configurations]
+                names = [_column(configuration) for configuration in configurations]
                 axes.set_xticks(range(len(names)), names, rotation=60, fontsize=SMALL)
                 axes.set_xlim(-0.5, len(names) - 0.5)
                 axes.set(
                     xlabel="width and depth multiplier of the target", ylabel="top-1 accuracy (%)"
                 )
-                drawn, said = axes.get_legend_handles_labels()
-                handles.update(zip(said, drawn, strict=True))
-            names = [name for one in ("uniform", *order) for name in (one, f"{one}, paper")]
+                drawn, message = axes.get_legend_handles_labels()
+                handles.update(zip(message, drawn, strict=True))
+            names = [name for item in ("uniform", *order) for name in (item, f"{item}, paper")]
             names = [name for name in names if name in handles]
             if names:
                 figure.legend(
@@ -142,12 +142,14 @@ class Table1:
             "linestyle": "--",
         }
         style = style if number < 0 else series_style(number)
-        there = [one for one in configurations if one in row.records]
-        top1 = [Summary.of(one.top1 for one in row.records[place]) for place in there]
+        there = [configuration for configuration in configurations if configuration in row.records]
+        top1 = [Summary.of(record.top1 for record in row.records[place]) for place in there]
         axes.errorbar(
-            [configurations.index(one) for one in there],
-            [one.mean for one in top1],
-            yerr=[one.std for one in top1] if any(one.seeds > 1 for one in top1) else None,
+            [configurations.index(item) for item in there],
+            [summary.mean for summary in top1],
+            yerr=[summary.std for summary in top1]
+            if any(summary.seeds > 1 for summary in top1)
+            else None,
             label=row.widths,
             markersize=4,
             linewidth=1.3,
@@ -155,11 +157,11 @@ class Table1:
             **style,
         )
         paper = self._paper(row.dataset, row.widths)
-        printed = [one for one in configurations if one in paper]
+        printed = [configuration for configuration in configurations if configuration in paper]
         if printed:
             axes.plot(
-                [configurations.index(one) for one in printed],
-                [paper[one] for one in printed],
+                [configurations.index(item) for item in printed],
+                [paper[item] for item in printed],
                 color=style["color"],
                 marker=style["marker"],
                 markerfacecolor="none",
@@ -176,10 +178,15 @@ class Table1:
 
         def add(what: str, widths: str, ours: Mapping[Configuration, str], *, digits: int) -> None:
             lines.append(
-                (what, widths, "ours", *(ours.get(one, NOTHING) for one in configurations))
+                (
+                    what,
+                    widths,
+                    "ours",
+                    *(ours.get(configuration, NOTHING) for configuration in configurations),
+                )
             )
             paper = self._paper(what, widths)
-            if any(one in paper for one in configurations):
+            if any(configuration in paper for configuration in configurations):
                 cells = (
                     f"{paper[o]:.{digits}f}" if o in paper else NOTHING for o in configurations
                 )
@@ -187,21 +194,26 @@ class Table1:
 
         for row in rows:
             cells = {
-                place: str(Summary.of(one.top1 for one in ones))
-                for place, ones in row.records.items()
+                place: str(Summary.of(item.top1 for item in record))
+                for place, record in row.records.items()
             }
             add(row.dataset, row.widths, cells, digits=1)
         searched = [row for row in rows if row.widths != "uniform"]
-        for one, other in combinations(searched, 2):
-            if one.widths == other.widths:
-                shared = one.records.keys() & other.records.keys()
-                cells = {place: _format(mean_cosine(one.records[place], other.records[place]))
+        for first, second in combinations(searched, 2):
+            if first.widths == second.widths:
+                shared = first.records.keys() & second.records.keys()
+                cells = {place: _format(mean_cosine(first.records[place], second.records[place]))
                          for place in shared}  # fmt: skip
-                add(f"cosine({one.dataset}, {other.dataset})", one.widths, cells, digits=2)
+                add(f"cosine({first.dataset}, {second.dataset})", first.widths, cells, digits=2)
         for row in searched:
-            cells = {place: _format(to_uniform(ones)) for place, ones in row.records.items()}
+            cells = {place: _format(to_uniform(record)) for place, record in row.records.items()}
             add(f"cosine({row.dataset}, uniform)", row.widths, cells, digits=2)
-        columns = ("what", "widths", "from", *(_column(one) for one in configurations))
+        columns = (
+            "what",
+            "widths",
+            "from",
+            *(_column(configuration) for configuration in configurations),
+        )
         notes = [self.claim, *notes] if self.claim else notes
         return TextTable(self.title, columns, tuple(lines), tuple(notes))
 
@@ -224,22 +236,28 @@ class Table1:
                 notes.append(f"{label}: no records yet.")
                 continue
             most = max(by_resolution, key=lambda resolution: len(by_resolution[resolution]))
-            others = sorted(by_resolution.keys() - {most})
-            if others:
-                left_out = ", ".join(f"{one:g}" for one in others)
+            rest = sorted(by_resolution.keys() - {most})
+            if rest:
+                left_out = ", ".join(f"{item:g}" for item in rest)
                 notes.append(f"{label}: at {most:g} pixels; left out: {left_out}.")
-            its = by_resolution[most]
-            rows.append(Row(label, "uniform", {place: one.uniform for place, one in its.items()}))
-            for name in sorted({one.algorithm for group in its.values() for one in group.searched}):
-                ones = {
-                    place: [one for one in group.searched if one.algorithm == name]
-                    for place, group in its.items()
+            members = by_resolution[most]
+            rows.append(
+                Row(label, "uniform", {place: member.uniform for place, member in members.items()})
+            )
+            for name in sorted(
+                {item.algorithm for group in members.values() for item in group.searched}
+            ):
+                items = {
+                    place: [item for item in group.searched if item.algorithm == name]
+                    for place, group in members.items()
                 }
-                rows.append(Row(label, name, ones))
-            shown = [(dataset, f"{label}, {_column(place)}", one) for place, one in its.items()]
+                rows.append(Row(label, name, items))
+            shown = [
+                (dataset, f"{label}, {_column(place)}", member) for place, member in members.items()
+            ]
             notes += clash_notes(shown)
         there = [
-            row._replace(records={place: ones for place, ones in row.records.items() if ones})
+            row._replace(records={place: record for place, record in row.records.items() if record})
             for row in rows
         ]
         return [row for row in there if row.records], notes

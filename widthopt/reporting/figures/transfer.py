@@ -47,7 +47,7 @@ POINTS_PER_PERCENT = 1.8
 """Width of a panel in points of type by per cent of its axis, roughly; places labels only."""
 
 
-class SizedRequest(NamedTuple):
+class Point(NamedTuple):
     """What the seeds of one source came to.
 
     Attributes:
@@ -93,9 +93,9 @@ class Transfer:
         """
         shown = panels(records, self.panels, self.axis)
         curves = [self._curves(group) for _, _, group in shown]
-        order = sorted({name for ones in curves for name in ones})
-        sources = {source for ones in curves for points in ones.values() for source in points}
-        longest = max((len(source_words(one, self.axis)) for one in sources), default=0)
+        order = sorted({name for curve in curves for name in curve})
+        sources = {source for curve in curves for points in curve.values() for source in points}
+        longest = max((len(source_words(item, self.axis)) for item in sources), default=0)
         pad = 20.0 + TILTED_POINTS * longest
         columns = min(2, max(1, len(shown)))
         rows = max(1, -(-len(shown) // columns))
@@ -105,8 +105,8 @@ class Transfer:
             figure.suptitle(self.title)
             cells = list(figure.subplots(rows, columns, squeeze=False).flat)
             handles: dict[str, Any] = {}
-            for axes, (_, title, group), ones in zip(cells, shown, curves, strict=False):
-                self._panel(axes, group, ones, order)
+            for axes, (_, title, group), curve in zip(cells, shown, curves, strict=False):
+                self._panel(axes, group, curve, order)
                 axes.set_title(title, loc="left", pad=pad, fontsize=9)
                 drawn, names = axes.get_legend_handles_labels()
                 handles.update(zip(names, drawn, strict=True))
@@ -128,12 +128,12 @@ class Transfer:
     def _source_name(self) -> str:
         return "width, depth, resolution, fraction" if self.axis == "compound" else self.axis
 
-    def _curves(self, group: Group | None) -> dict[str, dict[Source, SizedRequest]]:
+    def _curves(self, group: Group | None) -> dict[str, dict[Source, Point]]:
         """Points of each series, from the target's own down."""
         if group is None:
             return {}
         return {
-            name: {source: _point(ones) for source, ones in points.items()}
+            name: {source: _point(point) for source, point in points.items()}
             for name, points in group.series(self.axis, self.series).items()
         }
 
@@ -141,7 +141,7 @@ class Transfer:
         self,
         axes: Axes,
         group: Group | None,
-        curves: Mapping[str, Mapping[Source, SizedRequest]],
+        curves: Mapping[str, Mapping[Source, Point]],
         order: Sequence[str],
     ) -> None:
         axes.set_xlabel("width optimization overhead saved (%)")
@@ -153,7 +153,7 @@ class Transfer:
         axes.set_ylabel(f"{group.dataset} top-1 accuracy (%)")
         heights = []
         if group.uniform:
-            heights.append(Summary.of(one.top1 for one in group.uniform))
+            heights.append(Summary.of(record.top1 for record in group.uniform))
             _baseline(axes, heights[0])
         saved: dict[Source, list[float]] = {}
         for name, points in curves.items():
@@ -165,7 +165,7 @@ class Transfer:
         if places:
             axes.set_xlim(left=min(-4.0, min(places.values()) - 4))
         axes.set_ylim(*_limits(heights))
-        _label_sources(axes, {source_words(one, self.axis): x for one, x in places.items()})
+        _label_sources(axes, {source_words(place, self.axis): x for place, x in places.items()})
 
     def table(self, records: Sequence[Record]) -> TextTable:
         """A row for each point of each series, and the paper's number beside ours.
@@ -185,7 +185,7 @@ class Transfer:
             if group is None:
                 notes.append(f"{name}: no records yet.")
                 continue
-            uniform = Summary.of(one.top1 for one in group.uniform) if group.uniform else None
+            uniform = Summary.of(record.top1 for record in group.uniform) if group.uniform else None
             if uniform is not None:
                 rows.append(_baseline_row(name, uniform))
             above, alike = [], []
@@ -214,9 +214,9 @@ class Transfer:
         return TextTable(self.title, columns, tuple(rows), (*notes, *clash_notes(shown)))
 
 
-def _point(records: Sequence[Record]) -> SizedRequest:
-    saved = Summary.of(100 * one.found.saved for one in records)
-    return SizedRequest(saved.mean, Summary.of(one.top1 for one in records), records)
+def _point(records: Sequence[Record]) -> Point:
+    saved = Summary.of(100 * record.found.saved for record in records)
+    return Point(saved.mean, Summary.of(record.top1 for record in records), records)
 
 
 def _baseline(axes: Axes, top1: Summary) -> None:
@@ -226,7 +226,7 @@ def _baseline(axes: Axes, top1: Summary) -> None:
     axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
 
 
-def _curve(axes: Axes, points: Sequence[SizedRequest], *, name: str, number: int, of: int) -> None:
+def _curve(axes: Axes, points: Sequence[Point], *, name: str, number: int, of: int) -> None:
     """A line through the means, and a bar where there are seeds enough for a deviation."""
     ordered = sorted(points, key=lambda point: point.saved)
     inches = APART_POINTS * (number - (of - 1) / 2) / 72
@@ -250,8 +250,8 @@ def _curve(axes: Axes, points: Sequence[SizedRequest], *, name: str, number: int
 
 def _limits(heights: Sequence[Summary]) -> tuple[float, float]:
     """The vertical axis: all that is drawn with its deviations, and some room."""
-    low = min(one.mean - one.std for one in heights)
-    high = max(one.mean + one.std for one in heights)
+    low = min(height.mean - height.std for height in heights)
+    high = max(height.mean + height.std for height in heights)
     slack = max(0.08 * (high - low), (LEAST_SPAN - (high - low)) / 2)
     return low - slack, high + slack
 
@@ -297,11 +297,11 @@ def _spread(places: Sequence[float], *, gap: float) -> list[float]:
     for number in order:
         runs.append((places[number], [number]))
         while len(runs) > 1:
-            (left, ones), (right, others) = runs[-2:]
-            if right - left >= gap * (len(ones) + len(others)) / 2:
+            (left, items), (right, rest) = runs[-2:]
+            if right - left >= gap * (len(items) + len(rest)) / 2:
                 break
-            members = ones + others
-            runs[-2:] = [(sum(places[one] for one in members) / len(members), members)]
+            members = items + rest
+            runs[-2:] = [(sum(places[member] for member in members) / len(members), members)]
     moved = list(places)
     for centre, members in runs:
         for rank, number in enumerate(members):
@@ -316,9 +316,7 @@ def _baseline_row(name: str, top1: Summary) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _cells(
-    point: SizedRequest, uniform: Summary | None, direct: SizedRequest | None
-) -> tuple[str, ...]:
+def _cells(point: Point, uniform: Summary | None, direct: Point | None) -> tuple[str, ...]:
     """From ``seeds`` to ``flags``."""
     return (
         str(point.top1.seeds),
@@ -332,57 +330,59 @@ def _cells(
     )
 
 
-def _saved_seconds_text(point: SizedRequest, direct: SizedRequest | None) -> str:
+def _saved_seconds_text(point: Point, direct: Point | None) -> str:
     """In wall-clock time, where a proxy may save less than it does in MACs."""
     whole = _seconds(direct) if direct else 0.0
     return f"{100 * (1 - _seconds(point) / whole):z.1f}" if whole > 0 else NOTHING
 
 
-def _seconds(point: SizedRequest) -> float:
-    return Summary.of(one.found.search_seconds for one in point.records).mean
+def _seconds(point: Point) -> float:
+    return Summary.of(record.found.search_seconds for record in point.records).mean
 
 
 def _accuracy(top1: Summary) -> str:
     return f"{top1.mean:.2f}±{top1.std:.2f}" if top1.seeds > 1 else f"{top1.mean:.2f}"
 
 
-def _difference(top1: Summary, other: Summary | None) -> str:
-    return NOTHING if other is None else f"{top1.mean - other.mean:+z.2f}"
+def _difference(top1: Summary, second: Summary | None) -> str:
+    return NOTHING if second is None else f"{top1.mean - second.mean:+z.2f}"
 
 
 def _flags(records: Sequence[Record]) -> str:
     """How many searches say of themselves that they went well, and what went wrong in others."""
-    diagnostics, seeds = [one.found.diagnostics for one in records], len(records)
+    diagnostics, seeds = [record.found.diagnostics for record in records], len(records)
     words = []
-    for name, said in (("valid", "valid"), ("budget_reached", "budget reached")):
-        if any(name in one for one in diagnostics):
-            good = sum(one.get(name) is not False for one in diagnostics)
-            words.append(f"{said} {good} of {seeds}")
-    for name, said in (("unchanged", "pruned nothing"), ("collapsed", "fell to the floor")):
-        bad = sum(bool(one.get(name)) for one in diagnostics)
+    for name, message in (("valid", "valid"), ("budget_reached", "budget reached")):
+        if any(name in diagnostic for diagnostic in diagnostics):
+            good = sum(diagnostic.get(name) is not False for diagnostic in diagnostics)
+            words.append(f"{message} {good} of {seeds}")
+    for name, message in (("unchanged", "pruned nothing"), ("collapsed", "fell to the floor")):
+        bad = sum(bool(diagnostic.get(name)) for diagnostic in diagnostics)
         if bad:
-            words.append(f"{said} {bad} of {seeds}")
+            words.append(f"{message} {bad} of {seeds}")
     return "; ".join(words) or NOTHING
 
 
-def _above(proxies: Mapping[str, SizedRequest], uniform: Summary | None) -> str:
+def _above(proxies: Mapping[str, Point], uniform: Summary | None) -> str:
     """The largest saving that is still more accurate than un-optimised widths."""
     if uniform is None:
         return "unknown"
     return _largest(
-        {source: one for source, one in proxies.items() if one.top1.mean > uniform.mean}
+        {source: proxy for source, proxy in proxies.items() if proxy.top1.mean > uniform.mean}
     )
 
 
-def _matching(proxies: Mapping[str, SizedRequest], direct: SizedRequest | None) -> str:
+def _matching(proxies: Mapping[str, Point], direct: Point | None) -> str:
     """The largest saving that is within a deviation of the direct search, or better."""
     if direct is None or direct.top1.seeds == 1:
         return "unknown (no direct search)" if direct is None else "unknown (one seed)"
     bound = direct.top1.mean - direct.top1.std
-    return _largest({source: one for source, one in proxies.items() if one.top1.mean >= bound})
+    return _largest(
+        {source: proxy for source, proxy in proxies.items() if proxy.top1.mean >= bound}
+    )
 
 
-def _largest(points: Mapping[str, SizedRequest]) -> str:
+def _largest(points: Mapping[str, Point]) -> str:
     if not points:
         return "none"
     source = max(points, key=lambda source: points[source].saved)
