@@ -280,7 +280,7 @@ def test_too_few_validation_images_are_refused_before_and_in_a_search(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("held_out", "most", "evaluation_batch_size", "wanted"),
+    ("held_out", "most", "chunk", "wanted"),
     [(500, 10240, 2048, 500), (5000, 10240, 2048, 4096), (128_116, 10240, 2048, 10240)],
 )
 def test_chunks_are_whole(held_out, most, chunk, wanted):

@@ -662,13 +662,13 @@ def test_a_device_that_is_not_there_is_refused(custom):
 def test_a_missing_folder_is_refused(tmp_path):
     gone = tmp_path / "gone"
     assert refused("dataset=image_folder", f"dataset.root={gone}", point=True) == (
-        f"dataset.root is {gone}, but there is no such folder; give the folder that holds "
-        "train/<class> and val/<class>"
+        f"dataset.root is {gone}, but there is no such folder; use the folder that "
+        "contains train/<class> and val/<class>"
     )
     assert refused("dataset=cifar10", f"dataset.root={gone}", point=True) == (
-        f"dataset.root is {gone}, but torchvision finds no complete CIFAR10 there (dataset not "
-        "found or corrupted); download it with dataset.download=true, or point dataset.root to "
-        "the folder that has it"
+        f"dataset.root is {gone}, but torchvision finds no complete CIFAR10 in it (dataset not "
+        "found or corrupted); download it with dataset.download=true, or set dataset.root to the "
+        "folder that contains it"
     )
 
 
@@ -679,8 +679,8 @@ def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path
     line = refused(*chosen, point=True)
     assert line == (
         f"dataset.root is {tmp_path / 'photos'}, but 2 of 8 images cannot be read "
-        "(train/ant/1.png, train/bee/3.png); replace or remove what cannot be read "
-        "(dataset=image_folder can also skip it, with dataset.allow_unreadable=true)"
+        "(train/ant/1.png, train/bee/3.png); replace or remove them "
+        "(dataset=image_folder can skip them with dataset.allow_unreadable=true)"
     )
     with pytest.warns(UserWarning, match=r"2 of 8 images cannot be read .*; they are skipped"):
         point = SizedRequest(compose([*TINY, *chosen, "dataset.allow_unreadable=true"]))
@@ -690,15 +690,15 @@ def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path
 def test_two_classes_are_the_least(photos, tmp_path):
     assert refused(*photos(ant=4), point=True) == (
         f"dataset.root is {tmp_path / 'photos'}, but it has fewer than two classes (ant) and "
-        "there is nothing to tell apart; use a data set of two classes or more"
+        "a classifier needs two; use a data set of two classes or more"
     )
 
 
 def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_more(photos, custom):
     chosen = (*photos(ant=20, bee=10), *custom(Small), "target.width=1")
     assert refused(*chosen, "projection.fraction=0.1", point=True) == (
-        "projection.fraction is 0.1, but class bee is left with 1 image of 10 and a class needs "
-        "2, one of them for validation; use 0.15 or more"
+        "projection.fraction is 0.1, but it leaves class bee 1 image of 10 and a class needs 2, "
+        "one of them for validation; use at least 0.15"
     )
     SizedRequest(compose([*TINY, *chosen, "projection.fraction=0.15"]))
 

@@ -1,4 +1,4 @@
-"""Batches: what is in them, and that they depend on nothing but seed, epoch and step."""
+"""The content of batches, which depends only on seed, epoch and step."""
 
 import random
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from widthopt.config.compose import compose
 from widthopt.data import check, classes, search_split, target_split
 from widthopt.data.augmentation import CropDraws, crop_draws, crop_images
 from widthopt.data.batches import Placement
-from widthopt.data.cache import CachedFullImages, square, wholes
+from widthopt.data.cache import CachedFullImages, eval_crop, load_full_images
 from widthopt.data.dataset import DatasetChoice
 from widthopt.data.images import ArrayImages, FileImages, reduce_image
 from widthopt.errors import InputError
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(DatasetChoice):
-    """Random images of one size; each has its own, so a batch tells which it holds."""
+    """Different random images of one size, which identify the images of a batch."""
 
     side: int
     per_class: int
@@ -50,7 +50,7 @@ class Noise(DatasetChoice):
 
 class Untested(Noise):
     def test(self):
-        raise AssertionError("a search looked at the test images")
+        raise AssertionError("a search used the test images")
 
 
 def noise(kind=Noise, **changes):
@@ -110,31 +110,31 @@ def same(first, second):
 
 
 def images_of(batches):
-    """Each image as bytes: a name for it."""
+    """Return each image as bytes, which identify it."""
     return [image.numpy().tobytes() for images, _ in batches for image in images]
 
 
 @pytest.mark.parametrize("memory_limit_gb", [1.0, 0.0])
 @pytest.mark.parametrize("augmentation", ["paper", "crop", "none"])
-def test_worker_processes_change_no_batch(augmentation, memory_limit_gb):
+def test_worker_processes_do_not_change_batches(augmentation, memory_limit_gb):
     dataset = noise(memory_limit_gb=memory_limit_gb)
-    alone = target(dataset, augmentation=augmentation, workers=0)
-    helped = target(dataset, augmentation=augmentation, workers=2)
-    assert same(alone.train.epoch(1), helped.train.epoch(1))
-    assert same(alone.evaluation, helped.evaluation)
+    expected = target(dataset, augmentation=augmentation, workers=0)
+    result = target(dataset, augmentation=augmentation, workers=2)
+    assert same(result.train.epoch(1), expected.train.epoch(1))
+    assert same(result.evaluation, expected.evaluation)
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop", "none"])
-def test_an_epoch_that_begins_at_a_step_goes_on_as_the_whole_one_does(augmentation):
+def test_an_epoch_from_a_later_step_has_the_batches_of_an_uninterrupted_epoch(augmentation):
     train = target(noise(), augmentation=augmentation).train
     assert same(list(train.epoch(2))[2:], train.epoch(2, first_step=2))
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop", "none"])
-def test_the_parts_of_all_ranks_are_the_batch_of_one_process(augmentation):
+def test_the_parts_of_all_ranks_are_the_batch_of_a_single_process(augmentation):
     train = target(noise(), augmentation=augmentation, batch_size=10).train
     parts = zip(*(train.epoch(0, rank=rank, ranks=3) for rank in range(3)), strict=True)
-    joined = [tuple(torch.cat(both) for both in zip(*ranks, strict=True)) for ranks in parts]
+    joined = [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in parts]
     assert same(joined, train.epoch(0))
 
 
@@ -148,22 +148,22 @@ def test_the_parts_of_all_ranks_evaluate_every_image_once():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("augmentation", ["paper", "crop"])
-def test_the_callers_random_generators_are_left_as_they_were(augmentation, workers):
+def test_the_global_rngs_are_unchanged(augmentation, workers):
     train = target(noise(), augmentation=augmentation, workers=workers).train
     random.seed(1)
     np.random.seed(2)  # noqa: NPY002
     torch.manual_seed(3)
-    undisturbed = (random.random(), np.random.random(), torch.rand(()).item())  # noqa: NPY002, S311
+    expected = (random.random(), np.random.random(), torch.rand(()).item())  # noqa: NPY002, S311
     random.seed(1)
     np.random.seed(2)  # noqa: NPY002
     torch.manual_seed(3)
     assert len(list(train.epoch(0))) == train.steps_per_epoch
     after = (random.random(), np.random.random(), torch.rand(()).item())  # noqa: NPY002, S311
-    assert after == undisturbed
+    assert after == expected
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop"])
-def test_the_callers_random_generators_do_not_matter(augmentation):
+def test_batches_do_not_depend_on_the_global_rngs(augmentation):
     train = target(noise(), augmentation=augmentation).train
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
@@ -184,35 +184,35 @@ def test_epochs_and_seeds_differ(augmentation):
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop"])
-def test_every_step_of_every_epoch_has_draws_of_its_own(augmentation):
-    """All images are the same, so batches differ by their augmentation alone."""
+def test_every_step_of_every_epoch_has_different_random_numbers(augmentation):
+    """All images are equal, so that batches differ only in augmentation."""
 
-    class Alike(Noise):
+    class Equal(Noise):
         def _images(self, seed):
             images = super()._images(seed)
             return replace(images, pixels=np.repeat(images.pixels[:1], 30, axis=0))
 
-    train = target(noise(Alike), augmentation=augmentation).train
+    train = target(noise(Equal), augmentation=augmentation).train
     batches = [images for epoch in range(3) for images, _ in train.epoch(epoch)]
     assert len({images.numpy().tobytes() for images in batches}) == 9
 
 
 def test_the_same_image_is_augmented_differently_within_a_batch():
     dataset = noise(side=16)
-    augmentation = target(dataset, augmentation="paper").train._augment  # noqa: SLF001
+    augmentation = target(dataset, augmentation="paper").train._augmented  # noqa: SLF001
     twice = augmentation(np.array([5, 5, 5, 5]), part=slice(None), seed=0)
     assert len({image.tobytes() for image in twice}) > 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_holds_each_image_at_most_once_and_drops_what_is_left_over(workers):
+def test_an_epoch_has_each_image_at_most_once_and_drops_an_incomplete_batch(workers):
     train = target(noise(), augmentation="none", workers=workers, batch_size=8).train
     assert (train.images, train.batch_size, train.steps_per_epoch) == (24, 8, 3)
     seen = images_of(train.epoch(0))
     assert len(seen) == len(set(seen)) == 24
 
 
-def test_a_batch_larger_than_the_data_is_all_of_the_data():
+def test_a_batch_size_above_the_number_of_images_gives_a_batch_of_all_images():
     train = target(noise(), batch_size=1024).train
     assert (train.images, train.batch_size, train.steps_per_epoch) == (30, 30, 1)
     ((images, labels),) = train.epoch(0)
@@ -231,15 +231,14 @@ def test_labels_stay_with_their_images():
     shared = label_of.keys() & second.keys()
     assert len(shared) > 10
     assert {name: label_of[name] for name in shared} == {name: second[name] for name in shared}
-    tested = dataset.test()
-    assert label_list(split.evaluation) == tested.labels.tolist()
+    assert label_list(split.evaluation) == dataset.test().labels.tolist()
 
 
 def label_list(batches):
     return [label for _, labels in batches for label in labels.tolist()]
 
 
-def test_what_a_search_holds_out_is_none_of_what_it_trains_on():
+def test_the_validation_images_of_a_search_are_not_trained_on():
     split = search(noise(per_class=20))
     train = {name for epoch in range(6) for name in images_of(split.train.epoch(epoch))}
     held = set(images_of(split.evaluation))
@@ -248,51 +247,51 @@ def test_what_a_search_holds_out_is_none_of_what_it_trains_on():
     assert not train & held
 
 
-def test_a_search_never_asks_for_the_test_images():
+def test_a_search_does_not_use_the_test_images():
     split = search(noise(Untested))
     assert len(images_of(split.evaluation)) == 6
 
 
-def test_a_search_sees_a_part_of_each_class():
+def test_a_search_uses_a_part_of_each_class():
     split = search(noise(per_class=20), fraction=0.25)
     labels = label_list(split.train.epoch(0)) + label_list(split.evaluation)
-    assert len(labels) == 8 + 3  # 5 of each class: 4 train in batches of 8, 1 is held out
+    assert len(labels) == 8 + 3  # 5 of each class: 4 to train on, in batches of 8, and 1 held out
     assert sorted(label_list(split.evaluation)) == [0, 1, 2]
 
 
 def test_a_final_training_is_evaluated_on_the_test_images():
     dataset = noise()
     expected = [
-        np.asarray(square(dataset.test().image(i), resolution=16, crop=0.875)).mean()
+        np.asarray(eval_crop(dataset.test().image(i), resolution=16, crop=0.875)).mean()
         for i in range(30)
     ]
     split = target(dataset, augmentation="none")
     scale, shift = torch.tensor(dataset.std), torch.tensor(dataset.mean)
-    found = [
+    means = [
         (255 * (image * scale[:, None, None] + shift[:, None, None])).mean().item()
         for images, _ in split.evaluation
         for image in images
     ]
-    assert found == pytest.approx(expected, abs=1e-3)  # float32 of values to 255
+    assert means == pytest.approx(expected, abs=1e-3)  # float32 values up to 255
 
 
 def test_a_sample_of_the_evaluation_images_is_in_random_order():
-    """Images of a data set may be sorted by class, and BatchNorm takes a batch's statistics."""
+    """A data set may be sorted by class, and BatchNorm uses the statistics of a batch."""
     evaluation = target(noise()).evaluation
     ordered = images_of(evaluation)
     drawn = images_of(evaluation.sample(30, batch_size=10, seed=0))
     assert sorted(drawn) == sorted(ordered)
-    # Of 30 images in random order one is where it was, more or less.
-    assert sum(first == second for first, second in zip(drawn, ordered, strict=True)) < 6
-    labels = [label for _, items in evaluation.sample(30, batch_size=10, seed=0) for label in items]
-    # Of 29 steps in random order a third goes to a lower class; in that of classes none does.
+    # About one of 30 images in random order keeps its position.
+    assert sum(image == before for image, before in zip(drawn, ordered, strict=True)) < 6
+    labels = label_list(evaluation.sample(30, batch_size=10, seed=0))
+    # A third of 29 steps in random order goes to a lower class; none does in the order of classes.
     assert sum(after < before for before, after in pairwise(labels)) > 4
     assert images_of(evaluation.sample(12, batch_size=5, seed=0)) == drawn[:12]
     assert images_of(evaluation.sample(30, batch_size=10, seed=1)) != drawn
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_evaluation_takes_micro_batches_and_leaves_none_out(accumulation):
+def test_evaluation_uses_micro_batches_and_every_image(accumulation):
     evaluation = target(noise(), batch_size=8, accumulation=accumulation).evaluation
     sizes = [len(labels) for _, labels in evaluation]
     assert sum(sizes) == evaluation.images == 30
@@ -300,7 +299,7 @@ def test_evaluation_takes_micro_batches_and_leaves_none_out(accumulation):
 
 
 def photo(width, height, seed=0):
-    """A smooth picture with some grain, as a photograph has."""
+    """Return a smooth image with noise, similar to a photograph."""
     generator = np.random.default_rng(seed)
     small = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -313,11 +312,11 @@ def photo(width, height, seed=0):
 def test_evaluation_resizes_the_short_side_and_crops_the_centre(size, resolution, crop, short_side):
     oracle = transforms.Compose([transforms.Resize(short_side), transforms.CenterCrop(resolution)])
     image = photo(*size)
-    found = square(image, resolution=resolution, crop=crop)
-    assert np.array_equal(np.asarray(found), np.asarray(oracle(image)))
+    result = eval_crop(image, resolution=resolution, crop=crop)
+    assert np.array_equal(np.asarray(result), np.asarray(oracle(image)))
 
 
-def test_whole_evaluation_batches_are_those_of_a_torchvision_pipeline():
+def test_evaluation_batches_are_those_of_a_torchvision_pipeline():
     dataset = noise(side=40)
     oracle = transforms.Compose(
         [
@@ -329,8 +328,8 @@ def test_whole_evaluation_batches_are_those_of_a_torchvision_pipeline():
     )
     pixels = dataset.test().pixels
     expected = torch.stack([oracle(Image.fromarray(array)) for array in pixels])
-    found = torch.cat([images for images, _ in target(dataset).evaluation])
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)  # float32 in another order
+    result = torch.cat([images for images, _ in target(dataset).evaluation])
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)  # float32 in another order
 
 
 def test_pixels_are_normalised_by_mean_and_deviation_of_each_channel():
@@ -338,16 +337,16 @@ def test_pixels_are_normalised_by_mean_and_deviation_of_each_channel():
     placement = Placement.of(dataset, runtime=runtime(), device=CPU)
     pixels = np.array([[0, 255], [51, 51], [255, 0]], dtype=np.uint8).reshape(1, 3, 1, 2)
     ((images, labels),) = placement.stream(
-        lambda _: (pixels, np.array([7])), range(1), immediate=True
+        lambda _: (pixels, np.array([7])), range(1), in_memory=True
     )
-    by_hand = torch.tensor([[0.0, 1.0], [0.0, 0.0], [2.0, -2.0]]).view(1, 3, 1, 2)
-    torch.testing.assert_close(images, by_hand, rtol=0, atol=1e-6)
+    expected = torch.tensor([[0.0, 1.0], [0.0, 0.0], [2.0, -2.0]]).view(1, 3, 1, 2)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
     assert (images.dtype, labels.dtype, labels.tolist()) == (torch.float32, torch.int64, [7])
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop", "none"])
 @pytest.mark.parametrize("memory_format", ["auto", "contiguous", "channels_last"])
-def test_batches_have_the_memory_format_that_was_asked_for(memory_format, augmentation):
+def test_batches_have_the_requested_memory_format(memory_format, augmentation):
     split = target_split(
         noise(),
         resolution=16,
@@ -362,7 +361,7 @@ def test_batches_have_the_memory_format_that_was_asked_for(memory_format, augmen
         assert images.is_contiguous(memory_format=expected)
 
 
-def test_the_memory_format_changes_no_value():
+def test_the_memory_format_does_not_change_values():
     splits = [
         target_split(
             noise(),
@@ -378,15 +377,15 @@ def test_the_memory_format_changes_no_value():
 
 
 def slow_crop(pixels, draws, padding):
-    """One image, one row, one pixel at a time."""
+    """Crop and mirror with a loop over the pixels."""
     count, channels, height, width = pixels.shape
     out = np.zeros_like(pixels)
     for i in range(count):
         for y in range(height):
             for x in range(width):
                 row = y + draws.rows[i] - padding
-                seen = width - 1 - x if draws.mirrored[i] else x
-                column = seen + draws.columns[i] - padding
+                offset = width - 1 - x if draws.mirrored[i] else x
+                column = offset + draws.columns[i] - padding
                 if 0 <= row < height and 0 <= column < width:
                     for channel in range(channels):
                         out[i, channel, y, x] = pixels[i, channel, row, column]
@@ -398,8 +397,8 @@ def test_padded_crops_are_those_of_a_loop_over_pixels(padding):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 7, 7), dtype=np.uint8)
     draws = crop_draws(12, padding=padding, flip=True, seed=4)
     assert 0 < draws.mirrored.sum() < 12
-    found = crop_images(pixels, draws, padding=padding)
-    assert np.array_equal(found, slow_crop(pixels, draws, padding))
+    result = crop_images(pixels, draws, padding=padding)
+    assert np.array_equal(result, slow_crop(pixels, draws, padding))
 
 
 def test_crops_reach_every_offset_equally_often_and_half_are_mirrored():
@@ -409,18 +408,20 @@ def test_crops_reach_every_offset_equally_often_and_half_are_mirrored():
         assert len(counts) == 5
         assert abs(counts - 10_000).max() < 450  # five standard deviations
     assert abs(draws.mirrored.sum() - 25_000) < 560
-    assert np.bincount(draws.rows * 5 + draws.columns).min() > 1_750  # rows and columns differ
+    assert (
+        np.bincount(draws.rows * 5 + draws.columns).min() > 1_750
+    )  # rows and columns are independent
 
 
-def test_nothing_is_mirrored_where_a_mirror_image_changes_the_class():
+def test_no_image_is_mirrored_if_flip_is_false():
     assert not crop_draws(1_000, padding=2, flip=False, seed=0).mirrored.any()
     draws = CropDraws(np.array([1]), np.array([1]), np.array([False]))
     pixels = np.arange(12, dtype=np.uint8).reshape(1, 3, 2, 2)
     assert np.array_equal(crop_images(pixels, draws, padding=1), pixels)
 
 
-def test_the_papers_augmentation_mirrors_only_where_that_keeps_the_class():
-    """A picture that is dark on the left stays so on average only if it is never mirrored."""
+def test_the_papers_augmentation_mirrors_images_only_if_flip_is_true():
+    """Images that are dark on the left are brighter on the left only if they are mirrored."""
 
     @dataclass(frozen=True, kw_only=True)
     class Halves(Noise):
@@ -435,38 +436,36 @@ def test_the_papers_augmentation_mirrors_only_where_that_keeps_the_class():
         sides = images.mean(dim=(1, 2))
         return int((sides[:, :8].mean(1) > sides[:, 8:].mean(1) + 0.1).sum())
 
-    # RandAugment inverts and solarises some, so a few are brighter on the left either way.
+    # RandAugment inverts and solarises a few, which are then brighter on the left too.
     assert brighter_left(flip=False) < 20
     assert brighter_left(flip=True) > 30
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop", "none"])
-def test_images_kept_in_memory_give_the_batches_of_images_decoded_each_time(augmentation, photos):
-    kept = target(photos(memory_limit_gb=1.0), augmentation=augmentation, resolution=24)
+def test_the_cache_does_not_change_batches_of_files(augmentation, photos):
+    cached = target(photos(memory_limit_gb=1.0), augmentation=augmentation, resolution=24)
     decoded = target(photos(memory_limit_gb=0.0), augmentation=augmentation, resolution=24)
-    assert same(kept.train.epoch(0), decoded.train.epoch(0))
-    assert same(kept.evaluation, decoded.evaluation)
+    assert same(cached.train.epoch(0), decoded.train.epoch(0))
+    assert same(cached.evaluation, decoded.evaluation)
 
 
 @pytest.mark.parametrize("train_scale", [256 / 224, None])
 @pytest.mark.parametrize("side", [12, 16, 40])
 @pytest.mark.parametrize("augmentation", ["paper", "crop", "none"])
-def test_arrays_give_the_same_batches_whether_they_are_prepared_once_or_each_time(
-    augmentation, side, train_scale
-):
-    kept, prepared = (
+def test_the_cache_does_not_change_batches_of_arrays(augmentation, side, train_scale):
+    cached, decoded = (
         target(
             noise(side=side, train_scale=train_scale, memory_limit_gb=limit),
             augmentation=augmentation,
         )
         for limit in (1.0, 0.0)
     )
-    assert same(kept.train.epoch(0), prepared.train.epoch(0))
+    assert same(cached.train.epoch(0), decoded.train.epoch(0))
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of photographs of several sizes, shapes and modes."""
+    """Return a function that builds the data set of a folder of different photographs."""
     sizes = [(61, 50), (50, 67), (200, 150), (30, 30), (90, 20), (64, 64)]
     for split, extra in (("train", 0), ("val", 100)):
         for label, name in enumerate(("cat", "dog")):
@@ -485,7 +484,7 @@ def photos(tmp_path):
     return choice
 
 
-def test_a_folder_of_photographs_gives_each_its_class(photos):
+def test_the_folders_of_photographs_are_the_classes(photos):
     dataset = photos()
     check(dataset, fraction=0.5)
     assert classes(dataset) == ("cat", "dog")
@@ -496,10 +495,10 @@ def test_a_folder_of_photographs_gives_each_its_class(photos):
 def test_photographs_are_evaluated_as_torchvision_does_from_the_file(photos):
     dataset = photos()
     oracle = transforms.Compose([transforms.Resize(27), transforms.CenterCrop(24)])
-    found = torch.cat([images for images, _ in target(dataset, resolution=24).evaluation])
+    result = torch.cat([images for images, _ in target(dataset, resolution=24).evaluation])
     scale = torch.tensor(dataset.std).view(3, 1, 1) * 255
     shift = torch.tensor(dataset.mean).view(3, 1, 1) * 255
-    for image, path in zip(found, dataset.test().paths, strict=True):
+    for image, path in zip(result, dataset.test().paths, strict=True):
         with Image.open(path) as file:
             expected = np.asarray(oracle(file.convert("RGB"))).transpose(2, 0, 1)
         assert np.array_equal((image * scale + shift).round().numpy(), expected)
@@ -516,34 +515,34 @@ def test_a_photograph_decoded_at_a_smaller_scale_looks_like_one_decoded_in_full(
     path = tmp_path / "photo.jpg"
     photo(401, 300).save(path, quality=95)
     images = FileImages(str(tmp_path), np.array([0]), ("a",), (str(path),))
-    quick = np.asarray(images.image(0, short_side=30), dtype=int)
+    reduced = np.asarray(images.image(0, short_side=30), dtype=int)
     full = np.asarray(reduce_image(images.image(0), 30), dtype=int)
-    assert quick.shape == full.shape == (30, 40, 3)
-    assert abs(quick - full).mean() < 2  # of 255
+    assert reduced.shape == full.shape == (30, 40, 3)
+    assert abs(reduced - full).mean() < 2  # of 255
 
 
-def test_photographs_in_memory_are_no_larger_than_the_resolution_needs(photos):
+def test_cached_photographs_are_reduced_to_the_resolution(photos):
     train = photos().train()
-    kept = wholes(train, np.arange(12), short_side=32, limit_bytes=1e9, progress=False)
-    assert isinstance(kept, CachedFullImages)
-    assert kept(0).size == (39, 32)
-    assert kept(3).size == (30, 30)
-    assert kept.stored_bytes == sum(3 * kept(i).width * kept(i).height for i in range(12))
+    cached = load_full_images(train, np.arange(12), short_side=32, limit_bytes=1e9, progress=False)
+    assert isinstance(cached, CachedFullImages)
+    assert cached(0).size == (39, 32)
+    assert cached(3).size == (30, 30)
+    assert cached.stored_bytes == sum(3 * cached(i).width * cached(i).height for i in range(12))
 
 
-def test_the_memory_limit_holds_for_training_and_evaluation_together():
-    """30 images of 16 x 16 x 3 bytes are 23,040 bytes for each."""
-    room_for_one = target(noise(memory_limit_gb=30_000e-9))
-    room_for_both = target(noise(memory_limit_gb=47_000e-9))
+def test_the_memory_limit_applies_to_training_and_evaluation_together():
+    """Either split has 30 images of 16 x 16 x 3 bytes, which are 23,040 bytes."""
+    train_only = target(noise(memory_limit_gb=30_000e-9))
+    both_splits = target(noise(memory_limit_gb=47_000e-9))
     stored = [
-        (split.train._augment._images.stored_bytes, split.evaluation._squares.stored_bytes)  # noqa: SLF001
-        for split in (room_for_one, room_for_both)
+        (split.train._augmented._images.stored_bytes, split.evaluation._crops.stored_bytes)  # noqa: SLF001
+        for split in (train_only, both_splits)
     ]
     assert stored == [(23_040, 0), (23_040, 23_040)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_breaks_while_training_is_named_in_one_line(photos, tmp_path, workers):
+def test_an_image_that_becomes_unreadable_in_training_is_named(photos, tmp_path, workers):
     train = target(photos(memory_limit_gb=0.0, verify=False), workers=workers, batch_size=12).train
     (tmp_path / "train" / "dog" / "2.jpg").write_bytes(b"gone")
     with pytest.raises(
@@ -554,7 +553,7 @@ def test_an_image_that_breaks_while_training_is_named_in_one_line(photos, tmp_pa
         list(train.epoch(0))
 
 
-def test_all_images_that_cannot_be_kept_in_memory_are_named(photos, tmp_path):
+def test_all_images_that_cannot_be_cached_are_named(photos, tmp_path):
     for name in ("1.png", "4.jpg"):
         (tmp_path / "train" / "cat" / name).write_bytes(b"gone")
     with pytest.raises(
@@ -566,9 +565,9 @@ def test_all_images_that_cannot_be_kept_in_memory_are_named(photos, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_choice_of_the_configuration_makes_a_data_set_of_its_name(path):
+def test_every_choice_of_the_configuration_builds_the_data_set_it_names(path):
     dataset = compose([f"dataset={path.stem}"]).dataset
-    assert path.stem.startswith(dataset.name)  # one at another resolution is the same data
+    assert path.stem.startswith(dataset.name)  # a choice may change only the resolution
     assert isinstance(dataset.mean, tuple)
 
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong about data: one clear line each, before anything starts."""
+"""User errors about data: each is a message of one line before the run starts."""
 
 import gzip
 import shutil
@@ -27,7 +27,7 @@ def choice(name, **changes):
 
 
 def fill(root, counts, *, splits=("train", "val")):
-    """A folder with so many images of each class in each split."""
+    """Write a number of images of each class to each split."""
     generator = np.random.default_rng(0)
     for split in splits:
         for name, count in counts.items():
@@ -48,7 +48,7 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
         check(choice("digits"), fraction=fraction)
 
 
-def test_the_key_of_the_fraction_is_the_one_that_was_typed():
+def test_the_message_names_the_key_of_the_fraction_as_typed():
     with pytest.raises(InputError, match=r"^point\.fraction is 2, but"):
         check(choice("digits"), fraction=2, key="point.fraction")
 
@@ -57,9 +57,9 @@ def test_a_fraction_leaves_each_class_two_images(tmp_path):
     fill(tmp_path, {"ant": 30, "bee": 10})
     with pytest.raises(
         InputError,
-        match=r"^projection\.fraction is 0\.1, but class bee is left "
-        r"with 1 image of 10 and a class needs 2, one of them for validation; use "
-        r"0\.15 or more$",
+        match=r"^projection\.fraction is 0\.1, but it leaves class "
+        r"bee 1 image of 10 and a class needs 2, one of them for validation; use at least "
+        r"0\.15$",
     ):
         check(choice("image_folder", root=str(tmp_path)), fraction=0.1)
     check(choice("image_folder", root=str(tmp_path)), fraction=0.15)
@@ -69,8 +69,8 @@ def test_a_class_with_one_image_is_named_whatever_the_fraction(tmp_path):
     fill(tmp_path, {"ant": 3, "bee": 1})
     with pytest.raises(
         InputError,
-        match=r"^dataset\.root is \S+, but class bee has 1 image to "
-        r"train on and a class needs 2, .*; add images or leave the class out$",
+        match=r"^dataset\.root is \S+, but class bee has 1 image for "
+        r"training and a class needs 2, .*; add images or remove the class$",
     ):
         check(choice("image_folder", root=str(tmp_path)), fraction=1.0)
 
@@ -89,20 +89,20 @@ def test_a_missing_folder_is_named_as_it_was_typed():
     with pytest.raises(
         InputError,
         match=r"^dataset\.root is ~/no/such/images, but there is no "
-        r"such folder; give the folder that holds train/<class> and val/<class>$",
+        r"such folder; use the folder that contains train/<class> and val/<class>$",
     ):
         check(choice("image_folder", root="~/no/such/images"), fraction=1.0)
 
 
-def test_the_users_own_folder_is_found_by_its_tilde(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     fill(tmp_path / "photos", {"ant": 3, "bee": 3})
     assert classes(choice("image_folder", root="~/photos")) == ("ant", "bee")
 
 
-@pytest.mark.parametrize(("there", "missing"), [("val", "train"), ("train", "val or test")])
-def test_a_folder_without_a_split_says_which(tmp_path, there, missing):
-    fill(tmp_path, {"ant": 3, "bee": 3}, splits=(there,))
+@pytest.mark.parametrize(("split", "missing"), [("val", "train"), ("train", "val or test")])
+def test_a_missing_split_is_named(tmp_path, split, missing):
+    fill(tmp_path, {"ant": 3, "bee": 3}, splits=(split,))
     with pytest.raises(
         InputError,
         match=rf"^dataset\.root is \S+, but it has no folder {missing}; "
@@ -111,7 +111,7 @@ def test_a_folder_without_a_split_says_which(tmp_path, there, missing):
         check(choice("image_folder", root=str(tmp_path)), fraction=1.0)
 
 
-def test_the_folder_test_serves_where_there_is_no_val(tmp_path):
+def test_the_folder_test_is_read_if_there_is_no_val(tmp_path):
     fill(tmp_path, {"ant": 3, "bee": 4}, splits=("train", "test"))
     dataset = choice("image_folder", root=str(tmp_path))
     check(dataset, fraction=1.0)
@@ -135,7 +135,7 @@ def test_training_and_test_images_have_the_same_classes(tmp_path):
     with pytest.raises(
         InputError,
         match=r"^dataset\.root is \S+, but its training and test images "
-        r"differ in their classes \(bee, wasp\); give both the same classes$",
+        r"differ in their classes \(bee, wasp\); give them the same classes$",
     ):
         check(choice("image_folder", root=str(tmp_path)), fraction=1.0)
 
@@ -158,7 +158,7 @@ def test_each_unreadable_image_is_named_and_counted(tmp_path):
 
 
 def test_a_truncated_photograph_is_unreadable(tmp_path):
-    """Its head is whole, so only decoding it tells."""
+    """Its header is complete, so that only decoding finds the error."""
     fill(tmp_path, {"ant": 5, "bee": 5})
     path = tmp_path / "val" / "ant" / "99.jpg"
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
@@ -168,7 +168,7 @@ def test_a_truncated_photograph_is_unreadable(tmp_path):
         check(choice("image_folder", root=str(tmp_path)), fraction=1.0)
 
 
-def test_of_many_unreadable_images_ten_are_named_and_the_rest_counted(tmp_path):
+def test_ten_of_many_unreadable_images_are_named_and_the_others_counted(tmp_path):
     fill(tmp_path, {"ant": 13, "bee": 5})
     for path in (tmp_path / "train" / "ant").iterdir():
         truncate(path)
@@ -180,26 +180,24 @@ def test_of_many_unreadable_images_ten_are_named_and_the_rest_counted(tmp_path):
         check(choice("image_folder", root=str(tmp_path)), fraction=1.0)
 
 
-def test_unreadable_images_are_skipped_with_a_warning_where_that_is_allowed(tmp_path):
+def test_unreadable_images_are_skipped_with_a_warning_if_allowed(tmp_path):
     fill(tmp_path, {"ant": 5, "bee": 5})
     truncate(tmp_path / "train" / "ant" / "03.png")
     dataset = choice("image_folder", root=str(tmp_path), allow_unreadable=True, verify=False)
     with pytest.warns(
         UserWarning,
         match=r"^dataset\.root is \S+, and 1 of 10 images cannot be "
-        r"read \(train/ant/03\.png\); they are skipped, as "
+        r"read \(train/ant/03\.png\); they are skipped because "
         r"dataset\.allow_unreadable is true$",
     ):
         images = dataset.train()
     assert images.labels.tolist() == [0] * 4 + [1] * 5
     assert not any(path.endswith("ant/03.png") for path in images.paths)
-    check(dataset, fraction=1.0)  # it looks once, and warns once
+    check(dataset, fraction=1.0)  # images are listed once, with one warning
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_every_image_is_read_before_work_starts_only_if_verify_is_true(
-    tmp_path, monkeypatch, verify
-):
+def test_every_image_is_read_before_a_run_only_if_verify_is_true(tmp_path, monkeypatch, verify):
     fill(tmp_path, {"ant": 5, "bee": 5})
     paths, open_image = [], Image.open
 
@@ -214,36 +212,36 @@ def test_every_image_is_read_before_work_starts_only_if_verify_is_true(
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
-def test_a_data_set_that_is_not_there_can_be_downloaded(tmp_path, name):
+def test_a_missing_data_set_can_be_downloaded(tmp_path, name):
     with pytest.raises(
         InputError,
         match=r"^dataset\.root is \S+, but torchvision finds no complete "
-        r"(CIFAR10|CIFAR100|FashionMNIST) there \(dataset not found[^\n]*\); "
-        r"download it with dataset\.download=true, or point dataset\.root to the "
-        r"folder that has it$",
+        r"(CIFAR10|CIFAR100|FashionMNIST) in it \(dataset not found[^\n]*\); "
+        r"download it with dataset\.download=true, or set dataset\.root to the "
+        r"folder that contains it$",
     ):
         check(choice(name, root=str(tmp_path)), fraction=1.0)
 
 
-def test_a_download_that_fails_says_why_and_what_else_to_do(tmp_path, monkeypatch):
+def test_a_failed_download_gives_the_reason_and_the_alternative(tmp_path, monkeypatch):
     def refuse(self):  # noqa: ARG001
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(datasets.CIFAR100, "download", refuse)
     with pytest.raises(
         InputError,
-        match=r"^dataset\.root is \S+, but .*no route to host.*; put the "
-        r"unpacked files of CIFAR100 there by hand$",
+        match=r"^dataset\.root is \S+, but .*no route to host.*; copy the "
+        r"unpacked files of CIFAR100 to it$",
     ):
         check(choice("cifar100", root=str(tmp_path), download=True), fraction=1.0)
 
 
-def test_imagenet_without_its_archives_says_which_they_are(tmp_path):
+def test_missing_archives_of_imagenet_are_named(tmp_path):
     with pytest.raises(
         InputError,
         match=r"^dataset\.root is \S+, but torchvision finds no complete "
-        r"ImageNet there \([^\n]*\); put ILSVRC2012_devkit_t12\.tar\.gz, .*, or use "
-        r"dataset=image_folder for folders that are unpacked already$",
+        r"ImageNet in it \([^\n]*\); copy ILSVRC2012_devkit_t12\.tar\.gz, .*, or use "
+        r"dataset=image_folder for unpacked folders$",
     ):
         check(choice("imagenet", root=str(tmp_path)), fraction=1.0)
 
@@ -251,18 +249,18 @@ def test_imagenet_without_its_archives_says_which_they_are(tmp_path):
 def test_imagenet_is_not_downloaded():
     with pytest.raises(
         InputError,
-        match=r"^dataset\.download is True, but ImageNet can only be had "
-        r"by its own terms; .* set dataset\.download=false$",
+        match=r"^dataset\.download is True, but torchvision cannot "
+        r"download ImageNet; .* set dataset\.download=false$",
     ):
         replace(choice("imagenet"), download=True)
 
 
-def test_a_data_set_that_torchvision_is_not_asked_for_is_refused_with_the_choices():
+def test_an_unknown_data_set_of_torchvision_is_refused_with_the_choices():
     with pytest.raises(
         InputError,
         match=r"^dataset\.dataset is MNISTY, but the choices are CIFAR10, "
         r"CIFAR100, FashionMNIST, ImageNet; use one of them, or "
-        r"dataset=image_folder for images of your own$",
+        r"dataset=image_folder for your own images$",
     ):
         replace(choice("cifar10"), dataset="MNISTY")
 
@@ -270,25 +268,25 @@ def test_a_data_set_that_torchvision_is_not_asked_for_is_refused_with_the_choice
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resolution": 0}, r"^dataset\.resolution is 0, but .*; use a whole number from 1 up$"),
+        ({"resolution": 0}, r"^dataset\.resolution is 0, but .*; use an integer of at least 1$"),
         ({"crop": 0}, r"^dataset\.crop is 0, but .*; use a number above 0 and at most 1$"),
         ({"crop": 1.2}, r"^dataset\.crop is 1\.2, but .*; use a number above 0 and at most 1$"),
         ({"validation": 0}, r"^dataset\.validation is 0, but .*; use a number between 0 and 1$"),
         ({"validation": 1}, r"^dataset\.validation is 1, but .*; use a number between 0 and 1$"),
         ({"train_scale": 0}, r"^dataset\.train_scale is 0, but .*; use a number above 0, or null$"),
-        ({"memory_limit_gb": -1}, r"^dataset\.memory_limit_gb is -1, but .*; use 0 to .* above$"),
+        ({"memory_limit_gb": -1}, r"^dataset\.memory_limit_gb is -1, but .*; use 0 to .* above 0$"),
         ({"mean": (0.5,)}, r"^dataset\.mean is \[0\.5\], but .*; give one number for each of .*$"),
         ({"std": (1, 1)}, r"^dataset\.std is \[1, 1\], but .*; give one number for each of .*$"),
         ({"std": (1, 0, 1)}, r"^dataset\.std is \[1, 0, 1\], but .*; use numbers above 0$"),
     ],
 )
-def test_a_value_outside_its_range_is_refused_at_once(changes, message):
+def test_a_value_outside_its_range_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         replace(choice("digits"), **changes)
 
 
 def test_imagenet_is_read_from_torchvisions_folders(tmp_path):
-    """The layout that torchvision leaves behind once it has unpacked the archives."""
+    """The layout is that of archives that torchvision unpacked."""
     fill(tmp_path, {"n02": 3, "n01": 3})
     words = {"n01": ("crane",), "n02": ("crane", "derrick")}
     torch.save((words, ["n01"] * 3 + ["n02"] * 3), tmp_path / "meta.bin")
@@ -299,7 +297,7 @@ def test_imagenet_is_read_from_torchvisions_folders(tmp_path):
     assert all("/val/" in path for path in dataset.test().paths)
 
 
-def test_fashion_mnist_is_read_in_grey_and_handed_over_in_colour(tmp_path):
+def test_fashion_mnist_is_converted_from_greyscale_to_rgb(tmp_path):
     folder = tmp_path / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
@@ -323,7 +321,7 @@ def test_a_damaged_cifar_file_is_refused(tmp_path):
         (folder / name).write_bytes(gzip.compress(b"not these"))
     with pytest.raises(
         InputError,
-        match=r"finds no complete CIFAR100 there \(dataset not found or "
+        match=r"finds no complete CIFAR100 in it \(dataset not found or "
         r"corrupted\)",
     ):
         check(choice("cifar100", root=str(tmp_path)), fraction=1.0)

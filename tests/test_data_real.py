@@ -1,4 +1,4 @@
-"""CIFAR-100 and photographs as they are, where they lie beside the repository."""
+"""CIFAR-100 and photographs, if they are beside the repository."""
 
 import subprocess
 import sys
@@ -91,9 +91,9 @@ def test_photographs_are_46_classes_of_40_and_20(photos):
     assert set(Counter(photos.test().labels.tolist()).values()) == {20}
 
 
-def test_photographs_of_all_sizes_come_as_squares(photos):
+def test_photographs_of_all_sizes_are_evaluated_as_squares(photos):
     split = target_split(photos, resolution=32, seed=0, recipe=RECIPE, runtime=RUNTIME, device=CPU)
     images = torch.cat([images for images, _ in split.evaluation])
     assert images.shape == (920, 3, 32, 32)
     assert images.isfinite().all()
-    assert len({image.numpy().tobytes() for image in images}) > 910  # they are different ones
+    assert len({image.numpy().tobytes() for image in images}) > 910  # the images differ

@@ -1,4 +1,4 @@
-"""Stratified nested fractions and the held-out validation share."""
+"""Stratified nested fractions and the held-out validation images."""
 
 from collections import Counter
 from fractions import Fraction
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widthopt.data.digits import Digits
-from widthopt.data.subsets import fraction_of, split_validation, smallest_fraction, stratify
+from widthopt.data.subsets import fraction_of, smallest_fraction, split_validation, stratify
 
 
 COUNTS = st.lists(st.integers(2, 60), min_size=2, max_size=5)
@@ -37,28 +37,28 @@ def digits():
 
 
 @given(COUNTS, SEEDS, PER_CENT, PER_CENT)
-def test_a_smaller_fraction_lies_within_a_larger_one(counts, seed, first, second):
+def test_a_smaller_fraction_is_a_subset_of_a_larger_one(counts, seed, first, second):
     labels = shuffled_labels(counts, seed)
     small, large = (
-        stratify(labels, classes=len(counts), fraction=p / 100, seed=seed)
-        for p in sorted([first, second])
+        stratify(labels, classes=len(counts), fraction=part / 100, seed=seed)
+        for part in sorted([first, second])
     )
     for inner, outer in zip(small, large, strict=True):
         assert outer[: len(inner)].tolist() == inner.tolist()
 
 
 @given(COUNTS, SEEDS, PER_CENT)
-def test_a_fraction_takes_the_same_part_of_every_class_to_the_nearest_image(counts, seed, part):
+def test_a_fraction_takes_the_same_part_of_every_class_rounded_to_an_image(counts, seed, part):
     labels = shuffled_labels(counts, seed)
     drawn = stratify(labels, classes=len(counts), fraction=part / 100, seed=seed)
-    for label, (of_class, count) in enumerate(zip(drawn, counts, strict=True)):
-        assert set(labels[of_class]) <= {label}
-        assert len(set(of_class.tolist())) == len(of_class)
-        assert abs(len(of_class) - Fraction(part * count, 100)) <= Fraction(1, 2)
+    for label, (indices, count) in enumerate(zip(drawn, counts, strict=True)):
+        assert set(labels[indices]) <= {label}
+        assert len(set(indices.tolist())) == len(indices)
+        assert abs(len(indices) - Fraction(part * count, 100)) <= Fraction(1, 2)
 
 
 @given(COUNTS, SEEDS)
-def test_the_whole_takes_every_image_once(counts, seed):
+def test_fraction_1_takes_every_image_once(counts, seed):
     labels = shuffled_labels(counts, seed)
     drawn = np.concatenate(stratify(labels, classes=len(counts), fraction=1.0, seed=seed))
     assert sorted(drawn.tolist()) == list(range(len(labels)))
@@ -70,15 +70,15 @@ def test_another_seed_draws_other_images():
     assert sorted(first[0]) != sorted(second[0])
 
 
-def test_one_class_is_drawn_alike_whatever_the_others_are():
-    """Adding images to one class changes nothing in another."""
+def test_the_images_drawn_from_a_class_do_not_depend_on_other_classes():
+    """Images are added to the second class and the first stays the same."""
     few = stratify(np.repeat([0, 1], [40, 10]), classes=2, fraction=0.5, seed=3)
     more = stratify(np.repeat([0, 1], [40, 30]), classes=2, fraction=0.5, seed=3)
     assert few[0].tolist() == more[0].tolist()
 
 
 @given(COUNTS, SEEDS, st.integers(1, 99))
-def test_what_is_held_out_and_what_trains_are_disjoint_and_together_all(counts, seed, part):
+def test_training_and_validation_images_are_disjoint_and_together_all(counts, seed, part):
     labels = shuffled_labels(counts, seed)
     drawn = stratify(labels, classes=len(counts), fraction=1.0, seed=seed)
     train, validate = split_validation(drawn, validation=part / 100)
@@ -89,7 +89,7 @@ def test_what_is_held_out_and_what_trains_are_disjoint_and_together_all(counts, 
 @pytest.mark.parametrize(
     ("images", "validation", "expected"), [(2, 0.1, 1), (2, 0.9, 1), (40, 0.1, 4), (14, 0.1, 1)]
 )
-def test_the_held_out_share_is_rounded_and_leaves_each_class_an_image_on_both_sides(
+def test_the_validation_share_is_rounded_and_each_class_has_images_on_both_sides(
     images, validation, expected
 ):
     _, validate = split_validation([np.arange(images), np.arange(images)], validation=validation)
@@ -104,24 +104,24 @@ def test_a_fraction_of_a_class_is_rounded_with_halves_up(images, fraction, expec
 
 
 @given(st.integers(2, 10**7))
-def test_the_smallest_fraction_that_is_advised_works_and_hardly_less_does_not(images):
-    advised = smallest_fraction(images)
-    assert fraction_of(images, advised) == 2
-    assert advised <= 1
-    assert fraction_of(images, advised - 0.11 * advised) < 2 or images < 4
+def test_the_suggested_smallest_fraction_is_enough_and_a_smaller_one_is_not(images):
+    suggested = smallest_fraction(images)
+    assert fraction_of(images, suggested) == 2
+    assert suggested <= 1
+    assert fraction_of(images, suggested - 0.11 * suggested) < 2 or images < 4
 
 
-def test_digits_are_split_four_to_one_within_each_class_and_lose_no_image():
+def test_four_fifths_of_each_class_of_digits_are_training_images():
     dataset = digits()
     train, test = dataset.train(), dataset.test()
     assert len(train.labels) + len(test.labels) == 1797  # the size scikit-learn documents
     in_train, in_test = Counter(train.labels.tolist()), Counter(test.labels.tolist())
     for label in range(10):
-        whole = in_train[label] + in_test[label]
-        assert abs(in_train[label] - 0.8 * whole) <= 0.5
+        total = in_train[label] + in_test[label]
+        assert abs(in_train[label] - 0.8 * total) <= 0.5
 
 
-def test_digits_keep_their_pixels_and_labels_together():
+def test_digits_keep_the_pixels_and_labels_of_scikit_learn():
     from sklearn.datasets import load_digits  # noqa: PLC0415
 
     loaded = load_digits()
@@ -130,9 +130,9 @@ def test_digits_keep_their_pixels_and_labels_together():
         for label, image in zip(loaded.target.tolist(), loaded.images, strict=True)
     )
     dataset = digits()
-    ours = Counter(
+    split_images = Counter(
         (label, tuple(pixels.ravel().tolist()))
         for split in (dataset.train(), dataset.test())
         for label, pixels in zip(split.labels.tolist(), split.pixels, strict=True)
     )
-    assert ours == original
+    assert split_images == original

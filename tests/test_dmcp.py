@@ -287,11 +287,11 @@ def test_the_chains_draw_each_subnet_of_a_step_anew():
 def test_a_search_of_10_000_architecture_steps_starts_at_a_half():
     """D12 of the specification; half of the steps are architecture steps."""
     objective = architecture(steps=20_000)
-    start = DMCP(**DEFAULT)._started(objective)  # noqa: SLF001
+    start = DMCP(**DEFAULT)._initialise_chains(objective)  # noqa: SLF001
     assert not objective.chains.alpha.any()
     assert start["part_of_budget_at_start"] < 0.4
     shorter = architecture(steps=19_998)
-    start = DMCP(**DEFAULT)._started(shorter)  # noqa: SLF001
+    start = DMCP(**DEFAULT)._initialise_chains(shorter)  # noqa: SLF001
     assert start["part_of_budget_at_start"] == pytest.approx(1.25, rel=1e-6)
 
 

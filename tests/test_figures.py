@@ -11,9 +11,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from widthopt import report
 from widthopt.errors import InputError
 from widthopt.records import METHODS, Record, WidthResult, to_json
+from widthopt.reporting import console
+from widthopt.reporting.compare import compare
 from widthopt.reporting.figures import channels, savings, similarity
 from widthopt.reporting.figures.style import COLOURS, MARKERS, RC
 from widthopt.reporting.figures.summary import short, table
@@ -199,7 +200,7 @@ def test_methods_can_be_told_apart_without_colour():
 
 
 def test_the_files_are_pictures_that_are_not_empty(tmp_path):
-    paths = report.draw(RECORDS, tmp_path / "figures")
+    paths = console.draw(RECORDS, tmp_path / "figures")
     assert [path.name for path in paths] == ["channels.png", "accuracy.png"]
     for path in paths:
         with Image.open(path) as image:
@@ -312,7 +313,7 @@ def test_the_table_of_one_seed_has_no_deviations():
 
 
 def test_the_table_in_a_file_keeps_all_its_words(tmp_path):
-    report._write_table(RECORDS, tmp_path / "table.txt")  # noqa: SLF001 (what a run leaves)
+    console._write_table(RECORDS, tmp_path / "table.txt")  # noqa: SLF001 (what a run leaves)
     text = (tmp_path / "table.txt").read_text("utf-8")
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 118
@@ -346,7 +347,7 @@ def test_what_went_wrong_in_a_search_is_said():
         "budget_reached": False,
     }
     item = replace(RECORDS[1], found=replace(RECORDS[1].found, diagnostics=diagnostics))
-    assert report._complaints([item]) == [  # noqa: SLF001 (what a person reads below the table)
+    assert console.complaints([item]) == [
         (
             "direct, seed 0: the search is not valid: removing its dead channels cost 3.2 points; "
             "cut: conv1"
@@ -354,7 +355,7 @@ def test_what_went_wrong_in_a_search_is_said():
         "direct, seed 0: fell to the floor: conv1, conv2",
         "direct, seed 0: the search did not reach its budget",
     ]
-    assert report._complaints(RECORDS) == []  # noqa: SLF001
+    assert console.complaints(RECORDS) == []
 
 
 def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(tmp_path, capsys):
@@ -364,7 +365,7 @@ def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(
         run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
         run_folder(tmp_path, "b", kept(bad, "b"), **STRONG),
     ]
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     message = [line for line in capsys.readouterr().out.splitlines() if "pruned" in line]
     nothing = "the search pruned nothing; its widths are the un-optimised ones"
     assert message == [
@@ -413,7 +414,7 @@ def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_nam
         run_folder(tmp_path, "b", [*uniform, *kept(OPTIMISED, "b")], **STRONG),
         run_folder(tmp_path, "c", kept(OPTIMISED, "a")),
     ]
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     found = list(reported(capsys.readouterr().out))
     names = ["morphnet strength 1", "morphnet strength 7"]
     first, second = found[:5], found[5:]
@@ -434,7 +435,7 @@ def test_runs_that_differ_in_their_proxy_are_named_by_it_and_compared_with_one_d
         run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
         run_folder(tmp_path, "b", kept(narrow, "b"), projection={"width": 0.25}),
     ]
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     found = list(reported(capsys.readouterr().out))[3:]
     assert [item[:2] for item in found] == [
         ("morphnet", "direct"),
@@ -451,7 +452,7 @@ def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
         run_folder(tmp_path, "a", kept([first], "a")),
         run_folder(tmp_path, "b", kept([narrow], "b"), projection={"width": 0.25}),
     ]
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     tops = [item[2][-2] for item in reported(capsys.readouterr().out) if "+" in item[2][-1]]
     assert tops == ["92.0", "96.0"]  # and not 94.0±2.8
 
@@ -461,7 +462,7 @@ def test_seeds_of_two_runs_belong_together(tmp_path, capsys):
         run_folder(tmp_path, name, kept([item], name), seeds=[item.found.seed])
         for name, item in (("a", record("transfer", 0)), ("b", record("transfer", 1)))
     ]
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     found = [item for item in reported(capsys.readouterr().out) if "+" in item[2][-1]]
     assert [(item[1], item[2][-2]) for item in found] == [("transfer", "94.0±2.8")]
 
@@ -474,7 +475,7 @@ def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path
         run_folder(tmp_path, "b", kept([record(method, 1) for method in METHODS], "b"), **longer),
         run_folder(tmp_path, "c", kept(ONE_SEED[1:], "c"), **searched),
     ]
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     out = capsys.readouterr().out
     before, _, after = out.partition("\nepochs 6\n")
     assert before.startswith("epochs 3\n")
@@ -500,7 +501,7 @@ def test_names_have_no_more_values_than_tell_them_apart(tmp_path, capsys):
         run_folder(tmp_path, str(number), kept([record("direct", 0)], str(number)), algorithm=item)
         for number, item in enumerate(several)
     ]
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     assert {item[0] for item in reported(capsys.readouterr().out)} == {
         "morphnet strength 1 floor 2", "morphnet strength 2 floor 2", "morphnet strength 1 floor 4"
     }  # fmt: skip
@@ -515,7 +516,7 @@ def test_values_that_read_alike_are_told_apart_nevertheless(tmp_path, capsys):
         )
         for number, name in enumerate(names)
     ]  # fmt: skip
-    report.compare(folders, into=tmp_path / "report")
+    compare(folders, into=tmp_path / "report")
     assert {item[0] for item in reported(capsys.readouterr().out)} == {
         "morphnet how a_module_with_a_rather_l 1", "morphnet how a_module_with_a_rather_l 2"
     }  # fmt: skip
@@ -526,7 +527,7 @@ def test_a_configuration_that_was_broken_is_one_line(tmp_path, text):
     folder = run_folder(tmp_path, "a", kept(ONE_SEED, "a"))
     (folder / "config.yaml").write_text(text)
     with pytest.raises(InputError) as error:
-        report.compare([folder], into=tmp_path / "report")
+        compare([folder], into=tmp_path / "report")
     assert str(error.value) == (
         f"{folder}/config.yaml is not what a run leaves, but runs are told apart by it; restore "
         "it, or give the run's command again"

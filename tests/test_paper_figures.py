@@ -712,7 +712,7 @@ def test_titles_panels_and_legends_do_not_lie_on_one_another(kind, records, netw
     ]
     boxes += [item.get_tightbbox().padded(-2) for item in shown]
     for number, box in enumerate(boxes):
-        assert not any(box.overlaps(box) for box in boxes[number + 1 :])
+        assert not any(box.overlaps(other_box) for other_box in boxes[number + 1 :])
 
 
 @pytest.mark.parametrize(("kind", "records"), KINDS)

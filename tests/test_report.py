@@ -2,7 +2,7 @@
 
 import pytest
 
-from widthopt import report
+from widthopt.reporting import console
 
 
 ROWS = {
@@ -20,7 +20,7 @@ ROWS = {
 )
 def test_a_status_tells_a_failure_in_its_own_words(message, capsys):
     row = {**ROWS, "state": "failed", "why": message}
-    report.show_status([{"sweep": "sweep[/x]-1", "points": 1, "runs": [row]}], as_json=False)
+    console.show_status([{"sweep": "sweep[/x]-1", "points": 1, "runs": [row]}], as_json=False)
     text = " ".join(capsys.readouterr().out.split())
     assert text.endswith(f"failed: {row['name']} ({row['what']}), job 7 RUNNING: {message}")
     assert text.startswith("sweep[/x]-1, 1 points")

@@ -1,4 +1,4 @@
-"""Runs side by side: rows named by what differs between them."""
+"""Comparison of runs: tables whose rows are named by the values that differ."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,20 @@ from widthopt import identity
 from widthopt.errors import InputError
 from widthopt.files import writing
 from widthopt.records import Record, by_method, from_json
-from widthopt.reporting.console import complaints, new_console
+from widthopt.reporting.console import new_console, search_problems
 from widthopt.reporting.figures import savings as savings_figure
 from widthopt.reporting.figures import similarity
 from widthopt.reporting.figures.style import RC
 from widthopt.reporting.figures.summary import table
 
 
-class Gathered(NamedTuple):
-    """Records that differ in nothing but their seeds, or in their method.
+class RecordGroup(NamedTuple):
+    """Records of one method whose values differ only in the seed.
 
     Attributes:
-        trained: What their final trainings depend on, but for widths and seed, as plain data.
-        searched: Likewise of their searches; empty where nothing was searched.
+        trained: The values that their final trainings depend on, except widths and seed.
+        searched: The values that their searches depend on, except the seed; empty for the
+            method ``uniform``.
         records: The records.
     """
 
@@ -38,48 +39,49 @@ class Gathered(NamedTuple):
 
 
 def compare(folders: Sequence[Path], *, into: Path) -> None:
-    """Show runs side by side: algorithms of one network and data in one table and one figure.
+    """Print and draw a comparison of runs: one table and one figure for each target.
 
     Args:
-        folders: Runs' folders, with a ``record.json`` and a ``config.yaml`` each.
-        into: Where the figures go, in a folder for each network and data set.
+        folders: The folders of the runs, each with a ``record.json`` and a ``config.yaml``.
+        into: The output folder; it gets one folder for each network, data set and target.
 
     Raises:
         InputError: A folder has no record, or the figures cannot be written.
     """
-    found: list[Gathered] = []
+    groups: list[RecordGroup] = []
     for folder in folders:
         path = folder / "record.json"
         try:
             text, config = path.read_bytes(), _config(folder / "config.yaml")
         except OSError as error:
             raise InputError(
-                f"RUN is {folder}, but there is no record in it ({error.strerror}); give a run's "
-                "folder, such as runs/resnet18-digits-..."
+                f"RUN is {folder}, but it contains no record ({error.strerror}); give the "
+                "folder of a finished run, for example runs/resnet18-digits-..."
             ) from error
         recipe = {**config["recipe"], "search_epochs": None}
         trained = {**{key: config.get(key) for key in _TRAINED}, "recipe": recipe}
         for method, records in by_method(from_json(text, name=str(path))).items():
             searched = {key: config.get(key) for key in _SEARCHED[method]}
-            found.append(Gathered(trained, searched, records))
-    side_by_side(found, into=into)
+            groups.append(RecordGroup(trained, searched, records))
+    show_comparison(groups, into=into)
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The configuration that a run has left."""
+    """Load the configuration of a run."""
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
         raise InputError(
-            f"{path} is not what a run leaves, but runs are told apart by it; restore it, or give "
-            "the run's command again"
+            f"{path} is not the configuration of a run, but runs are named by it; restore it, or "
+            "start the run again"
         )
     return {str(key): value for key, value in config.items()}
 
 
 _TRAINED = ("network", "dataset", "target")
+"""Groups of a configuration, besides the recipe, that a final training depends on."""
 
 
 _SEARCHED: Mapping[str, Sequence[str]] = {
@@ -87,46 +89,46 @@ _SEARCHED: Mapping[str, Sequence[str]] = {
     "direct": ("algorithm", "recipe", "budget_macs"),
     "transfer": ("algorithm", "recipe", "budget_macs", "projection", "extrapolation"),
 }
-"""Groups of a configuration that a final training, and the search of a method, depend on."""
+"""Groups of a configuration that the search of each method depends on."""
 
 
-def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
-    """Show records side by side: a table, one of similarities and a figure for each target.
+def show_comparison(groups: Sequence[RecordGroup], *, into: Path) -> None:
+    """Print a table of results and one of similarities for each target, and draw a figure.
 
-    What was trained otherwise has a table of its own; what was searched otherwise has a row of
-    its own, named by the values that differ.
+    Records with different final trainings are in different tables. Records with different
+    searches are different rows, named by the values that differ.
 
     Args:
-        found: What there is; what is there twice is shown once.
-        into: Where the figures go, in a folder for each network and data set.
+        groups: The records; a record that occurs twice is shown once.
+        into: The output folder; it gets one folder for each network, data set and target.
 
     Raises:
         InputError: The figures cannot be written.
     """
-    targets: dict[str, list[Gathered]] = {}
-    for gathered in found:
-        first = gathered.records[0]
+    targets: dict[str, list[RecordGroup]] = {}
+    for group in groups:
+        first = group.records[0]
         name = f"{first.network}-{first.dataset}-{_axes_name(first.target)}".replace("/", "_")
-        targets.setdefault(name, []).append(gathered)
+        targets.setdefault(name, []).append(group)
     console = new_console()
     for name, target in targets.items():
-        titles = _labels([gathered.trained for gathered in target])
-        for label in dict.fromkeys(titles):
+        titles = _labels([group.trained for group in target])
+        for title in dict.fromkeys(titles):
             records = _label_records(
-                [gathered for gathered, own in zip(target, titles, strict=True) if own == label]
+                [group for group, label in zip(target, titles, strict=True) if label == title]
             )
-            if label:
-                console.print(label, style="bold")
+            if title:
+                console.print(title, style="bold")
             console.print(table(records))
-            alike = similarity.table(records)
-            if alike.row_count:
-                console.print(alike)
-            for line in complaints(records):
+            similarities = similarity.table(records)
+            if similarities.row_count:
+                console.print(similarities)
+            for line in search_problems(records):
                 console.print(line, soft_wrap=True)
             with mpl.rc_context(RC):
                 figure = Figure()
                 savings_figure.draw(figure.subplots(), records)
-                path = into / f"{name} {label}".strip().replace(" ", "-") / "accuracy.png"
+                path = into / f"{name} {title}".strip().replace(" ", "-") / "accuracy.png"
                 with writing(path.parent):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     figure.savefig(path)
@@ -134,56 +136,66 @@ def side_by_side(found: Sequence[Gathered], *, into: Path) -> None:
 
 
 def _axes_name(setting: Mapping[str, float]) -> str:
-    """A setting's axes as a part of a name: 0.25-1-20-1."""
+    """Return the axes of a setting as a part of a name: ``0.25-1-20-1``."""
     return "-".join(f"{value:g}" for value in setting.values())
 
 
-def _label_records(found: Sequence[Gathered]) -> list[Record]:
-    """Records that were trained alike, each once; what was searched otherwise has its own name."""
-    groups: dict[tuple[str, str], list[Gathered]] = {}
-    for gathered in found:
-        first = gathered.records[0]
-        groups.setdefault((first.algorithm, first.found.method), []).append(gathered)
+def _label_records(groups: Sequence[RecordGroup]) -> list[Record]:
+    """Return each record once; those of different searches get different algorithm names.
+
+    Args:
+        groups: Groups whose final trainings depend on the same values.
+    """
+    searches: dict[tuple[str, str], list[RecordGroup]] = {}
+    for group in groups:
+        first = group.records[0]
+        searches.setdefault((first.algorithm, first.found.method), []).append(group)
     result: list[Record] = []
-    for (algorithm, method), group in groups.items():
-        proxies = [_axes_name(gathered.records[0].proxy) for gathered in group]
+    for (algorithm, method), members in searches.items():
+        proxies = [_axes_name(group.records[0].proxy) for group in members]
         if method != "transfer" or len(set(proxies)) == 1:
-            proxies = [""] * len(group)
-        labels = _labels([gathered.searched for gathered in group], proxies)
-        for label, gathered in zip(labels, group, strict=True):
-            for record in gathered.records:
+            proxies = [""] * len(members)
+        labels = _labels([group.searched for group in members], proxies)
+        for label, group in zip(labels, members, strict=True):
+            for record in group.records:
                 if not any(record.stages == known.stages for known in result):
                     name = f"{algorithm} {label}".strip()
                     result.append(replace(record, algorithm=name))
     return result
 
 
-def _labels(tables: Sequence[Mapping[str, Any]], ends: Sequence[str] = ()) -> list[str]:
-    """What tells tables of plain values apart, for each: as few of the values as do; a known end.
+def _labels(mappings: Sequence[Mapping[str, Any]], suffixes: Sequence[str] = ()) -> list[str]:
+    """Return a label for each mapping, of as few of the values as tell the mappings apart.
 
     Args:
-        tables: Nested tables; equal ones have the same label, and no others.
-        ends: What each label ends with; where that tells them apart, no value is needed.
+        mappings: Nested mappings; equal ones get equal labels, and different ones different labels.
+        suffixes: The end of each label; a value that they already imply is not in the label.
     """
-    ends = ends or [""] * len(tables)
+    suffixes = suffixes or [""] * len(mappings)
     values = [
-        {path: value for path, value in item.items() if not (any(ends) and path[0] in _PROXY)}
-        for item in identity.differing_values(tables)
+        {
+            path: value
+            for path, value in differing.items()
+            if not (any(suffixes) and path[0] in _PROXY)
+        }
+        for differing in identity.differing_values(mappings)
     ]
     chosen: list[tuple[str, ...]] = []
-    kinds: list[tuple[str, ...]] = [(end,) for end in ends]
+    kinds: list[tuple[str, ...]] = [(suffix,) for suffix in suffixes]
     for path in values[0]:
         more = [
-            (*kind, identity.canonical(item[path]))
-            for kind, item in zip(kinds, values, strict=True)
+            (*kind, identity.canonical(differing[path]))
+            for kind, differing in zip(kinds, values, strict=True)
         ]
         if len(set(more)) > len(set(kinds)):
             chosen, kinds = [*chosen, path], more
     labels = [
-        " ".join(filter(None, (*(f"{path[-1]} {_short(item[path])}" for path in chosen), end)))
-        for item, end in zip(values, ends, strict=True)
+        " ".join(
+            filter(None, (*(f"{path[-1]} {_short(differing[path])}" for path in chosen), suffix))
+        )
+        for differing, suffix in zip(values, suffixes, strict=True)
     ]
-    # Values that are cut or rounded may read alike.
+    # Values that are cut or rounded may look equal; a number distinguishes them.
     alike: dict[str, dict[tuple[str, ...], int]] = {}
     for label, kind in zip(labels, kinds, strict=True):
         alike.setdefault(label, {}).setdefault(kind, len(alike[label]) + 1)
@@ -194,16 +206,16 @@ def _labels(tables: Sequence[Mapping[str, Any]], ends: Sequence[str] = ()) -> li
 
 
 _PROXY = ("projection", "setting")
-"""Tables that say no more than a proxy's axes do."""
+"""Keys of mappings whose values the axes of a proxy imply."""
 
 
 def _short(value: Any) -> str:
-    """A value as a part of a name."""
+    """Return a value as a part of a name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^\w.,+-]+", "", text)[:24]
 
 
 def runs(root: Path) -> list[Path]:
-    """The folders below a root that have a record, in the order in which these were written."""
-    found = root.glob("*/record.json")
-    return [path.parent for path in sorted(found, key=lambda item: (item.stat().st_mtime_ns, item))]
+    """Return the folders below a root that contain a record, the oldest record first."""
+    paths = root.glob("*/record.json")
+    return [path.parent for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path))]

@@ -23,7 +23,7 @@ from widthopt.reporting.figures.style import RC
 from widthopt.reporting.figures.summary import short, table
 from widthopt.request import FigureSpec, Request
 from widthopt.runs.execute import run_request
-from widthopt.runs.plan import GPU_MACS_PER_SECOND, Plan, axes
+from widthopt.runs.plan import GPU_MACS_PER_SECOND, NODE_GPUS, Plan, axes
 from widthopt.runs.states import State
 
 
@@ -180,14 +180,14 @@ def show_plan(
     console.print(result)
     for line in _expensive_proxies(plan):
         console.print(line, soft_wrap=True)
-    for name, count in cost.states.items():
-        if name in _NOTEWORTHY:
-            console.print(f"{count} {name}")
+    noteworthy = {name: count for name, count in cost.states.items() if name in _NOTEWORTHY}
+    for name, count in noteworthy.items():
+        console.print(f"{count} {name}")
     if cost.gpu_hours_left >= 1:
         console.print(
             f"{cost.gpu_hours_left:,.0f} GPU hours at {macs_per_second:.2g} MACs/s; "
             f"{cost.wall_hours_left:,.1f} hours on {nodes} node{'s' if nodes > 1 else ''} "
-            "with 8 GPUs each"
+            f"with {NODE_GPUS} GPUs each"
         )
 
 
@@ -202,8 +202,8 @@ def _expensive_proxies(plan: Plan) -> list[str]:
         if point.method == "transfer" and times > 1:
             proxy, target = (axes(setting) for setting in (point.point.proxy, point.point.target))
             line = (
-                f"the proxy {proxy} costs about {times:.2g} times as much as its target {target}; "
-                "lower the larger axis, for example projection.width=..."
+                f"a search on the proxy {proxy} costs about {times:.2g} times as much as on its "
+                f"target {target}; lower the larger axis, for example projection.width=..."
             )
             lines[line] = None
     return list(lines)
@@ -251,7 +251,9 @@ def show_figures(
         write_atomically(into / f"{spec.name}.csv", numbers.csv())
         write_atomically(into / f"{spec.name}.md", numbers.markdown())
         files_of[f"tables/{spec.name}"] = f"{spec.name}.csv"
-        sections.append(Section(spec.name, spec.title, spec.claim, images, numbers, list(missing)))
+        sections.append(
+            Section(spec.name, spec.title, spec.claim, images, [numbers], list(missing))
+        )
         lacking = f", {len(missing)} point{'s' * (len(missing) > 1)} missing" if missing else ""
         counts = f"{len(records)} record{'s' * (len(records) != 1)}{lacking}"
         console.print(f"{spec.name}: {spec.title} ({counts})")

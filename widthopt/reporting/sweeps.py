@@ -1,4 +1,4 @@
-"""Reports of sweeps: their figures and tables, and how far they are."""
+"""Reports of sweeps: figures, tables and states."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from widthopt.errors import InputError
 from widthopt.files import write_atomically, writing
 from widthopt.records import Record
 from widthopt.reporting import console
-from widthopt.reporting.compare import Gathered, side_by_side
+from widthopt.reporting.compare import RecordGroup, show_comparison
 from widthopt.runs.execute import record_of
 from widthopt.runs.manifest import Manifest, load_manifests
 from widthopt.runs.states import ENDED, root_option
@@ -19,36 +19,35 @@ from widthopt.tracking import About, log_media
 
 
 def select_sweeps(root: Path, names: Sequence[str]) -> tuple[list[Manifest], list[str]]:
-    """The sweeps and the figures that a person names.
+    """Return the sweeps and the names of the figures that names on the command line select.
 
     Args:
-        root: The folder that runs are kept in.
-        names: How sweeps' names begin, or figures'; all sweeps if there are none. The whole name
-            of a figure means the figure, though a sweep's begins so.
+        root: The folder of all runs.
+        names: Names or prefixes of sweeps or figures; all sweeps if there are none. The full name
+            of a figure selects the figure even if the name of a sweep begins with it.
 
     Returns:
-        The sweeps, of which those with one of the figures if there are any; the figures.
+        The sweeps, and the names of the figures. If figures are selected, only sweeps with one of
+        them are returned.
 
     Raises:
-        InputError: There is neither such a sweep nor such a figure.
+        InputError: No sweep and no figure has such a name.
     """
     every = load_manifests(root)
-    whole = {figure for sweep in every for figure in sweep.figures}
-    begin = tuple(
+    figures = {figure for sweep in every for figure in sweep.figures}
+    prefixes = tuple(
         name
         for name in names
-        if name not in whole and any(sweep.name.startswith(name) for sweep in every)
+        if name not in figures and any(sweep.name.startswith(name) for sweep in every)
     )
-    chosen = [sweep for sweep in every if not begin or sweep.name.startswith(begin)]
+    chosen = [sweep for sweep in every if not prefixes or sweep.name.startswith(prefixes)]
     known = dict.fromkeys(figure for sweep in chosen for figure in sweep.figures)
-    rest = tuple(name for name in names if name not in begin)
+    rest = tuple(name for name in names if name not in prefixes)
     for name in rest:
         if not any(figure.startswith(name) for figure in known):
             sweeps = ", ".join(sweep.name for sweep in every) or "none"
-            drawn = f", and the figures {', '.join(known)}" if known else ""
-            raise InputError(
-                f"{name} is no sweep or figure in {root}, but the sweeps there are: {sweeps}{drawn}"
-            )
+            drawn = f"; figures: {', '.join(known)}" if known else ""
+            raise InputError(f"no sweep or figure {name!r} in {root}; available: {sweeps}{drawn}")
     wanted = [figure for figure in known if rest and figure.startswith(rest)]
     if wanted:
         chosen = [sweep for sweep in chosen if not sweep.figures.keys().isdisjoint(wanted)]
@@ -56,42 +55,46 @@ def select_sweeps(root: Path, names: Sequence[str]) -> tuple[list[Manifest], lis
 
 
 def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) -> None:
-    """Draw the figures and tables of sweeps from the records there are, and one page of all.
+    """Draw the figures and tables of sweeps from the available records, and one page with all.
 
-    Where the sweeps are tracked, so is what is drawn.
+    The figures of tracked sweeps are logged to the tracker.
 
     Args:
-        root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
-        sweeps: One or more; those that have the same figure share it.
-        only: The names of the figures to draw, and no page nor anything tracked; all if there
-            are none.
+        root: The folder of all runs; the output goes to its folder ``report``.
+        sweeps: One or more sweeps; sweeps with the same figure share it.
+        only: The names of the figures to draw, without a page and without tracking; all figures
+            if it is empty.
     """
     store = Store(root / "stages")
     store.check(write=False)
-    kinds: dict[str, Mapping[str, Any]] = {}
-    wanted: dict[str, dict[str, str]] = {}
+    figures: dict[str, Mapping[str, Any]] = {}
+    missing: dict[str, dict[str, str]] = {}
     records: dict[str, dict[str, Record]] = {}
     results: dict[str, dict[str, Any] | None] = {}
     for sweep in sweeps:
-        stages = sweep.entries(store)
-        kinds |= {name: item for name, item in sweep.figures.items() if not only or name in only}
+        entries = sweep.entries(store)
+        figures |= {name: spec for name, spec in sweep.figures.items() if not only or name in only}
         for point in sweep.points:
             pairs = [(point["train"], point["method"]), (point["baseline"], "uniform")]
             for name, method in pairs:
                 if name not in results:
-                    results[name] = stages[name].result()
+                    results[name] = entries[name].result()
                 result = results[name]
                 for figure in point["figures"]:
                     if result is not None:
-                        item = record_of(result, method=method, algorithm=point["algorithm"])
-                        records.setdefault(figure, {})[name] = item
+                        record = record_of(result, method=method, algorithm=point["algorithm"])
+                        records.setdefault(figure, {})[name] = record
                     else:
-                        wanted.setdefault(figure, {})[name] = sweep.runs[name]["what"]
+                        missing.setdefault(figure, {})[name] = sweep.runs[name]["what"]
     drawn = [
-        (item, list(records.get(item.name, {}).values()), list(wanted.get(item.name, {}).values()))
-        for item in build_figures(list(kinds.values()))
+        (
+            spec,
+            list(records.get(spec.name, {}).values()),
+            list(missing.get(spec.name, {}).values()),
+        )
+        for spec in build_figures(list(figures.values()))
     ]
-    media = console.show_figures(drawn, into=root / "report", whole=not only)
+    media = console.show_figures(drawn, into=root / "report", with_page=not only)
     for sweep in () if only else sweeps:
         files: dict[str, str] = {}
         for name in sweep.figures:
@@ -100,17 +103,17 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
 
 
 def figures_run(sweep: Manifest) -> str:
-    """The name of the tracked run that shows a sweep's figures."""
+    """Return the name of the tracked run that shows the figures of a sweep."""
     name = f"figures-{sweep.name}"
     return build_tracking(sweep.tracking).run_id(name) if sweep.tracking else name
 
 
 def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
-    """Track a sweep's figures and tables as a run of their own."""
+    """Log the figures and tables of a sweep as a separate tracked run."""
     if not sweep.tracking or not media:
         return
-    how = build_tracking(sweep.tracking)
-    if how.mode == "disabled":
+    tracking = build_tracking(sweep.tracking)
+    if tracking.mode == "disabled":
         return
     about = About(
         id=figures_run(sweep),
@@ -123,51 +126,55 @@ def _track(root: Path, sweep: Manifest, media: Mapping[str, str]) -> None:
         source={},
         target=None,
         figures=tuple(sweep.figures),
-        tags=how.tags,
+        tags=tracking.tags,
         fields={"sweep": sweep.name},
     )
     folder = root / "report" / about.id
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for file in media.values():  # as this sweep has it: another's report draws the same name
+    for file in media.values():  # a copy: a report of another sweep may overwrite the file
         write_atomically(folder / file, (root / "report" / file).read_bytes())
-    log_media(how, about, folder, media)
+    log_media(tracking, about, folder, media)
 
 
 def show(root: Path, sweeps: Sequence[Manifest]) -> None:
-    """Show the records of sweeps without figures side by side.
+    """Print and draw a comparison of the records of sweeps without figures.
 
     Args:
-        root: The folder that runs are kept in; what is drawn goes to ``report`` in it.
-        sweeps: One or more.
+        root: The folder of all runs; the output goes to its folder ``report``.
+        sweeps: One or more sweeps.
 
     Raises:
         InputError: None of their points is done.
     """
     store = Store(root / "stages")
     store.check(write=False)
-    found: dict[str, Gathered] = {}
+    groups: dict[str, RecordGroup] = {}
     for sweep in sweeps:
-        stages = sweep.entries(store)
+        entries = sweep.entries(store)
         for point in sweep.points:
-            result = stages[point["train"]].result()
+            result = entries[point["train"]].result()
             if result is not None:
                 record = record_of(result, method=point["method"], algorithm=point["algorithm"])
-                group = _dependencies(sweep, point)
-                key = identity.canonical([record.algorithm, record.found.method, *group])
-                found.setdefault(key, Gathered(*group, [])).records.append(record)
-    if not found:
+                values = _dependencies(sweep, point)
+                key = identity.canonical([record.algorithm, record.found.method, *values])
+                groups.setdefault(key, RecordGroup(*values, [])).records.append(record)
+    if not groups:
+        names = ", ".join(sweep.name for sweep in sweeps)
         raise InputError(
-            f"--root is {root}, but no point of {', '.join(item.name for item in sweeps)} is done; "
+            f"--root is {root}, but no point of {names} is done; "
             f"see widthopt status {root_option(root)}"
         )
-    side_by_side(list(found.values()), into=root / "report")
+    show_comparison(list(groups.values()), into=root / "report")
 
 
 def _dependencies(
     sweep: Manifest, point: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a point's final training, and its search, depend on but for widths and seed."""
+    """Return the values that the final training and the search of a point depend on.
+
+    Widths and the seed are left out; the second mapping is empty if there is no search.
+    """
     runs = [sweep.runs[name] for name in (point["train"], *sweep.runs[point["train"]]["needs"])]
     trained, *searches = ({**run["fields"], "seed": None} for run in runs)
     origin = trained.pop("origin")
@@ -178,29 +185,30 @@ def _dependencies(
 def status(
     root: Path, sweeps: Sequence[Manifest], live: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """How far sweeps are: one table of plain data for each.
+    """Return the states of sweeps and of their runs as plain data.
 
     Args:
-        root: The folder that runs are kept in.
-        sweeps: As `load_manifests` returns them.
-        live: The jobs that a queue knows as waiting or running.
+        root: The folder of all runs.
+        sweeps: The output of `load_manifests`.
+        live: The jobs that wait or run in a queue.
     """
     store = Store(root / "stages")
     store.check(write=False)
     result = []
     for sweep in sweeps:
-        states, stages = sweep.states(store, live), sweep.entries(store)
-        rows = []
-        for name, item in sweep.own.items():
-            rows.append(
+        states, entries = sweep.states(store, live), sweep.entries(store)
+        runs = []
+        for name, run in sweep.own.items():
+            entry, state = entries[name], states[name]
+            runs.append(
                 {
                     "name": name,
-                    "kind": item["kind"],
-                    "state": states[name],
-                    "what": item["what"],
-                    "job": (stages[name].submission() or {}).get("job"),
-                    "why": failure_reason(stages[name]) or None if states[name] in ENDED else None,
+                    "kind": run["kind"],
+                    "state": state,
+                    "what": run["what"],
+                    "job": (entry.submission() or {}).get("job"),
+                    "why": failure_reason(entry) or None if state in ENDED else None,
                 }
             )
-        result.append({"sweep": sweep.name, "points": len(sweep.points), "runs": rows})
+        result.append({"sweep": sweep.name, "points": len(sweep.points), "runs": runs})
     return result

@@ -67,11 +67,7 @@ class PairwiseCosine:
         entries = [self._entries(group) for _, _, group in shown]
         matrices = [_matrix(entry) for entry in entries]
         values = [
-            value
-            for matrix in matrices
-            for row in matrix
-            for value in row
-            if not math.isnan(value)
+            value for matrix in matrices for row in matrix for value in row if not math.isnan(value)
         ]
         least = min(0.95, math.floor(20 * min(values, default=0.0)) / 20)
         columns = min(2, max(1, len(shown)))

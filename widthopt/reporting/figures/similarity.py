@@ -46,7 +46,10 @@ def table(records: Sequence[Record]) -> Table:
                 )
                 if method != "direct"
                 else "-",
-                _format(cosine(record.found.multipliers, _uniform_multipliers(record)) for record in items),
+                _format(
+                    cosine(record.found.multipliers, _uniform_multipliers(record))
+                    for record in items
+                ),
                 f"{len(reached)} of {len(items)}",
             )
     return result
