@@ -1,7 +1,8 @@
-"""Faults that tests notice: each is put into a copy of the project, and its test has to fail there.
+"""Mutation tests: put a known fault into a copy of the project; the named test must fail there.
 
-A file of faults has a list ``fault``, each with ``what`` it is, the ``test`` that notices it, and
-``edit``, one or several: in ``file``, the only place that reads ``old`` reads ``new``.
+Each ``*.toml`` file lists mutants under ``fault``: ``what`` describes the fault, ``test`` names
+the test that must fail, and ``edit`` (one or several) replaces ``old``, which occurs once in
+``file``, by ``new``.
 """
 
 import os
@@ -15,10 +16,10 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-FAULTS = [
-    pytest.param(fault, id=f"{path.stem}: {fault['what']}")
+MUTANTS = [
+    pytest.param(mutant, id=f"{path.stem}: {mutant['what']}")
     for path in sorted(Path(__file__).parent.glob("*.toml"))
-    for fault in tomllib.loads(path.read_text())["fault"]
+    for mutant in tomllib.loads(path.read_text())["fault"]
 ]
 PARTS = [
     "README.md",
@@ -30,14 +31,16 @@ PARTS = [
     "tests",
     "widthopt",
 ]
-"""What tests read."""
+"""The files and folders that tests read."""
+INSTALLED = {"widthopt/conf": "conf", "hydra_plugins/widthopt_launchers": "launchers"}
+"""Where ``setup.cfg`` installs the folders whose import name differs from their path."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-SECONDS = 300
+TIMEOUT_SECONDS = 300
 
 
-def put_into(root, fault):
-    """Make a fault's edits in the project at a root."""
-    for edit in fault["edit"]:
+def apply_mutant(root, mutant):
+    """Edit the copy of the project at ``root``."""
+    for edit in mutant["edit"]:
         path = root / edit["file"]
         before = path.read_text()
         count = before.count(edit["old"])
@@ -45,8 +48,8 @@ def put_into(root, fault):
         path.write_text(before.replace(edit["old"], edit["new"]))
 
 
-def copied(root, *, names):
-    """Those parts of the project in a folder of their own."""
+def copy_project(root, *, names):
+    """Copy the named parts of the project to ``root``."""
     for name in names:
         ignored = shutil.ignore_patterns("__pycache__", "mutants")
         if (ROOT / name).is_dir():
@@ -55,28 +58,51 @@ def copied(root, *, names):
             shutil.copy(ROOT / name, root / name)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_has_its_place_in_the_code_and_its_test(tmp_path, fault):
-    copied(tmp_path, names=sorted({edit["file"].split("/")[0] for edit in fault["edit"]}))
-    put_into(tmp_path, fault)
-    for edit in fault["edit"]:
-        compile((tmp_path / edit["file"]).read_text(), edit["file"], "exec")
-    file, name = fault["test"].split("::")
+def run_in_copy(root, command):
+    """Run a command that imports every package of the project from the copy at ``root``."""
+    for package, folder in INSTALLED.items():
+        link = root / package
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(root / folder, target_is_directory=True)
+    return subprocess.run(  # noqa: S603 (runs this project's own code)
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_applies_and_names_a_test(tmp_path, mutant):
+    copy_project(tmp_path, names=sorted({edit["file"].split("/")[0] for edit in mutant["edit"]}))
+    apply_mutant(tmp_path, mutant)
+    for edit in mutant["edit"]:
+        if edit["file"].endswith(".py"):
+            compile((tmp_path / edit["file"]).read_text(), edit["file"], "exec")
+    file, name = mutant["test"].split("::")
     assert f"def {name.split('[')[0]}(" in (ROOT / "tests" / file).read_text()
 
 
-@pytest.mark.mutant
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_test_of_a_fault_notices_it(tmp_path, fault):
-    copied(tmp_path, names=PARTS)
-    put_into(tmp_path, fault)
-    ran = subprocess.run(  # noqa: S603 (our own tests)
-        [*PYTEST, f"tests/{fault['test']}"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
+def test_the_copy_imports_all_its_packages_from_itself(tmp_path):
+    """Else a mutant in conf/ or launchers/ would never run."""
+    copy_project(tmp_path, names=PARTS)
+    code = (
+        "import hydra_plugins.widthopt_launchers as a, widthopt.conf as b, widthopt as c\n"
+        "import os\n"
+        "for m in (a, b, c): print(os.path.realpath(m.__path__[0]))"
     )
+    ran = run_in_copy(tmp_path, [sys.executable, "-c", code])
+    places = [str((tmp_path / name).resolve()) for name in ("launchers", "conf", "widthopt")]
+    assert ran.stdout.split() == places, ran.stderr
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_named_test_fails_on_the_mutant(tmp_path, mutant):
+    copy_project(tmp_path, names=PARTS)
+    apply_mutant(tmp_path, mutant)
+    ran = run_in_copy(tmp_path, [*PYTEST, f"tests/{mutant['test']}"])
     assert ran.returncode == 1, ran.stdout[-3000:] + ran.stderr[-1000:]

@@ -207,8 +207,8 @@ def test_a_root_that_nodes_do_not_see_is_said_by_the_doctor_and_by_the_state(fol
     root = folder.cluster.scratch / folder.path.name
     done = folder.widthopt("doctor", "--job", "--root", str(root))
     assert done.returncode == 1
-    (line,) = [item for item in done.stdout.splitlines() if item.startswith("BAD")]
-    assert line.startswith("BAD node ")
+    (line,) = [item for item in done.stdout.splitlines() if item.startswith("FAIL")]
+    assert line.startswith("FAIL node ")
     assert "no node has written" in line
     done = folder.widthopt(*ONE, f"root={root}")
     assert done.returncode == 0
@@ -349,6 +349,6 @@ def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
         folder.until_over()
         assert len(folder.attempts(row["name"])) == 2
         log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
-        assert "goes on when SLURM has room" not in log
+        assert "is requeued and will resume" not in log
         assert log.count(f"epoch 1 of {EPOCHS}") == 1
         assert whole(folder, *words)

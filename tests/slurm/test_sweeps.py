@@ -221,7 +221,7 @@ def test_a_time_limit_is_a_pause(folder):
         os.kill(process, signal.SIGCONT)
     folder.until_over()
     assert len(folder.attempts(row["name"])) == 2
-    assert "goes on when SLURM has room for it" in log.read_text()
+    assert "is requeued and will resume" in log.read_text()
     assert log.read_text().count(f"epoch 1 of {EPOCHS}") == 1
     done = folder.cluster.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
     assert "TIMEOUT" not in done
@@ -278,7 +278,7 @@ def test_workers_that_load_images_take_no_warning(folder):
         folder.cluster.run("scancel", "--signal=USR2", row["job"])
         folder.until_started(row, 2)
     folder.until_over()
-    assert log.read_text().count("goes on when SLURM has room for it") == 1
+    assert log.read_text().count("is requeued and will resume") == 1
     assert "Traceback" not in log.read_text()
     assert whole(folder, *words)
 
@@ -574,7 +574,7 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
             "hydra.launcher.resources.minutes is 60, but the time limit of partition short is 5;",
         ),
         ("hydra.launcher.gpus_as=shares", "hydra.launcher.gpus_as is shares, but it must be"),
-        ("hydra.launcher.parallelism=0", "hydra.launcher.parallelism is 0, but it is a whole"),
+        ("hydra.launcher.parallelism=0", "hydra.launcher.parallelism is 0, but it is an integer"),
         ("hydra.launcher.resources.nodes=0", "hydra.launcher.resources.nodes is 0, but it is a"),
         ("+resources.train.hours=3", "resources.train.hours is not a key, but the resources are"),
         ("+resources.train.minutes=long", "resources.train.minutes is long, but it is a number"),
@@ -587,7 +587,7 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
             "+hydra.launcher.options.job_name=a",
             "hydra.launcher.options.job_name is a, but the laun",
         ),
-        ("hydra.launcher.warn_seconds=1801", "hydra.launcher.warn_seconds is 1801, but of a time"),
+        ("hydra.launcher.warn_seconds=1801", "hydra.launcher.warn_seconds is 1801, but it is at most half"),
     ],
 )
 def test_a_wrong_value_is_one_line(folder, word, message):
@@ -644,11 +644,11 @@ def test_the_doctor_looks_at_the_folder_the_queue_and_a_node(folder):
 def test_the_doctor_says_where_torch_does_not_see_the_gpus_that_were_asked_for(folder):
     done = folder.widthopt("doctor", "hydra/launcher=slurm_8xv100", "--job")
     assert done.returncode == 1
-    (line,) = [item for item in done.stdout.splitlines() if item.startswith("BAD")]
+    (line,) = [item for item in done.stdout.splitlines() if item.startswith("FAIL")]
     assert line.startswith(
-        f"BAD GPUs            torch {torch.__version__} sees 0 of the 8 that each"
+        f"FAIL GPUs            torch {torch.__version__} sees 0 of 8 requested per node;"
     )
-    assert line.endswith("install a torch for them, or use runtime.device=cpu")
+    assert line.endswith("install a build of torch for them, or use runtime.device=cpu")
 
 
 def test_the_doctor_names_what_is_wrong(folder):
@@ -656,7 +656,7 @@ def test_the_doctor_names_what_is_wrong(folder):
         "doctor", "hydra.launcher.options.partition=nowhere", "--root", "/proc/no"
     )
     assert done.returncode == 1
-    bad = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("BAD")}
+    bad = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")}
     assert bad == {"root", "options"}
     line = one_line(folder.widthopt("doctor", "hydra/launcher=local"), 2)
-    assert line.startswith("hydra/launcher is none of SLURM's, but")
+    assert line.startswith("hydra/launcher does not submit to SLURM, but")
