@@ -116,9 +116,9 @@ def test_the_summary_of_a_search_is_what_it_came_to(tracked):
 
 def test_every_line_of_the_dashboard_is_of_what_runs_log(paper, logged):
     networks = "/(resnet18|mobilenet_v2)/"
-    for section in paper:
+    for figure, section in paper.items():
         for x, y, _ in lines(section):
-            names = [name.replace(f"/{section.figure}/", "/fig3_width/") for name in (x, y)]
+            names = [name.replace(f"/{figure}/", "/fig3_width/") for name in (x, y)]
             names = [re.sub(networks, "/network_of_the_dashboard.MyNetwork/", n) for n in names]
             assert logged.issuperset(names)
 
@@ -132,8 +132,7 @@ def test_every_line_of_the_dashboard_is_of_what_runs_log(paper, logged):
 )  # fmt: skip
 def test_a_figure_of_the_paper_has_its_panels_and_its_lines(figure, by, paper):
     """Two networks; a line for each algorithm, but for each strategy in figure 4."""
-    (section,) = [section for section in paper if section.figure == figure]
-    assert [(x, y, key.name) for x, y, key in lines(section)] == [
+    assert [(x, y, key.name) for x, y, key in lines(paper[figure])] == [
         (f"figures/{figure}/saved_pct", f"figures/{figure}/{network}/top1", by)
         for network in ("resnet18", "mobilenet_v2")
     ]
@@ -142,9 +141,9 @@ def test_a_figure_of_the_paper_has_its_panels_and_its_lines(figure, by, paper):
 def test_what_tells_lines_apart_is_in_a_runs_configuration(paper):
     words = ("target.depth=2", "projection.depth=1", "extrapolation=stack_last_block")
     point = SizedRequest(compose([*words]), images=False)
-    about = point.about("train", "transfer", 0, point.train_stage("transfer", 0))
+    about = point.about("train", "transfer", 0, point.train_entry("transfer", 0))
     config = about.init["config"]
-    keys = {key.name for section in paper for _, _, key in lines(section)}
+    keys = {key.name for section in paper.values() for _, _, key in lines(section)}
     assert keys == {"algorithm", "extrapolation"}
     assert {key: config[key] for key in keys} == {
         "algorithm": "dmcp", "extrapolation": "stack_last_block",
@@ -153,13 +152,12 @@ def test_what_tells_lines_apart_is_in_a_runs_configuration(paper):
 
 def test_every_point_of_the_dashboard_is_in_the_summary_of_a_training(paper, tracked):
     points = 0
-    for section in paper:
+    for figure, section in paper.items():
         for panel in section.panels:
             if type(panel).__name__ == "ScatterPlot":
                 names = {panel.x.name, panel.y.name}
-                figure = f"figures/{section.figure}"
-                assert names == {f"{figure}/saved_pct", f"{figure}/top1"}
-                own = {name.replace(section.figure, "fig3_width") for name in names}
+                assert names == {f"figures/{figure}/saved_pct", f"figures/{figure}/top1"}
+                own = {name.replace(figure, "fig3_width") for name in names}
                 assert all(own <= summary.keys() for *_, summary in summaries(tracked, "train"))
                 points += 1
     assert points == 6
@@ -167,10 +165,10 @@ def test_every_point_of_the_dashboard_is_in_the_summary_of_a_training(paper, tra
 
 def test_a_section_shows_its_own_figure_and_table(paper):
     """By the names that a sweep's figures are tracked by (`check_server` in `test_wandb.py`)."""
-    for section in paper:
+    for figure, section in paper.items():
         media, table = section.panels[-2:]
-        assert media.media_keys == [f"figures/{section.figure}"]
-        assert table.table_name == f"tables/{section.figure}"
+        assert media.media_keys == [f"figures/{figure}"]
+        assert table.table_name == f"tables/{figure}"
 
 
 def test_every_name_that_is_logged_is_documented(logged):
@@ -192,7 +190,7 @@ def test_every_name_that_is_logged_is_documented(logged):
 
 
 def test_the_dashboard_has_a_section_for_each_figure_and_table_1(paper):
-    assert [section.figure for section in paper] == [
+    assert list(paper) == [
         "fig3_width", "figA1", "figA2_width", "fig3_depth", "figA2_depth", "fig4",
         "fig5_resolution", "figA2_resolution", "fig5_fraction", "figA2_fraction", "fig6",
         "figA2_compound", "table1",
@@ -216,7 +214,7 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path):
 
 def test_a_dashboard_is_sent_to_someone(tmp_path):
     assert one_line(widthopt("dashboard", "push", "table1", folder=tmp_path), 2) == (
-        "--entity is missing, but a dashboard belongs to one; add --entity=..."
+        "--entity is missing, but a dashboard belongs to a user or team; add --entity=..."
     )
 
 
@@ -230,8 +228,10 @@ def test_the_workspace_is_built_without_a_server_and_reads_back(paper):
     assert again.model_dump_json(by_alias=True, exclude_none=True) == text
     section = json.loads(text)["section"]
     banks = section["panelBankConfig"]["sections"]
-    assert [bank["name"] for bank in banks] == [section.title for section in paper]
-    assert [len(bank["panels"]) for bank in banks] == [len(shown.panels) for shown in paper]
+    assert [bank["name"] for bank in banks] == [section.name for section in paper.values()]
+    assert [len(bank["panels"]) for bank in banks] == [
+        len(section.panels) for section in paper.values()
+    ]
     assert '"shouldAutoGeneratePanels":true' in text  # W&B's own panels of all that is logged
 
 
