@@ -126,8 +126,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
         (
             ("recipe=smoke", "--config-dir", "none"),
             (
-                "--config-dir is FOLDER/none, but there is no such folder; name one of your own "
-                "choices"
+                "--config-dir is FOLDER/none, but there is no such folder; name a folder with "
+                "choices of your own"
             ),
         ),
     ],
@@ -283,7 +283,7 @@ def test_a_run_shows_a_table_of_its_methods(ran):
     for record in from_json((run_folder(folder) / "record.json").read_text()):
         rows = [line.strip("│ ").split() for line in done.stdout.splitlines()]
         assert any(row[:1] == [record.found.method] and f"{record.top1:.1f}" in row for row in rows)
-    assert "What this takes" in done.stdout
+    assert "Plan" in [line.strip() for line in done.stdout.splitlines()]
     assert done.stdout.splitlines()[-1].endswith("channels")
     assert (run_folder(folder) / "table.txt").read_text("utf-8") in done.stdout
 
@@ -427,13 +427,13 @@ def test_runs_are_shown_side_by_side(ran, folder):
         (["report", "--root", "."], "--root is ., but no run in it has a record; run one first"),
         (
             ["report", "nowhere", "--root", "."],
-            "nowhere is no sweep or figure in ., but the sweeps there are: none",
+            "no sweep or figure 'nowhere' in .; available: none",
         ),
         (
             ["report", "no/where"],
             (
-                "RUN is no/where, but there is no record in it (No such file or directory); give a "
-                "run's folder, such as runs/resnet18-digits-..."
+                "RUN is no/where, but it contains no record (No such file or directory); give the "
+                "folder of a finished run, for example runs/resnet18-digits-..."
             ),
         ),
     ],

@@ -284,7 +284,7 @@ def test_what_merely_runs_is_no_part_of_the_fields():
             "network._target_=no_such_module.Network",
             (
                 "network._target_ is no_such_module.Network, but it cannot be imported (No module "
-                "named 'no_such_module'); start in the folder of the module, or install it"
+                "named 'no_such_module'); start in the folder that holds it, or install it"
             ),
         ),
         (
@@ -621,7 +621,7 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
             (
                 "network.factory is nowhere.network, but nowhere cannot be imported (No module "
                 "named "
-                "'nowhere'); start in the folder of the module, or install it"
+                "'nowhere'); start in the folder that holds it, or install it"
             ),
         ),
         (
@@ -638,8 +638,8 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
         (
             "builtins.dict",
             (
-                "network.factory is builtins.dict, but it returned a dict; it must return a "
-                "torch.nn.Module"
+                "network.factory is builtins.dict, but it returned a value of type dict; "
+                "return a torch.nn.Module"
             ),
         ),
     ],

@@ -472,7 +472,7 @@ def test_two_processes_of_torchrun_complete_a_run_as_a_single_one_does(tmp_path)
     for key in ("train_macs", "proxy", "target"):
         assert record[key] == expected[key]
     # A complete run is not run again, and only rank 0 prints.
-    assert done.stdout.count("What this takes") == 1
+    assert done.stdout.count("Plan  ") == 1
     again = torchrun(tmp_path, *words)
     assert again.returncode == 0, again.stderr
     assert "epoch" not in again.stderr

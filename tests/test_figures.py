@@ -347,7 +347,7 @@ def test_what_went_wrong_in_a_search_is_said():
         "budget_reached": False,
     }
     item = replace(RECORDS[1], found=replace(RECORDS[1].found, diagnostics=diagnostics))
-    assert console.complaints([item]) == [
+    assert console.search_problems([item]) == [
         (
             "direct, seed 0: the search is not valid: removing its dead channels cost 3.2 points; "
             "cut: conv1"
@@ -355,7 +355,7 @@ def test_what_went_wrong_in_a_search_is_said():
         "direct, seed 0: fell to the floor: conv1, conv2",
         "direct, seed 0: the search did not reach its budget",
     ]
-    assert console.complaints(RECORDS) == []
+    assert console.search_problems(RECORDS) == []
 
 
 def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(tmp_path, capsys):
@@ -367,7 +367,7 @@ def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(
     ]
     compare(folders, into=tmp_path / "report")
     message = [line for line in capsys.readouterr().out.splitlines() if "pruned" in line]
-    nothing = "the search pruned nothing; its widths are the un-optimised ones"
+    nothing = "the search pruned nothing; its widths are those of the baseline (uniform widths)"
     assert message == [
         f"morphnet strength 7, {method}, seeds 0, 1: {nothing}" for method in ("direct", "transfer")
     ]
@@ -529,6 +529,6 @@ def test_a_configuration_that_was_broken_is_one_line(tmp_path, text):
     with pytest.raises(InputError) as error:
         compare([folder], into=tmp_path / "report")
     assert str(error.value) == (
-        f"{folder}/config.yaml is not what a run leaves, but runs are told apart by it; restore "
-        "it, or give the run's command again"
+        f"{folder}/config.yaml is not the configuration of a run, but runs are named by it; "
+        "restore it, or start the run again"
     )

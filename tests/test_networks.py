@@ -309,7 +309,7 @@ def user_errors():
             lambda _: custom("no_such_module.net").build(depth=1, classes=4),
             (
                 "network.factory is no_such_module.net, but no_such_module cannot be imported (No "
-                "module named 'no_such_module'); start in the folder of the module, or install it"
+                "module named 'no_such_module'); start in the folder that holds it, or install it"
             ),
         ),
         (

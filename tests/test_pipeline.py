@@ -404,7 +404,7 @@ def test_a_given_budget_is_met_by_all_and_shared_out_to_the_proxy(part, tmp_path
 
 
 def test_a_budget_out_of_reach_stops_before_anything_is_written(tmp_path):
-    with pytest.raises(InputError, match=r"^budget_macs is 9, but the narrowest network already"):
+    with pytest.raises(InputError, match=r"^budget_macs is 9, but the narrowest network has"):
         search(*BASE, f"root={tmp_path / 'runs'}", "budget_macs=9")
     assert not (tmp_path / "runs").exists()
 

@@ -44,14 +44,14 @@ def counts(plan):
 
 
 @pytest.fixture(scope="module")
-def request():
+def experiments():
     """The requests of every experiment of the paper."""
     return {name: compose_sweep([f"experiment={name}"]) for name in PAPER}
 
 
 @pytest.fixture(scope="module")
-def paper(request):
-    return Plan.of([item for items in request.values() for item in items], images=False)
+def paper(experiments):
+    return Plan.of([item for items in experiments.values() for item in items], images=False)
 
 
 # ---------------------------------------------------------------------------- the paper's grid
@@ -62,8 +62,8 @@ def test_the_whole_paper_is_600_points_369_searches_and_552_trainings(paper):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_each_experiment_has_its_points_and_shares_its_searches(name, request):
-    assert counts(Plan.of(request[name], images=False)) == PAPER[name]
+def test_each_experiment_has_its_points_and_shares_its_searches(name, experiments):
+    assert counts(Plan.of(experiments[name], images=False)) == PAPER[name]
 
 
 def test_no_two_runs_are_described_alike(paper):
@@ -104,8 +104,10 @@ def test_a_sweeps_items_name_the_search_that_a_training_needs(tmp_path):
     assert needs == {True: (), False: (search.name,)}
 
 
-def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them(tmp_path, request):
-    few = [item for item in request["fig4_extrapolation"] if item.network.name == "resnet18"]
+def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them(
+    tmp_path, experiments
+):
+    few = [item for item in experiments["fig4_extrapolation"] if item.network.name == "resnet18"]
     few = [dataclasses.replace(item, root=str(tmp_path)) for item in few if item.seeds == (1,)]
     draw(tmp_path, [Manifest.of(Plan.of(few, images=False), title="few", tracking={})])
     page = html.unescape((tmp_path / "report" / "index.html").read_text())
@@ -248,14 +250,16 @@ SAVED = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_what_is_saved_is_what_the_paper_says(name, request):
-    curves = request[name][0].figures[0]
+def test_what_is_saved_is_what_the_paper_says(name, experiments):
+    curves = experiments[name][0].figures[0]
     assert curves.paper_saved == {network: per_cent for network, per_cent, _ in SAVED[name]}
 
 
-def test_the_last_layers_are_as_wide_as_the_paper_says(request):
+def test_the_last_layers_are_as_wide_as_the_paper_says(experiments):
     """ "The average optimized width has 1300 channels for ResNet18 and 3785 for MobileNetV2." """
-    (average,) = (figure for figure in request["fig3_width"][0].figures if figure.name == "figA1")
+    (average,) = (
+        figure for figure in experiments["fig3_width"][0].figures if figure.name == "figA1"
+    )
     assert average.paper_last == {"resnet18": 1300, "mobilenet_v2": 3785}
 
 
@@ -428,9 +432,9 @@ def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
     """Completeness: a value that is added and forgotten fails here."""
     monkeypatch.setenv("WIDTHOPT_DATA", str(tmp_path))
     for name in ("image_folder", "cifar100-subset"):
-        for request in ("train/a", "train/b", "val/a", "val/b"):
-            (tmp_path / name / request).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(tmp_path / name / request / "0.png")
+        for split in ("train/a", "train/b", "val/a", "val/b"):
+            (tmp_path / name / split).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / split / "0.png")
     depth = 2 if group == "projection" else 1  # as deep as the deepest proxy
     words = [f"{group}={choice}", "target.resolution=224", f"target.depth={depth}"]
     request = compose([*words, *NEEDED.get(choice, ())])
@@ -507,8 +511,8 @@ def test_a_v100_trains_at_what_100_gpu_hours_of_resnet50_come_to():
 # ----------------------------------------------------------------------------------- manifests
 
 
-def test_a_manifest_says_again_what_was_planned(request, tmp_path):
-    plan = Plan.of(request["fig4_extrapolation"], images=False)
+def test_a_manifest_says_again_what_was_planned(experiments, tmp_path):
+    plan = Plan.of(experiments["fig4_extrapolation"], images=False)
     item = Manifest.of(plan, title="fig4", tracking={})
     again = Manifest.from_json(item.to_json(), name="x")
     assert again.name == item.name
@@ -525,8 +529,8 @@ def test_a_manifest_says_again_what_was_planned(request, tmp_path):
     del tmp_path
 
 
-def test_points_that_two_experiments_share_are_in_the_figures_of_both(request):
-    plan = Plan.of([*request["fig3_depth"], *request["fig4_extrapolation"]], images=False)
+def test_points_that_two_experiments_share_are_in_the_figures_of_both(experiments):
+    plan = Plan.of([*experiments["fig3_depth"], *experiments["fig4_extrapolation"]], images=False)
     shown = [
         name
         for point in Manifest.of(plan, title="two", tracking={}).points
@@ -554,8 +558,8 @@ def test_what_is_no_manifest_is_refused(text, line):
 @pytest.mark.parametrize(
     ("key", "value"), [("points", [{}]), ("points", 3), ("runs", {}), ("name", "another")]
 )
-def test_a_manifest_that_was_edited_by_hand_is_refused(request, key, value):
-    plan = Plan.of(request["uniform"][:1], images=False)
+def test_a_manifest_that_was_edited_by_hand_is_refused(experiments, key, value):
+    plan = Plan.of(experiments["uniform"][:1], images=False)
     content = json.loads(Manifest.of(plan, title="one", tracking={}).to_json())
     content["sweep"][key] = value
     with pytest.raises(InputError) as error:

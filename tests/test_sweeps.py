@@ -211,8 +211,8 @@ def test_a_figure_is_drawn_alone_by_its_name(whole):
     nothing = widthopt("report", "figure9", folder=folder)
     assert nothing.returncode == 2
     assert nothing.stderr.strip() == (
-        "widthopt: figure9 is no sweep or figure in runs, but the sweeps there are: "
-        f"{sweep.stem}, and the figures search_seconds, mine"
+        "widthopt: no sweep or figure 'figure9' in runs; available: "
+        f"{sweep.stem}; figures: search_seconds, mine"
     )
 
 
@@ -548,7 +548,7 @@ def test_a_queue_that_does_not_answer_is_asked_once_and_ends_no_run(unanswered):
 def test_where_the_queue_does_not_answer_nothing_is_cancelled_and_that_is_said(unanswered):
     request, _ = unanswered
     line = one_line(request("cancel", "sweep"), 2)
-    assert line.startswith("squeue is refused by SLURM (no controller), but it has to succeed;")
+    assert line.startswith("squeue is refused by SLURM (no controller), but it must succeed;")
 
 
 @pytest.mark.parametrize(

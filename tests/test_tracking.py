@@ -190,7 +190,7 @@ def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("morphnet", {"search/penalty", "search/dead_classes", "channels/wide", "scales/wide"}),
         ("autoslim", {"search/loss_narrowest", "search/loss_random_1", "search/loss_random_2"}),

@@ -448,7 +448,7 @@ def test_a_run_that_a_server_refuses_holds_up_no_other(tmp_path):
         assert refused.startswith("train-a was not sent (")
         assert sent == ["train-b", "train-c"]
         assert total == "2 sent, 0 had been sent before, 0 still run"
-        assert end == "widthopt: 1 were not sent; the same command goes on with the rest"
+        assert end == "widthopt: 1 were not sent; run the same command again"
         assert sorted(server.runs) == ["train-b", "train-c"]
 
 
@@ -567,7 +567,7 @@ def test_without_a_key_nothing_is_sent_and_that_is_said(swept, tmp_path):
     assert len(refused) == 3
     assert all("was not sent (No API key configured" in line for line in refused)
     assert total == "0 sent, 0 had been sent before, 0 still run"
-    assert end == "widthopt: 3 were not sent; the same command goes on with the rest"
+    assert end == "widthopt: 3 were not sent; run the same command again"
 
 
 # Interrupted, killed and requeued.

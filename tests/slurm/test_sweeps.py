@@ -587,7 +587,10 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_sent(folder, word
             "+hydra.launcher.options.job_name=a",
             "hydra.launcher.options.job_name is a, but the laun",
         ),
-        ("hydra.launcher.warn_seconds=1801", "hydra.launcher.warn_seconds is 1801, but it is at most half"),
+        (
+            "hydra.launcher.warn_seconds=1801",
+            "hydra.launcher.warn_seconds is 1801, but it is at most half",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line(folder, word, message):

@@ -55,8 +55,8 @@ class CustomNetwork:
             ) from error
         if not isinstance(model, nn.Module):
             raise InputError(
-                f"network.factory is {self.factory}, but it returned {type(model).__name__}; "
-                "return a torch.nn.Module"
+                f"network.factory is {self.factory}, but it returned a value of type "
+                f"{type(model).__name__}; return a torch.nn.Module"
             )
         return model
 

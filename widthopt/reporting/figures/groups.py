@@ -26,9 +26,9 @@ class Group:
     Attributes:
         dataset: The data set's name.
         target: The target's values.
-        uniform: The un-optimised ones, one for each seed.
-        searched: All others, each point and seed once.
-        clashes: How many were left out though they differ from the one of their point and seed.
+        uniform: The records of the baseline, one for each seed.
+        searched: The records of searches, one for each point and seed.
+        clashes: Number of records left out because another record has the same point and seed.
     """
 
     dataset: str

@@ -11,11 +11,11 @@ from widthopt.widths import cosine
 
 
 def table(records: Sequence[Record]) -> Table:
-    """Cosine similarities of the multipliers of the target, by algorithm and method.
+    """Return the cosine similarities of the target's multipliers, by algorithm and method.
 
-    ``seeds``: between two seeds of one method; ``direct``: with those found on the target itself,
-    at the same seed; ``uniform``: with un-optimised ones. Means, and after them the least.
-    ``budget`` is how many of the searches say that they reached their budget.
+    ``seeds`` compares pairs of seeds of one method, ``direct`` the direct search at the same seed,
+    and ``uniform`` the baseline. Cells have the mean, and the minimum in brackets. ``budget`` is
+    the number of searches that reached their budget.
 
     Source: paper appendix D.
     """
