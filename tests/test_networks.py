@@ -299,7 +299,10 @@ def user_errors():
         ),
         (
             lambda m: custom(f"{m}.nothing").build(depth=1, classes=4),
-            ("network.factory is {m}.nothing, but it returned int; return a torch.nn.Module"),
+            (
+                "network.factory is {m}.nothing, but it returned a value of "
+                "type int; return a torch.nn.Module"
+            ),
         ),
         (
             lambda m: custom(f"{m}.shalow").build(depth=1, classes=4),

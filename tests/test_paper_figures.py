@@ -161,7 +161,7 @@ def test_everything_drawn_lies_within_the_axes():
     assert right > 100
 
 
-def test_a_source_dearer_than_direct_is_still_within_the_axes():
+def test_a_proxy_more_expensive_than_its_target_is_still_within_the_axes():
     (axes,) = panels(KIND, [*RECORDS, record(proxy=(3.0, 1, 224, 1.0), overhead=2000)])
     assert bars(axes)["dmcp"][0].get_xdata()[0] == pytest.approx(-100)
     assert axes.get_xlim()[0] < -100

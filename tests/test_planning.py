@@ -181,7 +181,7 @@ def test_the_experiments_are_those_of_the_design():
 def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     head = text.partition("defaults:")[0].lower()
-    for word in ("claim", f"command: widthopt experiment={name}", "points:", "to reach:"):
+    for word in ("claim", f"command: widthopt experiment={name}", "points:", "goal:"):
         assert word in head
     for line in text.splitlines():
         assert len(line) <= 200
@@ -609,8 +609,8 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(experiments, key, value):
         (
             ["algorithm=dmcp,autoslim", "algorithm.strength=1"],
             (
-                "algorithm.strength is given, but not every choice of algorithm=dmcp,autoslim has "
-                "it; sweep in another command over those that have it, of algorithm=dmcp, "
+                "algorithm.strength is set, but not every choice of algorithm=dmcp,autoslim has it; "
+                "sweep over the choices that have it in a command of their own: algorithm=dmcp, "
                 "algorithm=morphnet, algorithm=morphnet_short"
             ),
         ),
@@ -628,7 +628,10 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(experiments, key, value):
                 "mean hydra.launcher.max_parallel?"
             ),
         ),
-        (["root="], "root is empty, but it names a folder; give one, such as root=runs"),
+        (
+            ["root="],
+            "root is empty, but it must be the path of a folder, such as root=runs; correct it",
+        ),
         (
             ["experiment=mini_uniform", "recipe=smoke", "recipe.epochs=1", "seeds=[0]"],
             (
@@ -661,21 +664,21 @@ def test_choices_of_ones_own_are_in_a_folder(tmp_path):
     with pytest.raises(InputError) as error:
         compose_sweep([], config_dir=str(tmp_path / "none"))
     assert str(error.value) == (
-        f"--config-dir is {tmp_path}/none, but there is no such folder; name one of your own "
-        "choices"
+        f"--config-dir is {tmp_path}/none, but there is no such folder; name a folder with "
+        "choices of your own"
     )
 
 
-def test_a_plan_says_which_proxies_are_dearer_than_their_targets(capsys):
+def test_a_plan_says_which_proxies_are_more_expensive_than_their_targets(capsys):
     words = ["target.width=0.25", "projection.width=0.125,0.25,0.5", "seeds=[0,1]"]
     plan = Plan.of(compose_sweep(words))
     show_plan(plan, plan.states())
-    message = [line for line in capsys.readouterr().out.splitlines() if "takes about" in line]
+    message = [line for line in capsys.readouterr().out.splitlines() if "costs about" in line]
     # Twice as wide is four times the multiply-adds.
     (line,) = message
     assert line == (
-        "the proxy (0.5, 1, 32, 100%) takes about 4 times what its target (0.25, 1, 32, 100%) "
-        "does; lower what is larger in it, as in projection.width=..."
+        "a search on the proxy (0.5, 1, 32, 100%) costs about 4 times as much as on its target "
+        "(0.25, 1, 32, 100%); lower the larger axis, for example projection.width=..."
     )
 
 
@@ -768,14 +771,20 @@ def test_an_experiment_file_that_is_no_table_is_one_line(tmp_path, content):
         ("figures: 3\n", "figures is 3, but it is a list"),
         (
             "hydra:\n  sweeper:\n    params: 3\n",
-            "hydra.sweeper.params is 3, but it is a table of k",
+            "hydra.sweeper.params is 3, but it is a mapping of keys",
         ),
-        ("defaults:\n  - mine\n", "experiment=mine cannot be read, but each choice is a file of "),
+        (
+            "defaults:\n  - mine\n",
+            "experiment=mine cannot be read, but each choice is a UTF-8 file with a ",
+        ),
         (
             f"{FIGURE}    name: ../../evil\n",
-            "figures[0].name is ../../evil, but it begins the name",
+            "figures[0].name is ../../evil, but it is part of file names",
         ),
-        (f"{FIGURE}    name: .hidden\n", "figures[0].name is .hidden, but it begins the names of"),
+        (
+            f"{FIGURE}    name: .hidden\n",
+            "figures[0].name is .hidden, but it is part of file names",
+        ),
         (
             "figures:\n  - _target_: widthopt.projection.Width\n    multiplier: 1\n",
             "figures[0]._target_ is widthopt.projection.Width, but a figure has name, title, claim",

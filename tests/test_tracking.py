@@ -81,7 +81,7 @@ def found_by(name, folder, log, interrupt=None):
         where,
         Split(Synthetic(interrupt=interrupt), Synthetic(), 4),
         budget_macs=Blueprint(where).graph.macs(),
-        conditions=SearchContext(RECIPE, RUNTIME, 0, folder, log),
+        context=SearchContext(RECIPE, RUNTIME, 0, folder, log),
     )
 
 
@@ -524,15 +524,15 @@ def test_tags_are_as_short_as_w_and_b_requires():
     assert max(map(len, replace(ABOUT, network="n" * 99).init["tags"])) == 64
 
 
-def test_the_id_of_a_run_is_its_stages_and_a_salt_makes_another():
-    entry = SizedRequest(compose(["target.resolution=32"]), images=False)
-    stage = entry.search_stage("transfer", 3)
-    assert entry.about("search", "transfer", 3, stage).id == stage.folder.name
+def test_the_id_of_a_run_is_the_name_of_its_folder_and_a_salt_makes_another():
+    point = SizedRequest(compose(["target.resolution=32"]), images=False)
+    entry = point.search_entry("transfer", 3)
+    assert point.about("search", "transfer", 3, entry).id == entry.folder.name
     salted = SizedRequest(compose(["target.resolution=32", "tracking.salt=again"]), images=False)
-    assert salted.search_stage("transfer", 3).folder.name == stage.folder.name
-    second = salted.about("search", "transfer", 3, stage).id
-    assert second.startswith(stage.folder.name)
-    assert second != stage.folder.name
+    assert salted.search_entry("transfer", 3).folder.name == entry.folder.name
+    second = salted.about("search", "transfer", 3, entry).id
+    assert second.startswith(entry.folder.name)
+    assert second != entry.folder.name
 
 
 def test_tracking_names_no_run_and_is_frozen_with_it():
@@ -666,8 +666,8 @@ def test_runs_are_sent_one_by_one_until_three_in_a_row_are_refused(tmp_path, mon
 def test_sync_names_what_is_no_sweep(tmp_path):
     (tmp_path / "runs").mkdir()
     assert one_line(widthopt("sync", "fig3", folder=tmp_path), 2) == (
-        "fig3 is no sweep in runs, but the sweeps there are: none"
+        "no sweep 'fig3' in runs; available: none"
     )
     assert one_line(widthopt("sync", "--pause", "-1", folder=tmp_path), 2) == (
-        "--pause is -1, but it is from 0 up; correct it"
+        "--pause is -1, but it is a number of at least 0; correct it"
     )

@@ -168,7 +168,7 @@ def _target_class(group: str, values: Any) -> type[Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"{group}._target_ is {name}, but it cannot be imported ({error}); start in "
-            "the folder of the module, or install it"
+            "the folder that holds it, or install it"
         ) from error
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise InputError(

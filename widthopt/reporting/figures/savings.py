@@ -47,7 +47,7 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
                 linestyle="none",
                 label=f"{algorithm}, {method}",
             )
-    axes.set_xlim(min(-4.0, min(places) - 2), 104)  # a proxy may be dearer than its target
+    axes.set_xlim(min(-4.0, min(places) - 2), 104)  # a proxy may cost more than its target
     axes.margins(y=0.2)
     low, high = axes.get_ylim()
     slack = max(0.0, LEAST_SPAN - (high - low)) / 2
