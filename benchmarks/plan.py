@@ -63,9 +63,9 @@ def _fill(plan: Plan) -> None:
     draws = random.Random(0)  # noqa: S311 (nothing here is a secret)
     for run in plan.runs.values():
         if run.kind == "search":
-            run.stage.finish({"multipliers": {}, "overhead_macs": run.macs})
+            run.entry.finish({"multipliers": {}, "overhead_macs": run.macs})
         else:
-            run.stage.finish(_random_record(run.point, run.method, run.seed, draws).to_plain())
+            run.entry.finish(_random_record(run.point, run.method, run.seed, draws).to_plain())
 
 
 def _random_record(point: SizedRequest, method: str, seed: int, draws: random.Random) -> Record:

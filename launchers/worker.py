@@ -88,7 +88,7 @@ def _run(order: Order, spec: Path, rank: int) -> None:
     if restarts > order.max_requeues:
         sys.exit(
             f"widthopt: hydra.launcher.max_requeues is {order.max_requeues}, but this job was "
-            f"requeued {restarts} times; give the same sweep again"
+            f"requeued {restarts} times; start the same sweep again"
         )
     sys.path.append(str(_COPY / OWN))
     module, _, name = order.run_spec.rpartition(".")
@@ -181,9 +181,9 @@ def _requeue(order: Order, rank: int, *, saving: bool) -> None:
             sys.stdout.flush()
             time.sleep(GRACE_SECONDS)
         sys.stderr.write(
-            f"widthopt: job {job} could not be requeued ({reason}); give the same sweep again\n"
+            f"widthopt: job {job} could not be requeued ({reason}); start the same sweep again\n"
         )
     else:
-        sys.stderr.write("widthopt: stopped before its end; give the same sweep again\n")
+        sys.stderr.write("widthopt: stopped before its end; start the same sweep again\n")
     sys.stderr.flush()
     os._exit(STOPPED)

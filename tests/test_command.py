@@ -173,8 +173,8 @@ def test_where_there_are_no_sweeps_commands_say_so(tmp_path):
     )  # fmt: skip
     assert widthopt("status", "--json", folder=tmp_path).stdout == "[]\n"
     assert one_line(widthopt("show", "search-abc", folder=tmp_path), 2) == (
-        "KEY is search-abc, but in runs there are no sweeps, whose runs have such names; start one "
-        "with -m, or see single runs with widthopt report"
+        "KEY is search-abc, but runs contains no sweep, and only runs of sweeps have keys; start a "
+        "sweep with -m, or show single runs with widthopt report"
     )
 
 
@@ -267,7 +267,7 @@ def test_a_plan_starts_nothing_and_writes_nothing(folder):
     name = "my_network.MyNetwork on digits"
     assert [run["what"] for run in planned["runs"]] == [
         f"{name}, (0.5, 1, 12, 100%): morphnet search, seed 0",
-        f"{name}, (1, 1, 12, 100%): training, un-optimised, seed 0",
+        f"{name}, (1, 1, 12, 100%): training, baseline, seed 0",
         f"{name}, (1, 1, 12, 100%): training, morphnet at (0.5, 1, 12, 100%), seed 0",
     ]
     assert [run["state"] for run in planned["runs"]] == ["missing"] * 3

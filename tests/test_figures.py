@@ -389,7 +389,7 @@ def run_folder(tmp_path, name, records, **config):
 
 
 def kept(records, name):
-    """Records with stages of their own; un-optimised networks share theirs by seed."""
+    """Records with store entries of their own; the baselines share theirs by seed."""
     return [
         replace(item, stages={"train": f"{name}{number}"}) for number, item in enumerate(records)
     ]

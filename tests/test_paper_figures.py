@@ -472,7 +472,7 @@ def test_the_last_layer_stands_beside_the_papers():
     message = (
         "resnet18: the last layer, `last`, has 120 channels on average over 3 optimised widths"
     )
-    assert notes(A1, WIDTHS) == message + "; 1300 in the paper; 40 un-optimised."
+    assert notes(A1, WIDTHS) == message + "; 1300 in the paper; 40 in the baseline."
     (axes,) = panels(A1, WIDTHS)
     star = bars(axes)["last layer in the paper: 1300"]
     assert star.get_xydata().tolist() == [[2, 1300]]

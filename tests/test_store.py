@@ -362,7 +362,7 @@ def test_a_claim_that_cannot_be_removed_stops_nobody(entry, monkeypatch, caplog)
     with monkeypatch.context() as patch, entry.claim():
         entry.finish({"top1": 1.0})
         patch.setattr(os, "unlink", refusing(errno.EIO))
-    assert "claim.json is left; it stops nobody" in caplog.text
+    assert "claim.json could not be removed, which does no harm" in caplog.text
     assert entry.state() == "done"
     with entry.claim(wait=False):
         pass
@@ -632,7 +632,7 @@ def test_a_folder_named_by_something_else_is_passed_over(entry, caplog, content)
     entry.finish({})
     (entry.folder / "fields.json").write_text(content)
     assert list(Store(entry.folder.parent).entries()) == []
-    assert "fields.json does not name its folder; the folder is passed over" in caplog.text
+    assert "fields.json does not belong to its folder; the folder is skipped" in caplog.text
     with entry.claim():
         pass
     assert [item.key for item in Store(entry.folder.parent).entries()] == [entry.key]

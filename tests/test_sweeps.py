@@ -135,15 +135,13 @@ def test_a_sweep_ends_with_its_figures_and_a_page(whole):
     reported = done.stdout.splitlines()
     place = reported.index("mine: Mine (6 records, 2 points missing)")
     assert reported[place + 1 : place + 3] == [
-        "  missing: my_network.MyNetwork on digits, (1, 1, 12, 100%): training, un-optimised, seed "
+        "  missing: my_network.MyNetwork on digits, (1, 1, 12, 100%): training, baseline, seed "
         f"{seed}"
         for seed in (0, 1)
     ]
     assert "runs/report/index.html" in done.stdout
     page = (report / "index.html").read_text()
-    assert (
-        "my_network.MyNetwork on digits, (1, 1, 12, 100%): training, un-optimised, seed 0" in page
-    )
+    assert "my_network.MyNetwork on digits, (1, 1, 12, 100%): training, baseline, seed 0" in page
 
 
 def test_a_third_party_adds_a_figure_by_one_file_and_one_experiment(whole):
@@ -227,7 +225,7 @@ def test_the_status_is_that_of_the_files(whole):
     shown = widthopt("status", "mine", folder=folder)
     assert shown.returncode == 0
     assert "trainings" in shown.stdout
-    assert one_line(widthopt("status", "other", folder=folder), 2).startswith("other is no sweep")
+    assert one_line(widthopt("status", "other", folder=folder), 2).startswith("no sweep 'other'")
 
 
 def test_what_a_sweep_varies_names_its_rows_and_is_never_averaged_over(folder):
@@ -271,7 +269,7 @@ def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, laun
     words = tuple(word for word in words if word != "projection.width=0.5,0.75,1")
     done = widthopt(*words, folder=folder)
     assert done.returncode == 1
-    # Of rate 1e9: two searches fail and block their trainings, and the un-optimised network's.
+    # Of rate 1e9: two searches fail and block their trainings, and the baseline's.
     assert done.stderr.splitlines()[-1] == (
         "widthopt: 5 of 10 runs are done, 3 failed and 2 wait for those; the same command tries "
         "them again"
@@ -369,8 +367,8 @@ def test_a_sweep_of_many_gpu_hours_wants_to_be_meant(folder):
     words = (*SWEEP, "recipe.epochs=2000000000")
     line = one_line(widthopt(*words, folder=folder), 2)
     assert re.match(
-        r"the sweep is [\d,]+ GPU hours, but more than 24 are started only if that is meant; add "
-        r"--yes, or narrow it$",
+        r"the sweep takes [\d,]+ GPU hours, but more than 24 need a confirmation; add "
+        r"--yes, or make the sweep smaller$",
         line,
     )
     assert not (folder / "runs").exists()
@@ -386,7 +384,10 @@ def test_a_sweep_of_many_gpu_hours_wants_to_be_meant(folder):
         (["seeds=[0]", "seeds=[1]"], "seeds is [0] and [1], but it has one value"),
         (["hydra.launcher.max_parallel=0", "hydra/launcher=local"], "hydra.launcher.max_parallel"),
         (["hydra/launcher=moon"], "hydra/launcher is moon, but there is no such choice"),
-        (["root=one,other"], "root is one and other, but a sweep is kept in one folder"),
+        (
+            ["root=one,other"],
+            "root is one and other, but all points of a sweep must have the same one",
+        ),
     ],
 )
 def test_a_mistake_in_a_sweep_is_one_line_and_starts_nothing(folder, words, message):
@@ -483,11 +484,11 @@ def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, w
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("logs train --rank 7", "KEY is {train}, but process 7 of it has printed nothing; {show}"),
-        ("show nothing", "KEY is nothing, but there is no such run in {root}; {all} lists them"),
-        ("show ''", "KEY is , but 2 runs there begin so in {root}; {all} lists them"),
+        ("logs train --rank 7", "KEY is {train}, but its process 7 has no output; {show}"),
+        ("show nothing", "KEY is nothing, but no run matches in {root}; list the runs with {all}"),
+        ("show ''", "KEY is , but 2 runs match in {root}; list the runs with {all}"),
         ("report sweep", "--root is {root}, but no point of {sweep} is done; {status}"),
-        ("status other", "other is no sweep in {root}, but the sweeps there are: {sweep}"),
+        ("status other", "no sweep 'other' in {root}; available: {sweep}"),
     ],
 )
 def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, message):
@@ -540,8 +541,8 @@ def test_a_queue_that_does_not_answer_is_asked_once_and_ends_no_run(unanswered):
     assert "no controller" in done.stderr
     (table,) = json.loads(done.stdout)
     assert [(row["state"], row["queue"]) for row in table["runs"]] == [
-        ("queued", "as its files say: the queue does not answer"),
-        ("running", "as its files say: the queue does not answer"),
+        ("queued", "from its files; the queue does not answer"),
+        ("running", "from its files; the queue does not answer"),
     ]
 
 
@@ -608,8 +609,8 @@ def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
     path.write_text(json.dumps(spec))
     line = one_line(widthopt("run", name, folder=folder), 2)
     assert re.fullmatch(
-        rf"{name}/spec.json is of another run \({kind}-[0-9a-f]{{12}}\), "
-        "but what it says names its folder; give the same sweep again",
+        rf"{name}/spec.json belongs to another run \({kind}-[0-9a-f]{{12}}\), "
+        "but it must belong to its folder; start the same sweep again",
         line,
     )
     assert {entry.folder.name for entry in entries(folder)} == {
@@ -621,7 +622,7 @@ def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
 def test_what_is_no_frozen_run_is_refused(tmp_path, text):
     path = tmp_path / "spec.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="is no frozen run"):
+    with pytest.raises(InputError, match="is not the spec of a run"):
         run_spec(path)
-    with pytest.raises(InputError, match="is no frozen run"):
+    with pytest.raises(InputError, match="is not the spec of a run"):
         run_spec(Path("nowhere"))

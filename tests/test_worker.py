@@ -31,7 +31,7 @@ def test_the_first_process_says_that_it_stopped_and_ends():
     process = warned(0)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert message == "widthopt: stopped before its end; give the same sweep again\n"
+    assert message == "widthopt: stopped before its end; start the same sweep again\n"
 
 
 def test_other_processes_wait_for_the_first_to_end_them():
@@ -49,7 +49,7 @@ def test_where_nothing_is_saved_other_processes_wait_for_seconds_only():
     process = warned(1, saving=False)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert message == "widthopt: stopped before its end; give the same sweep again\n"
+    assert message == "widthopt: stopped before its end; start the same sweep again\n"
 
 
 def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
@@ -57,7 +57,7 @@ def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
     assert message == (
-        "widthopt: job 7 could not be requeued (there is no scontrol where it runs); give the same "
+        "widthopt: job 7 could not be requeued (there is no scontrol where it runs); start the same "
         "sweep again\n"
     )
 

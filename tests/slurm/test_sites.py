@@ -295,9 +295,9 @@ def test_on_a_machine_without_slurm_the_state_says_what_is_not_known(folder):
     done = folder.widthopt("status", PATH=os.path.dirname(sys.executable))  # noqa: PTH120
     assert done.returncode == 0
     assert done.stderr.startswith(
-        "--root is runs, but its runs are a queue's and there is no squeue"
+        "--root is runs, whose runs are SLURM jobs, but there is no squeue"
     )
-    assert "queued: 2 as its files say: the queue does not answer" in done.stdout
+    assert "queued: 2 from its files; the queue does not answer" in done.stdout
     assert folder.queue()
 
 

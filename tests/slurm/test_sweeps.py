@@ -108,7 +108,7 @@ def test_what_another_sweep_needs_is_not_cancelled(folder):
     folder.send(*ONE, "recipe.epochs=3", later, submitted=1)
     done = folder.widthopt("cancel", first.stem)
     assert done.stdout.split() == [mine]
-    assert f"{search} goes on, since another sweep needs it; --force ends it too" in done.stderr
+    assert f"{search} continues, because another sweep needs it; --force cancels it" in done.stderr
     assert len(folder.queue()) == 2
     assert folder.widthopt("cancel", first.stem, "--force").stdout.split() == [search]
     folder.until_over()  # what needed it goes with it
@@ -246,8 +246,8 @@ def test_a_job_that_is_put_back_too_often_is_given_up(folder):
     found = folder.row("search")
     assert (found["state"], folder.row("train")["state"]) == ("stale", "stale")
     assert found["why"] == (
-        "hydra.launcher.max_requeues is 0, but this job was requeued 1 times; give the same sweep "
-        "again"
+        "hydra.launcher.max_requeues is 0, but this job was requeued 1 times; start the same "
+        "sweep again"
     )
 
 
@@ -258,7 +258,7 @@ def test_without_the_right_to_requeue_the_same_command_goes_on(folder):
         row = folder.until_running()
         folder.cluster.run("scancel", "--signal=USR2", row["job"])
         folder.until_over()
-    assert folder.row("search")["why"] == "stopped before its end; give the same sweep again"
+    assert folder.row("search")["why"] == "stopped before its end; start the same sweep again"
     folder.send(*words, submitted=2)
     folder.until_over()
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()

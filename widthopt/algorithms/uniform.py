@@ -1,4 +1,4 @@
-"""The un-optimised network: every multiplier is one, and finding them costs nothing."""
+"""The baseline: every multiplier is one, at no cost."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""One request end to end: search on the proxy, extrapolate, train the target, evaluate.
+"""Run a request: search on the proxy, extrapolate, train the target, evaluate.
 
-Searches and trainings are entries of the store, named by everything that their result
-depends on, so none is done twice; a run's folder gathers what belongs to one request.
+Searches and trainings are entries of the store, named by everything that their results depend
+on, so none is done twice. The folder of a request links to its entries.
 """
 
 import json
@@ -39,7 +39,7 @@ def search_widths(request: Request, *, method: str = "transfer") -> WidthResult:
     """Search and extrapolate for the first seed, without the final training.
 
     Raises:
-        InputError: Something asked for cannot be done.
+        InputError: A value of the request is wrong, or the network cannot be searched.
     """
     point = SizedRequest(replace(request, methods=(method,)))
     check_writable(Path(request.root))
@@ -47,21 +47,21 @@ def search_widths(request: Request, *, method: str = "transfer") -> WidthResult:
 
 
 def run_request(point: SizedRequest, show: Callable[[str], None] = logger.info) -> list[Record]:
-    """Everything that a request asks for; what was done before is not done again.
+    """Run all methods and seeds of a request. Results in the store are reused.
 
     Args:
-        point: What to do, checked.
-        show: Called with a line about each stage before it begins.
+        point: The request.
+        show: Called with the method and seed before each of them starts.
 
     Returns:
-        One record for each method and seed; also in the run's folder, with the resolved
-        configuration, channel counts and links to the stages, which hold the checkpoints.
+        One record for each method and seed. The folder of the request has them too, with the
+        resolved configuration, the channel counts and links to the store entries.
 
     Raises:
-        InputError: Results cannot be written, or an algorithm cannot go on.
+        InputError: Results cannot be written, or an algorithm cannot search the network.
     """
     request = point.request
-    if distributed.rank() > 0:  # the first of several processes writes for all
+    if distributed.rank() > 0:  # rank 0 writes
         return [
             run_training(point, method, seed)
             for seed in request.seeds
@@ -83,7 +83,7 @@ def run_request(point: SizedRequest, show: Callable[[str], None] = logger.info) 
 
 
 def _record(point: SizedRequest, method: str, seed: int) -> Record:
-    """One method at one seed, and its channels and links in the run's folder."""
+    """Run one method at one seed, and write its channels and links into the request's folder."""
     record = run_training(point, method, seed)
     content = {"network": record.network, **record.found.to_plain()}
     path = point.folder / "channels" / f"{method}-seed{seed}.json"
@@ -104,7 +104,7 @@ def _search_widths(point: SizedRequest, method: str, seed: int) -> WidthResult:
     )
     if match.shortfall > TOLERANCE:
         logger.warning(
-            "%s: %.2f %% of the budget is left over, because one step of any width costs more",
+            "%s: %.2f %% of the budget is unused, because one more channel would exceed it",
             method, 100 * match.shortfall,
         )  # fmt: skip
     diagnostics = {**result.diagnostics, "budget_shortfall": match.shortfall}
@@ -127,19 +127,19 @@ def _search_widths(point: SizedRequest, method: str, seed: int) -> WidthResult:
 
 
 def _direct_overhead_macs(point: SizedRequest, method: str, result: SearchResult) -> int:
-    """What a search on the target itself takes: counted where this is one, else foretold."""
+    """Return the overhead of a direct search: counted if this is one, otherwise estimated."""
     if method == "transfer" and point.proxy != point.target:
         return point.overhead_macs("direct")
     return result.overhead_macs
 
 
 def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
-    """The search of a method, done now or before.
+    """Return the result of a method's search, and run the search if it is not in the store.
 
     Args:
-        point: What it belongs to.
-        method: ``direct`` or ``transfer``; there is nothing to do for ``uniform``.
-        seed: One of the point's.
+        point: The request.
+        method: ``direct`` or ``transfer``; ``uniform`` needs no search.
+        seed: A seed of the request.
 
     Raises:
         InputError: The algorithm cannot search this network.
@@ -148,50 +148,50 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
     if method == "uniform":
         uniform = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
         return SearchResult(uniform, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
-    stage = point.search_entry(method, seed)
-    with _claim_entry(stage, point.device) as done:
+    entry = point.search_entry(method, seed)
+    with _claim_entry(entry, point.device) as done:
         if done is None:
-            with _open_tracker(point, "search", method, seed, stage) as tracker:
+            with _open_tracker(point, "search", method, seed, entry) as tracker:
                 result = algorithm.search(
                     setting,
                     point.search_data(setting, seed),
                     budget_macs=point.search_budget(method),
-                    context=point.context(seed, stage.folder, tracker),
+                    context=point.context(seed, entry.folder, tracker),
                 )
                 if tracker is not None:
                     with tracker.best_effort():
                         _show_search(tracker, point, method, result)
-                if distributed.rank() == 0:  # before W&B is waited for
-                    stage.finish(result.to_plain())
+                if distributed.rank() == 0:  # before the tracker waits for W&B
+                    entry.finish(result.to_plain())
             return result
     return SearchResult.from_plain(done)
 
 
 def run_training(point: SizedRequest, method: str, seed: int) -> Record:
-    """The final training of a method, done now or before, and its search before it.
+    """Return the record of a method; run its search and final training if not in the store.
 
     Args:
-        point: What it belongs to.
+        point: The request.
         method: One of `widthopt.records.METHODS`.
-        seed: One of the point's.
+        seed: A seed of the request.
     """
     widths = _search_widths(point, method, seed)
-    stage = point.train_entry(method, seed)
-    with _claim_entry(stage, point.device) as before:
+    entry = point.train_entry(method, seed)
+    with _claim_entry(entry, point.device) as before:
         if before is None:
-            with _open_tracker(point, "train", method, seed, stage) as tracker:
-                done = _train_and_record(point, widths, stage, tracker)
+            with _open_tracker(point, "train", method, seed, entry) as tracker:
+                done = _train_and_record(point, widths, entry, tracker)
         else:
             done = before
     return record_of(done, method=method, algorithm=point.request.algorithm.name)
 
 
 def _train_and_record(
-    point: SizedRequest, found: WidthResult, stage: StoreEntry, tracker: Tracker | None
+    point: SizedRequest, found: WidthResult, entry: StoreEntry, tracker: Tracker | None
 ) -> dict[str, Any]:
-    """Train and evaluate the target at what was found, and keep the record."""
-    measured = _train_target(point, found.channels, found.seed, stage.folder, tracker)
-    stages = {"train": stage.folder.name}
+    """Train and evaluate the target at these widths, and store the record."""
+    measured = _train_target(point, found.channels, found.seed, entry.folder, tracker)
+    stages = {"train": entry.folder.name}
     if found.method != "uniform":
         stages["search"] = point.search_entry(found.method, found.seed).folder.name
     record = Record(
@@ -213,55 +213,55 @@ def _train_and_record(
         with tracker.best_effort():
             _show_training(tracker, record)
     if distributed.rank() == 0:
-        stage.finish(record.to_plain())
+        entry.finish(record.to_plain())
     return record.to_plain()
 
 
 def record_of(result: Mapping[str, Any], *, method: str, algorithm: str) -> Record:
-    """The record in a training's result, as one of the requests that share it has it.
+    """Return the record of a training with the method and algorithm of a request that shares it.
 
-    A transfer whose proxy is the target is a direct search; a network that is not optimised is
-    the same beside every algorithm.
+    A transfer whose proxy equals the target shares the training of the direct search, and all
+    algorithms share the baseline.
     """
     record = from_plain(result)
     return replace(record, algorithm=algorithm, found=replace(record.found, method=method))
 
 
 @contextmanager
-def _claim_entry(stage: StoreEntry, device: torch.device) -> Iterator[dict[str, Any] | None]:
-    """Work on a stage alone, and write down what ended the work if it is not done.
+def _claim_entry(entry: StoreEntry, device: torch.device) -> Iterator[dict[str, Any] | None]:
+    """Claim an entry, and record the error if the work fails.
 
-    Of processes that work together the first claims it for all of them. An interruption is no
-    failure: the work goes on from its checkpoint.
+    Rank 0 holds the claim for all processes. An interruption is not recorded as a failure,
+    because the work resumes from its checkpoint.
 
     Yields:
-        The result, if it is there already.
+        The result if it exists already.
     """
     first = distributed.rank() == 0
-    with stage.claim(job=current_job()) if first else nullcontext():
-        done = distributed.broadcast(stage.result() if first else None, device=device)
+    with entry.claim(job=current_job()) if first else nullcontext():
+        done = distributed.broadcast(entry.result() if first else None, device=device)
         try:
             yield done
         except (Exception, SystemExit) as error:
             if not isinstance(error, Interrupted):
-                stage.fail(error, rank=distributed.rank())
+                entry.fail(error, rank=distributed.rank())
             raise
 
 
 @contextmanager
 def _open_tracker(
-    point: SizedRequest, kind: str, method: str, seed: int, stage: StoreEntry
+    point: SizedRequest, kind: str, method: str, seed: int, entry: StoreEntry
 ) -> Iterator[Tracker | None]:
-    """Track the work on a stage."""
-    about = point.about(kind, method, seed, stage)
+    """Open the tracker of an entry."""
+    about = point.about(kind, method, seed, entry)
     with open_tracker(
-        point.request.tracking, about, stage.folder, interruptions=(Interrupted,)
+        point.request.tracking, about, entry.folder, interruptions=(Interrupted,)
     ) as tracker:
         yield tracker
 
 
 def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: SearchResult) -> None:
-    """What a search came to, for its tracked run."""
+    """Log the search result to the tracker."""
     graph = point.blueprint(method).graph
     moves = result.details.get("moves", ())
     tracker.rows(
@@ -290,7 +290,7 @@ def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: Sea
 
 
 def _flatten_details(start: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Single values by name, those of tables within tables too; lists are left out."""
+    """Yield the values of nested mappings with their joined names; lists are omitted."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flatten_details(f"{start}/{name}", value)
@@ -299,13 +299,13 @@ def _flatten_details(start: str, values: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _show_training(tracker: Tracker, record: Record) -> None:
-    """What a training came to, for its tracked run."""
+    """Log the training result to the tracker."""
     found = record.found
     tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
     tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
     saved = 100 * found.saved
     curves: dict[str, float] = {}
-    for name in tracker.about.figures:  # so that a panel shows the runs of its figure only
+    for name in tracker.about.figures:  # a panel shows only the runs of its figure
         curves |= {f"figures/{name}/saved_pct": saved, f"figures/{name}/top1": record.top1}
         top1 = {f"figures/{name}/{record.network}/top1": record.top1}
         tracker.rows([{f"figures/{name}/saved_pct": saved, **top1}])  # W&B draws lines from rows
@@ -364,7 +364,7 @@ def _train_target(
 
 
 def _link(path: Path, to: Path) -> None:
-    """A link in the run's folder to a stage, remade where it leads elsewhere."""
+    """Create a symbolic link, or replace a link that leads elsewhere."""
     if path.is_symlink() and path.readlink() == to:
         return
     with writing(path.parent):
@@ -374,7 +374,7 @@ def _link(path: Path, to: Path) -> None:
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Write what is logged to a file too, all of it."""
+    """Also write all log messages to a file."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -1,4 +1,4 @@
-"""A sweep on the disk: its points and runs as plain data."""
+"""The manifest of a sweep: its points and runs as plain data, in a JSON file."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -13,23 +13,23 @@ from widthopt.runs.states import State, mark_blocked
 from widthopt.runs.store import Store, StoreEntry
 
 
-FORMAT = 2
+FORMAT = 3
 """Version of a manifest's JSON form."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A sweep on the disk: what was asked for, as plain data, so that nothing is composed again.
+    """The points, runs and figures of a sweep, which later commands use without composing it.
 
     Attributes:
-        name: The sweep's name, also that of its file.
-        points: Each with ``what`` it is in words, its ``method``, ``algorithm`` and ``seed``, the
-            names of its ``train``ing and of the un-optimised network's beside it (``baseline``),
-            and the ``figures`` that show it.
-        runs: By name: ``kind`` and ``fields`` of the stage, ``needs``, ``what`` and ``macs``; of
-            baselines beside them neither needs nor MACs.
-        figures: By name, what a report draws, as ``figures`` in ``conf/experiment`` has it.
-        tracking: How the figures are tracked, as ``conf/tracking`` has it; not at all if empty.
+        name: Name of the sweep and stem of the file.
+        points: For each point a description (``what``), its ``method``, ``algorithm`` and
+            ``seed``, the names of its training (``train``) and of the training of its
+            ``baseline``, and the names of its ``figures``.
+        runs: By name, the ``kind`` and ``fields`` of the store entry, and ``needs``, ``what`` and
+            ``macs``. Baselines of other sweeps have neither needs nor MACs.
+        figures: By name, the figures of the report, as in ``conf/experiment``.
+        tracking: Tracking of the figures, as in ``conf/tracking``; empty for no tracking.
     """
 
     name: str
@@ -40,19 +40,19 @@ class Manifest:
 
     @classmethod
     def of(cls, plan: Plan, *, title: str, tracking: Mapping[str, Any]) -> "Manifest":
-        """The manifest of a plan.
+        """Return the manifest of a plan.
 
         Args:
             plan: The plan.
-            title: What its name begins with; the rest follows from its runs.
-            tracking: How its figures are tracked, as ``conf/tracking`` has it.
+            title: Start of the name; a hash of the runs follows.
+            tracking: Tracking of the figures, as in ``conf/tracking``.
         """
         figures: dict[str, Mapping[str, Any]] = {}
         points, runs = [], {}
         for run in plan.runs.values():
             runs[run.name] = {
                 "kind": run.kind,
-                "fields": run.stage.fields,
+                "fields": run.entry.fields,
                 "needs": list(run.needs),
                 "what": run.what,
                 "macs": run.macs,
@@ -86,15 +86,15 @@ class Manifest:
         return cls(f"{title}-{key}", points, runs, figures, tracking)
 
     def to_json(self) -> str:
-        """As text; `from_json` reads it back."""
+        """Return the JSON text that `from_json` reads."""
         return json.dumps(identity.seal("sweep", asdict(self), format=FORMAT)) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str) -> "Manifest":
-        """Read what `to_json` wrote.
+        """Read the text that `to_json` returned.
 
         Raises:
-            InputError: It is something else, or it was changed since.
+            InputError: The text is not a manifest of this version, or it was changed.
         """
         try:
             content = json.loads(text)
@@ -102,22 +102,23 @@ class Manifest:
             unchanged = version != FORMAT or identity.is_sealed(content, "sweep", format=FORMAT)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{name} is no sweep's file ({error}), but one is needed; give the same sweep again"
+                f"{name} is not the manifest of a sweep ({error}), but it must be one; start the "
+                "same sweep again"
             ) from error
         if version != FORMAT:
             raise InputError(
-                f"{name} has format {version}, but this version reads {FORMAT}; give the same "
-                "sweep again"
+                f"{name} has format {version}, but this version reads {FORMAT}; start the "
+                "same sweep again"
             )
         if not unchanged:
             raise InputError(
-                f"{name} was changed after it was written, but only what was planned is done; "
-                "restore it, or give the same sweep again"
+                f"{name} was changed after it was written, but its checksum must match; restore "
+                "it, or start the same sweep again"
             )
         return cls(**content["sweep"])
 
     def entries(self, store: Store) -> dict[str, StoreEntry]:
-        """The stages of its runs, by name; those of baselines too."""
+        """Return the store entries of all runs by name, baselines included."""
         kinds = {name: run["kind"] for name, run in self.runs.items()}
         return {
             name: store.entry("train" if kinds[name] == "baseline" else kinds[name], run["fields"])
@@ -126,30 +127,30 @@ class Manifest:
 
     @property
     def own(self) -> dict[str, Mapping[str, Any]]:
-        """Its runs without the baselines beside them, which are other sweeps' work."""
+        """The runs of this sweep, without baselines that belong to other sweeps."""
         return {name: run for name, run in self.runs.items() if run["kind"] != "baseline"}
 
     def states(self, store: Store, live: Collection[str] = ()) -> dict[str, State]:
-        """How far each of its own runs is, by name."""
-        stages = self.entries(store)
-        states = {name: stages[name].state(live) for name in self.own}
+        """Return the states of `own` by name."""
+        entries = self.entries(store)
+        states = {name: entries[name].state(live) for name in self.own}
         return mark_blocked(states, {name: run["needs"] for name, run in self.own.items()})
 
 
 def load_manifests(root: Path, names: Sequence[str] = ()) -> list[Manifest]:
-    """The sweeps that are kept below a root, by name.
+    """Return the manifests of the sweeps in a folder of runs, sorted by name.
 
     Args:
-        root: The folder that runs are kept in.
-        names: Those wanted, or how their names begin; all of them if there are none.
+        root: The folder of runs.
+        names: Names or prefixes of names; empty for all sweeps.
 
     Raises:
-        InputError: There is no such sweep.
+        InputError: There is no such sweep, or a manifest cannot be read.
     """
     paths = sorted((root / "sweeps").glob("*.json"))
     for name in names:
         if not any(path.stem.startswith(name) for path in paths):
             known = ", ".join(path.stem for path in paths) or "none"
-            raise InputError(f"{name} is no sweep in {root}, but the sweeps there are: {known}")
+            raise InputError(f"no sweep {name!r} in {root}; available: {known}")
     chosen = [path for path in paths if not names or path.stem.startswith(tuple(names))]
     return [Manifest.from_json(path.read_bytes(), name=str(path)) for path in chosen]

@@ -1,8 +1,7 @@
-"""What a sweep comes to: its points, the runs they share, and what those cost.
+"""The plan of a sweep: its points, the runs that they share, and the cost.
 
-A *point* is one method at one seed of one request, what the paper's figures show as one value.
-A *run* is a unit of work: the search or the final training behind some points. Points that need
-the same run share it, so that it is done once.
+A *point* is one method at one seed of one request. A *run* is a unit of work: a search or a final
+training. Points that need the same run share it, so it is done once.
 """
 
 from collections import Counter, defaultdict
@@ -18,7 +17,7 @@ from widthopt.runs.store import StoreEntry
 
 
 GPU_MACS_PER_SECOND = 4.4e12
-"""What one V100 trains at: 3 x 4.089 GMACs x 1,281,167 images x 100 epochs in 100 GPU hours.
+"""Speed of training on one V100: 3 x 4.089 GMACs x 1,281,167 images x 100 epochs in 100 GPU hours.
 
 Source: paper section 1, on ResNet50 by Radosavovic et al., 2020.
 """
@@ -33,19 +32,18 @@ class Run:
     """One search or one final training.
 
     Attributes:
-        kind: Which of the two.
-        stage: Where its result is kept.
-        point: One of the points that need it; all that do would do the same work.
-        method: The method at that point.
-        seed: Its seed.
-        needs: The name of the run that must be done before, if there is one.
-        macs: What it takes, in closed form.
-        apart: What tells it from runs of its plan that would else be described alike: values
-            by their name.
+        kind: ``search`` or ``train``.
+        entry: The store entry of its result.
+        point: A request that needs the run; all requests that do define the same work.
+        method: The method.
+        seed: The seed.
+        needs: Names of runs whose results it needs.
+        macs: Its cost in closed form.
+        apart: Values by name that distinguish it from runs with the same description.
     """
 
     kind: Literal["search", "train"]
-    stage: StoreEntry
+    entry: StoreEntry
     point: SizedRequest
     method: str
     seed: int
@@ -56,40 +54,40 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its folder, such as ``search-0123456789ab``."""
-        return self.stage.folder.name
+        return self.entry.folder.name
 
     @property
     def what(self) -> str:
-        """What it is, in words."""
+        """Description of the run."""
         request, setting = self.point.request, self.point.target
         words = f"{request.network.name} on {request.dataset.name}"
         end = "".join(f", {name} {value}" for name, value in self.apart.items())
         end += f", seed {self.seed}"
         if self.method == "uniform":
-            return f"{words}, {axes(setting)}: training, un-optimised{end}"
+            return f"{words}, {axes(setting)}: training, baseline{end}"
         proxy = self.point.setting(self.method)
         if self.kind == "search":
             return f"{words}, {axes(proxy)}: {request.algorithm.name} search{end}"
-        found = f"{request.algorithm.name} at {axes(proxy)}"
-        return f"{words}, {axes(setting)}: training, {found}{end}"
+        origin = f"{request.algorithm.name} at {axes(proxy)}"
+        return f"{words}, {axes(setting)}: training, {origin}{end}"
 
 
 def axes(setting: Any) -> str:
-    """Width, depth, resolution and fraction as the paper writes them: (0.5, 1, 224, 10%)."""
+    """Return width, depth, resolution and fraction as the paper writes them: (0.5, 1, 224, 10%)."""
     values = (setting.width, setting.depth, setting.resolution)
     return f"({', '.join(f'{value:g}' for value in values)}, {100 * setting.fraction:g}%)"
 
 
 class Point(NamedTuple):
-    """One point, and the names of its runs.
+    """One point and the names of its runs.
 
     Attributes:
-        point: Its request, checked and sized; points that differ in their seed share it.
+        point: The checked request. Points that differ in their seed share it.
         method: ``uniform``, ``direct`` or ``transfer``.
         seed: The seed.
-        search: The search; None where nothing is searched.
-        train: The final training.
-        figures: What a report draws of it; points that share all else may differ in them.
+        search: Name of the search; None for ``uniform``.
+        train: Name of the final training.
+        figures: The figures that show the point.
     """
 
     point: SizedRequest
@@ -105,8 +103,8 @@ class Plan:
     """Points and the runs behind them.
 
     Attributes:
-        points: In the order of the sweep; the same one may be asked for twice.
-        runs: By name; every run comes after the one that it needs.
+        points: In the order of the sweep; may contain the same point twice.
+        runs: By name; every run comes after the runs that it needs.
     """
 
     points: tuple[Point, ...]
@@ -114,15 +112,15 @@ class Plan:
 
     @classmethod
     def of(cls, requests: Iterable[Request], *, images: bool = True) -> "Plan":
-        """Plan requests; nothing is started or written.
+        """Plan requests. Nothing is started or written.
 
         Args:
-            requests: As composed.
-            images: Whether the images must be there; without them their published number is
-                planned with.
+            requests: The requests.
+            images: Whether to check that the images exist. Without the images, the plan uses
+                their published number.
 
         Raises:
-            InputError: Something asked for cannot be done.
+            InputError: A value of a request is wrong, or its parts do not fit together.
         """
         sized: dict[str, SizedRequest] = {}
         overheads: dict[str, int] = {}
@@ -130,7 +128,7 @@ class Plan:
         trainings: dict[str, Run] = {}
         points: list[Point] = []
         for request in requests:
-            # Of what differs between points, seeds size nothing.
+            # Requests that differ only in their seeds have the same networks and cost.
             text = identity.canonical({**request.fields, "seeds": None, "root": request.root})
             if text not in sized:
                 sized[text] = SizedRequest(request, images=images)
@@ -140,14 +138,14 @@ class Plan:
                     train = point.train_entry(method, seed)
                     search = None
                     if method != "uniform":
-                        stage = point.search_entry(method, seed)
-                        search = stage.folder.name
+                        entry = point.search_entry(method, seed)
+                        search = entry.folder.name
                         if search not in searches:
-                            alike = identity.canonical({**stage.fields, "seed": None})
+                            alike = identity.canonical({**entry.fields, "seed": None})
                             if alike not in overheads:
                                 overheads[alike] = point.overhead_macs(method)
                             macs = overheads[alike]
-                            searches[search] = Run("search", stage, point, method, seed, (), macs)
+                            searches[search] = Run("search", entry, point, method, seed, (), macs)
                     name = train.folder.name
                     if name not in trainings:
                         needs = () if search is None else (search,)
@@ -158,27 +156,27 @@ class Plan:
         return cls(tuple(points), _distinguish({**searches, **trainings}))
 
     def states(self, live: Collection[str] = ()) -> dict[str, State]:
-        """How far each run is, by name.
+        """Return the state of each run by name.
 
         Args:
-            live: The jobs that a queue knows as waiting or running.
+            live: The ids of pending and running jobs.
 
         Raises:
-            InputError: The root belongs to another version, or a result was changed.
+            InputError: The root has the format of another version, or a result was changed.
         """
         for root in {point.point.request.root for point in self.points}:
             stored = next(point.point for point in self.points if point.point.request.root == root)
             stored.store.check(write=False)
-        states = {name: run.stage.state(live) for name, run in self.runs.items()}
+        states = {name: run.entry.state(live) for name, run in self.runs.items()}
         return mark_blocked(states, {name: run.needs for name, run in self.runs.items()})
 
     def cost(self, states: Mapping[str, State], *, nodes: int, macs_per_second: float) -> "Cost":
-        """What is left to do, and how long that takes.
+        """Return the number of runs and the remaining cost and time.
 
         Args:
-            states: Of every run.
-            nodes: How many there are, each with `NODE_GPUS` accelerators; a run takes a node.
-            macs_per_second: Of one accelerator.
+            states: State of every run.
+            nodes: Number of nodes with `NODE_GPUS` accelerators each; a run takes a whole node.
+            macs_per_second: Speed of one accelerator.
         """
         left = [run for name, run in self.runs.items() if states[name] != "done"]
         seconds = {run.name: run.macs / (macs_per_second * NODE_GPUS) for run in left}
@@ -206,7 +204,7 @@ _SEARCH = ("own", "origin", "search")
 
 
 def _distinguish(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """The runs; those that would be described alike, each with the values in which they differ."""
+    """Add the values in which they differ to runs with the same description."""
     alike = defaultdict(list)
     for run in runs.values():
         alike[run.what].append(run)
@@ -214,13 +212,13 @@ def _distinguish(runs: Mapping[str, Run]) -> dict[str, Run]:
     for items in alike.values():
         tables = [
             {
-                "own": item.stage.fields,
-                "search": runs[item.needs[0]].stage.fields if item.needs else {},
+                "own": item.entry.fields,
+                "search": runs[item.needs[0]].entry.fields if item.needs else {},
             }
             for item in items
         ]
         for run, values in zip(items, identity.differing_values(tables), strict=True):
-            # Of its search a training's own fields have but the name.
+            # The fields of a training contain only the name of its search.
             named = {path[-1]: value for path, value in values.items() if path != _SEARCH}
             result[run.name] = replace(run, apart=named)
     return result
@@ -228,18 +226,17 @@ def _distinguish(runs: Mapping[str, Run]) -> dict[str, Run]:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a plan comes to.
+    """Size and cost of a plan.
 
     Attributes:
-        points: Points, as asked for.
-        searches: Searches after sharing.
-        trainings: Final trainings after sharing.
-        states: How many runs are in each state.
+        points: Number of points.
+        searches: Number of searches, each shared one counted once.
+        trainings: Number of final trainings, each shared one counted once.
+        states: Number of runs in each state.
         macs: MACs of all runs.
-        macs_left: MACs of those that are not done.
-        gpu_hours_left: Accelerator hours of those.
-        wall_hours_left: Hours until the last is done, at best: no node idles, and no training
-            comes before its search.
+        macs_left: MACs of the runs that are not done.
+        gpu_hours_left: Accelerator hours of the runs that are not done.
+        wall_hours_left: Lower bound of the hours until all runs are done, if no node is idle.
     """
 
     points: int

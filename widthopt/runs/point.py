@@ -1,4 +1,4 @@
-"""A request checked and sized: its settings, networks, budget, and the names of its results."""
+"""A checked request with its settings, networks, budget and store entries."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,20 @@ from widthopt.widths import match_macs
 
 
 class SizedRequest:
-    """A request checked and sized, before any work: its settings, networks and budget.
+    """A checked request with its settings, networks and budget. Nothing is started or written.
 
     Raises:
-        InputError: Anything asked for cannot be done; nothing has started or been written.
+        InputError: A value of the request is wrong, or the parts do not fit together.
     """
 
     def __init__(
         self, request: Request, *, images: bool = True, figures: Sequence[str] | None = None
     ) -> None:
-        """Check and size a request.
+        """Check a request and build its networks.
 
         Args:
-            request: What is asked for.
-            images: Whether its images must be there, as they must to run it.
+            request: The request.
+            images: Whether to check that the images exist, which a run needs.
             figures: Names of the figures that show it; those of the request if None.
         """
         self.request = request
@@ -56,7 +56,7 @@ class SizedRequest:
         uniform = dict.fromkeys(graph.free, 1.0)
         match_macs(graph, uniform, budget_macs=self.budget_macs)
         if transfer:
-            # Finds out now whether the proxy's widths can be carried over.
+            # Raises now if the widths of the proxy cannot be extrapolated.
             request.extrapolation(
                 dict.fromkeys(self.proxy_blueprint.graph.free, 1.0),
                 source=self.proxy_blueprint.graph,
@@ -66,35 +66,35 @@ class SizedRequest:
         self.device = resolve_device(request.runtime)
 
     def with_seeds(self, seeds: Sequence[int]) -> "SizedRequest":
-        """The same request for other seeds; nothing is checked or sized again."""
+        """Return the same request with other seeds, without checking it again."""
         fields = {**self.request.fields, "seeds": tuple(seeds)}
         point = copy.copy(self)
-        point.__dict__.pop("folder", None)  # its name follows from the fields
+        point.__dict__.pop("folder", None)  # depends on the fields
         point.request = replace(self.request, seeds=tuple(seeds), fields=fields)
         return point
 
     def setting(self, method: str) -> Setting:
-        """What a method searches."""
+        """Return the setting that a method searches."""
         return self.proxy if method == "transfer" else self.target
 
     def blueprint(self, method: str) -> Blueprint:
-        """The network of `setting`."""
+        """Return the network of `setting`."""
         return self.proxy_blueprint if method == "transfer" else self.target_blueprint
 
     def algorithm(self, method: str) -> WidthSearch:
-        """What a method searches with."""
+        """Return the algorithm of a method."""
         return Uniform("uniform") if method == "uniform" else self.request.algorithm
 
     def context(self, seed: int, folder: Path, log: Log | None = None) -> SearchContext:
-        """What a search runs under."""
+        """Return the context of a search."""
         return SearchContext(self.request.recipe, self.request.runtime, seed, folder, log)
 
-    def about(self, kind: str, method: str, seed: int, stage: StoreEntry) -> About:
-        """What a person finds a stage's tracked run by."""
+    def about(self, kind: str, method: str, seed: int, entry: StoreEntry) -> About:
+        """Return the description of an entry's tracked run."""
         request = self.request
         train = kind == "train"
         return About(
-            id=request.tracking.run_id(stage.folder.name),
+            id=request.tracking.run_id(entry.folder.name),
             kind="baseline" if train and method == "uniform" else kind,
             network=request.network.name,
             dataset=request.dataset.name,
@@ -106,7 +106,7 @@ class SizedRequest:
             figures=self.figures,
             tags=request.tracking.tags,
             fields={
-                "stage": stage.fields,
+                "stage": entry.fields,
                 "budget_macs": self.budget_macs if train else self.search_budget(method),
                 "search": None
                 if not train or method == "uniform"
@@ -117,7 +117,7 @@ class SizedRequest:
         )
 
     def search_data(self, setting: Setting, seed: int) -> Split:
-        """The images that a search sees: some of the training images, and none of the test's."""
+        """Return the images of a search: training and validation images, but no test images."""
         return data.search_split(
             self.request.dataset,
             resolution=setting.resolution,
@@ -130,18 +130,18 @@ class SizedRequest:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """How many images there are."""
+        """Number of images of each split."""
         return Sizes.of(self.request.dataset)
 
     @property
     def train_macs(self) -> int:
-        """What the final training takes, at the budget."""
+        """MACs of the final training, at the budget."""
         recipe = self.request.recipe
         counts = data.target_counts(self.sizes, batch_size=recipe.batch_size)
         return 3 * self.budget_macs * counts.per_epoch * recipe.epochs
 
     def overhead_macs(self, method: str) -> int:
-        """What the search of a method takes, in closed form."""
+        """Return the MACs of the search of a method, in closed form."""
         setting, recipe = self.setting(method), self.request.recipe
         counts = data.search_counts(
             self.sizes,
@@ -155,19 +155,19 @@ class SizedRequest:
 
     @cached_property
     def store(self) -> Store:
-        """Where stages are kept."""
-        return Store(Path(self.request.root) / "stages")
+        """The store of the request's folder of runs."""
+        return Store.below(self.request.root)
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of this request's run, named by its content."""
+        """Folder of this request, named by a hash of its content."""
         fields = self.request.fields
         key = identity.key("run", fields)
         name = f"{self.request.network.name}-{self.request.dataset.name}-{key}"
         return Path(self.request.root) / name.replace("/", "_")
 
     def search_entry(self, method: str, seed: int) -> StoreEntry:
-        """The stage of a search; the same for all requests that need the same one."""
+        """Return the store entry of a search. Requests that need the same search share it."""
         setting, fields = self.setting(method), self.request.fields
         recipe = {key: value for key, value in fields["recipe"].items() if key != "epochs"}
         named = {
@@ -182,10 +182,10 @@ class SizedRequest:
         return self.store.entry("search", named)
 
     def train_entry(self, method: str, seed: int) -> StoreEntry:
-        """The stage of a final training, named by where its channels come from.
+        """Return the store entry of a final training, named by the origin of its channels.
 
-        So it has its name before the search has found them. How widths are carried to another
-        depth is part of it only where there is another.
+        So its name is known before the search is done. The extrapolation strategy is part of the
+        name only if the depths of proxy and target differ.
         """
         fields = self.request.fields
         recipe = {key: value for key, value in fields["recipe"].items() if key != "search_epochs"}
@@ -204,22 +204,22 @@ class SizedRequest:
         return self.store.entry("train", named)
 
     def strategy(self, method: str) -> str:
-        """How a method carries widths to the target's depth; empty where there is no need."""
+        """Return the extrapolation strategy of a method; empty if the depths are equal."""
         deeper = self.setting(method).depth != self.target.depth
         return self.request.extrapolation.strategy if deeper else ""
 
     @property
     def _budget_share(self) -> float:
-        """The budget as a part of what the un-optimised target costs."""
+        """The budget relative to the MACs of the baseline (uniform widths)."""
         return self.budget_macs / self.target_blueprint.graph.macs()
 
     def search_budget(self, method: str) -> int:
-        """MACs that the searched network may cost once optimised: the same share of its own."""
+        """Return the budget of a search: the same share of the MACs of the searched network."""
         return round(self._budget_share * self.blueprint(method).graph.macs())
 
 
 def axis_values(setting: Setting) -> dict[str, float]:
-    """Width, depth, resolution and fraction of a setting, by name."""
+    """Return width, depth, resolution and fraction of a setting by name."""
     return {
         "width": setting.width,
         "depth": setting.depth,
@@ -229,6 +229,6 @@ def axis_values(setting: Setting) -> dict[str, float]:
 
 
 def _naming(dataset: Dataset, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The data set's values that results depend on."""
-    neutral: frozenset[str] = getattr(dataset, "NON_IDENTITY_KEYS", frozenset())
-    return {key: value for key, value in fields.items() if key not in neutral}
+    """Return the values of the data set that results depend on."""
+    excluded: frozenset[str] = getattr(dataset, "NON_IDENTITY_KEYS", frozenset())
+    return {key: value for key, value in fields.items() if key not in excluded}

@@ -1,17 +1,19 @@
-"""Results by content: what is done is a question that the disk can answer.
+"""The store of results: one folder per search or training, named by its content.
 
-A *stage* is one piece of work, named by its kind and by everything that its result depends
-on. It has one folder, ``<root>/<kind>-<key>``, with
+A `StoreEntry` is named by its kind and by every value that its result depends on. Its folder,
+``<root>/<kind>-<key>``, contains
 
-- ``fields.json``: what names it;
-- ``lock``: locked by the process that works on it, and released however that ends;
-- ``claim.json``: who that process is. Left without a lock, the process was killed;
-- ``submission.json``: the job of a queue that is to work on it;
-- ``failed.json``: the error that the last attempt ended with;
-- ``result.json``: written last and whole, so that it is there only when the work is done.
+- ``fields.json``: the values that it is named by;
+- ``lock``: locked by the process that works on the entry; released when that process ends;
+- ``claim.json``: the host and process id of that process. If the file exists and the lock is
+  free, the process was killed;
+- ``submission.json``: the job that was submitted for the entry;
+- ``failed.json``: the error of the last attempt;
+- ``result.json``: the result. It is written last and atomically, so it exists only if the work
+  is done.
 
-``<root>/store.json`` says which format this is. The *state* of a stage follows from these
-files and from the jobs that live, and from no clock.
+``<root>/store.json`` contains the version of this format. The *state* of an entry follows from
+these files and from the live jobs of the queue, never from the clock.
 """
 
 import fcntl
@@ -54,18 +56,18 @@ _RESULT_FORMAT = 1
 _FOLDER = re.compile(r"(.+)-[0-9a-f]{12}")
 
 
-class Taken(Exception):  # noqa: N818 (nothing went wrong: someone else is at it)
-    """Someone else works on the stage."""
+class Taken(Exception):  # noqa: N818 (not an error)
+    """Another process works on the entry."""
 
 
 class StoreEntry:
-    """One piece of work: its folder, its state, and its result once there is one.
+    """One search or training in the store: its folder, state and result.
 
     Attributes:
-        kind: What sort of work, for example ``search``.
-        fields: Plain data, everything that the result depends on.
-        key: Twelve hex digits made from both; see `widthopt.identity.key`.
-        folder: Where it lives; there once it has been claimed or submitted.
+        kind: ``search`` or ``train``.
+        fields: Every value that the result depends on, as plain data.
+        key: Twelve hex digits, a hash of both; see `widthopt.identity.key`.
+        folder: Folder of the entry. It is created when the entry is claimed or submitted.
     """
 
     def __init__(self, root: Path, kind: str, fields: Any) -> None:
@@ -76,18 +78,18 @@ class StoreEntry:
         self._job = ""
 
     def result(self) -> dict[str, Any] | None:
-        """The result, or None while there is none.
+        """Return the result, or None if the work is not done.
 
-        A file that is not whole counts as none, with a warning: the work is done again.
+        An incomplete file is treated as missing, with a warning, so the work is repeated.
 
         Raises:
-            InputError: The file is whole, but it is not what was written; or it cannot be read.
+            InputError: The file was changed after it was written, or it cannot be read.
         """
         path = self.folder / "result.json"
         found = read_json(path, self.folder.parent)
         if found is None:
             return None
-        with suppress(KeyError, TypeError):  # some JSON
+        with suppress(KeyError, TypeError):  # JSON of another form
             if identity.is_sealed(found, "result", format=_RESULT_FORMAT, key=self.key):
                 result: dict[str, Any] = found["result"]
                 return result
@@ -97,10 +99,10 @@ class StoreEntry:
         )
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result; the last thing that the work does.
+        """Write the result. The entry is done after this call.
 
         Args:
-            result: What JSON can hold, without infinities and not-a-numbers.
+            result: Values that JSON can represent; floats must be finite.
 
         Raises:
             InputError: The disk is full or the folder cannot be written.
@@ -111,14 +113,14 @@ class StoreEntry:
         self._remove("failed.json")
 
     def fail(self, error: BaseException, *, rank: int = 0) -> None:
-        """Write down what ended the work, inside the claim.
+        """Record the error that ended the work. Call this inside of `claim`.
 
-        Where several processes work together, what the first of them says is kept: the others
-        fail because of it.
+        If several processes work together, the first error is kept, because the others follow
+        from it.
 
         Args:
-            error: What ended it.
-            rank: Which of the processes failed.
+            error: The error.
+            rank: Rank of the process that raised it.
 
         Raises:
             InputError: The disk is full or the folder cannot be written.
@@ -141,7 +143,7 @@ class StoreEntry:
         )
 
     def forget_failure(self) -> None:
-        """Forget what an earlier attempt ended with, since another one is about to begin.
+        """Remove the recorded error, because another attempt starts.
 
         Raises:
             InputError: The folder cannot be written.
@@ -149,7 +151,7 @@ class StoreEntry:
         self._remove("failed.json")
 
     def failure(self) -> dict[str, Any] | None:
-        """What the last attempt ended with: what `fail` wrote, or None.
+        """Return what `fail` recorded for the last attempt, or None.
 
         Raises:
             InputError: The file cannot be read.
@@ -157,11 +159,11 @@ class StoreEntry:
         return self._read("failed.json")
 
     def record_job(self, job: str, **details: str) -> None:
-        """Write down that a job of a queue is to work on this stage.
+        """Record the job that was submitted for this entry.
 
         Args:
-            job: Its name in the queue.
-            details: What else is worth knowing of it.
+            job: Its id in the queue.
+            details: Further values to record, for example the path of its log.
 
         Raises:
             InputError: The disk is full or the folder cannot be written.
@@ -170,7 +172,7 @@ class StoreEntry:
         self._write("submission.json", {"job": job, **details})
 
     def submission(self) -> dict[str, Any] | None:
-        """The job that was last to work on this stage: what `submitted` wrote, or None.
+        """Return what `record_job` recorded for the last job, or None.
 
         Raises:
             InputError: The file cannot be read.
@@ -178,12 +180,12 @@ class StoreEntry:
         return self._read("submission.json")
 
     def state(self, live: Collection[str] = ()) -> State:
-        """How far this stage is, from its files and the queue alone; nothing is written.
+        """Return the state, from the files and the queue. Nothing is written.
 
-        Never "blocked", which depends on other stages: see `mark_blocked`.
+        The state is never "blocked", which depends on other entries: see `mark_blocked`.
 
         Args:
-            live: The jobs that the queue knows as waiting or running.
+            live: The ids of pending and running jobs.
 
         Raises:
             InputError: A file cannot be read, or the result was changed.
@@ -203,18 +205,18 @@ class StoreEntry:
 
     @contextmanager
     def claim(self, *, wait: bool = True, job: str = "") -> Iterator[None]:
-        """Work on this stage alone: whoever comes second waits until the first has left.
+        """Hold an exclusive claim on this entry. A second process waits for the first.
 
-        Ask for `result` inside the claim, since the one before may have finished it. The
-        claim ends with the process that holds it, however that ends. It is not reentrant.
-        What an earlier attempt failed with is forgotten once the claim is written down.
+        Read `result` inside of the claim, because the previous holder may have finished the work.
+        The claim ends when its process ends for any reason. It is not reentrant. The recorded
+        error of an earlier attempt is removed.
 
         Args:
-            wait: Whether to wait for someone else who works on it.
-            job: The job of a queue that this process is a part of, if any; see `current_job`.
+            wait: Whether to wait for a process that works on the entry.
+            job: The job that this process belongs to, if any; see `current_job`.
 
         Raises:
-            Taken: Someone else works on it, and ``wait`` is off.
+            Taken: Another process works on the entry, and ``wait`` is False.
             InputError: The folder cannot be written, or its file system has no locks.
         """
         lock = self._take(wait=wait)
@@ -228,7 +230,7 @@ class StoreEntry:
             unlock(lock)
 
     def _take(self, *, wait: bool) -> int:
-        """The open lock file, locked."""
+        """Return the descriptor of the lock file, locked."""
         while True:
             with writing(self.folder):
                 make_folder(self.folder)
@@ -243,9 +245,10 @@ class StoreEntry:
                 unlock(lock)  # the folder was deleted meanwhile
 
     def _lock(self, lock: int, *, wait: bool) -> None:
-        """Lock for this process alone.
+        """Lock exclusively.
 
-        Whoever asks for the state shares the lock for a moment, and is not someone at work.
+        A process that reads the state holds a shared lock for a moment; it does not count as
+        working on the entry.
         """
         for _ in range(100):
             if try_lock(lock, fcntl.LOCK_EX):
@@ -265,7 +268,7 @@ class StoreEntry:
 
     @contextmanager
     def _at_rest(self) -> Iterator[bool]:
-        """Whether nobody works on this stage; if so, nobody begins before the block ends."""
+        """Yield whether no process works on this entry; if so, none starts inside of the block."""
         with reading(self.folder / "lock", self.folder.parent):
             try:
                 lock = os.open(self.folder / "lock", os.O_RDONLY)
@@ -282,65 +285,74 @@ class StoreEntry:
             unlock(lock)
 
     def _begin(self, job: str) -> None:
-        """Write down who works on it, and only then forget what it failed with before."""
+        """Record this process, and after that remove the recorded error of an earlier attempt."""
         self._job = job
-        for name in ("claim", "failed", "result"):  # of a process that was killed as it wrote
-            for left in self.folder.glob(f".{name}.json.*.part"):
-                self._remove(left.name)
+        for name in ("claim", "failed", "result"):  # parts that a killed process left
+            for part in self.folder.glob(f".{name}.json.*.part"):
+                self._remove(part.name)
         self._describe()
         claim = {"host": os.uname().nodename, "process": os.getpid(), "job": job}
         self._write("claim.json", {**claim, "started": time.time()})
         self._remove("failed.json")
 
     def _leave(self) -> None:
-        """Nobody works on it any more."""
+        """Remove the record of this process."""
         self._job = ""
         try:
             self._remove("claim.json")
-        except InputError as error:  # not worth hiding how the work itself ended
-            logger.warning("%s is left; it stops nobody (%s)", self.folder / "claim.json", error)
+        except InputError as error:  # must not hide an error of the work itself
+            logger.warning(
+                "%s could not be removed, which does no harm (%s)",
+                self.folder / "claim.json",
+                error,
+            )
 
     def _describe(self) -> None:
-        """Make the folder and write what names this stage, unless it is there."""
+        """Create the folder and ``fields.json`` if they do not exist."""
         kind, fields = json.dumps(self.kind), identity.canonical(self.fields)
         text = f'{{"kind":{kind},"fields":{fields}}}\n'
         path = self.folder / "fields.json"
         with writing(self.folder):
             make_folder(self.folder)
-            there = path.exists() and path.read_bytes() == text.encode()
-        if not there:
+            exists = path.exists() and path.read_bytes() == text.encode()
+        if not exists:
             write_atomically(path, text)
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """What one of this stage's files says, or None."""
-        found = read_json(self.folder / name, self.folder.parent)
-        return found if isinstance(found, dict) else None
+        """Return the content of a file of this entry, or None."""
+        content = read_json(self.folder / name, self.folder.parent)
+        return content if isinstance(content, dict) else None
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        """Write one of this stage's files."""
+        """Write a file of this entry."""
         write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def _remove(self, name: str) -> None:
-        """Remove one of this stage's files, if it is there."""
+        """Remove a file of this entry if it exists."""
         with writing(self.folder):
             (self.folder / name).unlink(missing_ok=True)
 
 
 class Store:
-    """The stages below one root folder; nothing is written before one is claimed or submitted."""
+    """The entries below one folder. Nothing is written before an entry is claimed or submitted."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
 
+    @classmethod
+    def below(cls, root: Path | str) -> "Store":
+        """Return the store of a folder of runs, the value of ``root`` in ``conf/config.yaml``."""
+        return cls(Path(root) / "stages")
+
     def entry(self, kind: str, fields: Any) -> StoreEntry:
-        """The stage of this kind (a word that can name a folder) and these fields."""
+        """Return the entry of this kind and these fields, which need not exist on the disk."""
         return StoreEntry(self.root, kind, fields)
 
     def entries(self, kind: str | None = None) -> Iterator[StoreEntry]:
-        """The stages that are on the disk, by name; those of one kind if it is given.
+        """Yield the entries on the disk by name, or those of one kind.
 
-        A folder that does not say what names it is passed over, with a warning if it says
-        something else.
+        A folder without ``fields.json`` is skipped. If its fields belong to another name, the
+        folder is skipped with a warning.
 
         Raises:
             InputError: The root or a file cannot be read.
@@ -358,21 +370,21 @@ class Store:
             found = read_json(path, self.root)
             if found is None:
                 continue
-            stage = self._entry_of(found)
-            if stage is not None and stage.folder.name == name:
-                yield stage
+            entry = self._entry_of(found)
+            if entry is not None and entry.folder.name == name:
+                yield entry
             else:
-                logger.warning("%s does not name its folder; the folder is passed over", path)
+                logger.warning("%s does not belong to its folder; the folder is skipped", path)
 
     def check(self, *, write: bool = True) -> None:
-        """Check, before any work, that this is a root for this version.
+        """Check, before any work, that the folder has the format of this version.
 
         Args:
-            write: Whether results are to be written: then the root is made, marked with this
-                version's format, and tried out. Otherwise nothing is written.
+            write: Create the folder, write the format, and check that files can be written.
+                Otherwise nothing is written.
 
         Raises:
-            InputError: The root belongs to another version, or it cannot be written or read.
+            InputError: The folder has another format, or it cannot be written or read.
         """
         if self.root.is_file():
             raise InputError(f"root is {self.root}, but that is a file; name a folder")
@@ -391,36 +403,36 @@ class Store:
                 write_atomically(path, json.dumps({"format": _ROOT_FORMAT}) + "\n")
 
     def _entry_of(self, found: Any) -> StoreEntry | None:
-        """The stage that ``fields.json`` names, or None if that is not what the file does."""
+        """Return the entry that the content of ``fields.json`` describes, or None."""
         if not isinstance(found, dict) or found.keys() != {"kind", "fields"}:
             return None
         if not isinstance(found["kind"], str):
             return None
         try:
             return self.entry(found["kind"], found["fields"])
-        except (InputError, RecursionError):  # a number that is not finite, or such depth
+        except (InputError, RecursionError):  # a float that is not finite, or nested too deeply
             return None
 
 
 def _job(found: dict[str, Any] | None) -> str | None:
-    """The job that a file names, or None."""
+    """Return the job in the content of a file, or None."""
     job = found.get("job") if found else None
     return job if isinstance(job, str) and job else None
 
 
 _REASON = re.compile(r"(widthopt: )?(?P<text>(?(1).*|[\w.]*(Error|Exception|Interrupt)\b.*))")
-"""What a process says last: one of our own messages, or the exception below a traceback."""
+"""Last line of a log that gives a reason: a message of widthopt, or an exception."""
 
 
-def failure_reason(stage: StoreEntry) -> str:
-    """Why a stage was not done, in one line; empty if nothing is known."""
-    found = stage.failure()
+def failure_reason(entry: StoreEntry) -> str:
+    """Return why the work of an entry failed, in one line; empty if unknown."""
+    found = entry.failure()
     if found is not None:
         rank = f"process {found['rank']}: " if found.get("rank") else ""
         message = " ".join(str(found.get("message", "")).split())
         return rank + (message or str(found.get("type", "unknown")))
-    # It ended before it began: the last line that its process left says why, if it is a reason.
-    log = stage.folder / "log.txt"
+    # The process ended before it claimed the entry. The last line of its log may give a reason.
+    log = entry.folder / "log.txt"
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
     match = _REASON.fullmatch(lines[-1]) if lines else None
     return match["text"] if match else ""

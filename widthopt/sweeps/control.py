@@ -1,4 +1,4 @@
-"""What is asked of runs from any shell: their state, their logs, to end, to be tried again."""
+"""Commands on runs: status, show, logs, cancel, retry, run."""
 
 import json
 import logging
@@ -24,16 +24,16 @@ from widthopt.sweeps.workload import StoredSweep
 logger = logging.getLogger("widthopt")
 
 FOLLOW_SECONDS = 0.5
-"""Time between two looks at a log that is followed."""
+"""Seconds between two reads of a log that is followed."""
 
-UNKNOWN = "as its files say: the queue does not answer"
-"""What is said of a job where nobody knows whether it lives."""
+UNKNOWN = "from its files; the queue does not answer"
+"""Queue state that is shown if the queue does not answer."""
 
 ASK_SECONDS = 10.0
-"""Time between two questions to the queue meanwhile."""
+"""Seconds between two queries of the queue while a log is followed."""
 
 GONE_SECONDS = 120
-"""How long jobs may take to end that were cancelled."""
+"""Longest time in seconds that cancelled jobs may take to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,84 +41,84 @@ class RunRef:
     """One run, and the sweeps that it belongs to."""
 
     name: str
-    stage: StoreEntry
+    entry: StoreEntry
     sweeps: tuple[Manifest, ...]
 
     @property
     def row(self) -> Mapping[str, Any]:
-        """What the sweeps say of it."""
+        """Its values in the manifest."""
         return self.sweeps[0].own[self.name]
 
 
 def live_jobs(root: Path) -> Mapping[str, str] | None:
-    """The jobs that wait or run, where the root has jobs; None, and said so, if nobody can tell."""
+    """Return the pending and running jobs; None, with a warning, if the queue does not answer."""
     try:
         return _live(root)
     except InputError as error:
-        logger.warning("%s; until then runs are shown as what their files say", error)
+        logger.warning("%s; until then the states are those in the files", error)
         return None
 
 
 def _live(root: Path) -> Mapping[str, str]:
-    """The jobs that wait or run, where the root has jobs.
+    """Return the pending and running jobs; none if no job was submitted from the root.
 
     Raises:
-        InputError: The queue cannot be asked.
+        InputError: The queue does not answer.
     """
     if not (root / "jobs").is_dir():
         return {}
     if not queue.is_available():
         raise InputError(
-            f"--root is {root}, but its runs are a queue's and there is no squeue on this machine; "
-            "ask on a login node"
+            f"--root is {root}, whose runs are SLURM jobs, but there is no squeue on this machine; "
+            "use a login node"
         )
     slurm.adopt(root)
     return queue.live_jobs()
 
 
-def _state_without_queue(stage: StoreEntry, state: State, jobs: Mapping[str, str] | None) -> State:
-    """A state where it may be that nobody knows which jobs live: then none counts as ended."""
-    if jobs is None and state == "stale" and stage.submission() is not None:
-        return "running" if (stage.folder / "claim.json").exists() else "queued"
+def _state_without_queue(entry: StoreEntry, state: State, jobs: Mapping[str, str] | None) -> State:
+    """Return the state of an entry. Without an answer of the queue, no job counts as ended."""
+    if jobs is None and state == "stale" and entry.submission() is not None:
+        return "running" if (entry.folder / "claim.json").exists() else "queued"
     return state
 
 
 def find(root: Path, name: str) -> RunRef:
-    """The run that a name or its beginning, with or without its kind, stands for.
+    """Return the run of a name, a key, or a prefix of either.
 
     Raises:
-        InputError: There is none, or there are several.
+        InputError: No run matches, or several do.
     """
     sweeps = load_manifests(root)
     names = sorted({run for sweep in sweeps for run in sweep.own})
     if not names:
         raise InputError(
-            f"KEY is {name}, but in {root} there are no sweeps, whose runs have such names; start "
-            "one with -m, or see single runs with widthopt report"
+            f"KEY is {name}, but {root} contains no sweep, and only runs of sweeps have keys; "
+            "start a sweep with -m, or show single runs with widthopt report"
         )
     fitting = [run for run in names if run.startswith(name) or run.partition("-")[2] == name]
     fitting = fitting or [run for run in names if run.partition("-")[2].startswith(name)]
     if len(fitting) != 1 or not name:
-        known = f"{len(fitting)} runs there begin so" if fitting else "there is no such run"
+        known = f"{len(fitting)} runs match" if fitting else "no run matches"
         raise InputError(
             f"KEY is {name}, but {known} in {root}; "
-            f"widthopt status --all {root_option(root)} lists them"
+            f"list the runs with widthopt status --all {root_option(root)}"
         )
     mine = tuple(sweep for sweep in sweeps if fitting[0] in sweep.own)
-    stage = mine[0].entries(Store(root / "stages"))[fitting[0]]
-    return RunRef(fitting[0], stage, mine)
+    entry = mine[0].entries(Store.below(root))[fitting[0]]
+    return RunRef(fitting[0], entry, mine)
 
 
 def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
-    """How far sweeps are, with what the queue knows of them; see `widthopt.sweeps.status`."""
+    """Return the states of sweeps with those of their jobs; see `reporting.sweeps.status`."""
     jobs = live_jobs(root)
     tables = status(root, sweeps, jobs or {})
     rows = [row for table in tables for row in table["runs"]]
     if jobs is None:
         for sweep, table in zip(sweeps, tables, strict=True):
-            stages = sweep.entries(Store(root / "stages"))
+            entries = sweep.entries(Store.below(root))
             for row in table["runs"]:
-                state = _state_without_queue(stages[row["name"]], row["state"], jobs)
+                state = _state_without_queue(entries[row["name"]], row["state"], jobs)
                 row["queue"] = UNKNOWN if state != row["state"] else None
                 row["state"] = state
         return tables
@@ -131,25 +131,25 @@ def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
 
 
 def show(root: Path, name: str) -> dict[str, Any]:
-    """All that is known of one run, as plain data."""
+    """Return everything that is recorded for a run, as plain data."""
     found = find(root, name)
-    stage, jobs = found.stage, live_jobs(root)
-    result = stage.result()
-    attempts = stage.folder / "attempts.jsonl"
+    entry, jobs = found.entry, live_jobs(root)
+    result = entry.result()
+    attempts = entry.folder / "attempts.jsonl"
     lines = attempts.read_text("utf-8").splitlines() if attempts.exists() else []
-    submission = stage.submission() or {}
-    state = found.sweeps[0].states(Store(root / "stages"), jobs or {})[found.name]
-    state = _state_without_queue(stage, state, jobs)
-    failure = stage.failure() or {}
+    submission = entry.submission() or {}
+    state = found.sweeps[0].states(Store.below(root), jobs or {})[found.name]
+    state = _state_without_queue(entry, state, jobs)
+    failure = entry.failure() or {}
     return {
         "name": found.name,
         "what": found.row["what"],
         "state": state,
-        "why": failure_reason(stage) or None if state in ENDED else None,
+        "why": failure_reason(entry) or None if state in ENDED else None,
         "traceback": failure.get("traceback") if state in ENDED else None,
         "needs": found.row["needs"],
         "sweeps": [sweep.name for sweep in found.sweeps],
-        "folder": str(stage.folder),
+        "folder": str(entry.folder),
         "job": submission.get("job"),
         "queue": UNKNOWN if jobs is None else jobs.get(str(submission.get("job"))),
         "code": submission.get("code"),
@@ -160,43 +160,43 @@ def show(root: Path, name: str) -> dict[str, Any]:
 
 
 def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
-    """What a run printed, and what its job printed before it began.
+    """Yield the output of a run, after the output of its job before the run started.
 
     Args:
-        root: The folder that runs are kept in.
-        name: The run's, or how it begins.
-        rank: Which of its processes.
-        follow: Go on with what it prints until it has ended.
+        root: The folder of runs.
+        name: Name or prefix of the name of a run.
+        rank: Rank of the process.
+        follow: Continue until the run has ended.
 
     Raises:
-        InputError: There is no such run, or no such process.
+        InputError: There is no such run, or the process has no output.
     """
-    stage = find(root, name).stage
-    path = stage.folder / (f"log-{rank}.txt" if rank else "log.txt")
-    early = (stage.submission() or {}).get("log")
+    entry = find(root, name).entry
+    path = entry.folder / (f"log-{rank}.txt" if rank else "log.txt")
+    early = (entry.submission() or {}).get("log")
     before = [root / f"{early}_{rank}_log.{kind}" for kind in ("err", "out")] if early else []
     printed = [path for path in before if path.exists()]
     yield from (path.read_text("utf-8", "replace") for path in printed)
     if follow:
-        yield from _follow(path, root, stage)
+        yield from _follow(path, root, entry)
         late = [path for path in before if path not in printed and path.exists()]
         yield from (path.read_text("utf-8", "replace") for path in late)
     elif path.exists():
         yield path.read_text("utf-8", "replace")
     elif not early:
         raise InputError(
-            f"KEY is {stage.folder.name}, but process {rank} of it has printed nothing; see "
-            f"widthopt show {stage.folder.name} {root_option(root)}"
+            f"KEY is {entry.folder.name}, but its process {rank} has no output; see "
+            f"widthopt show {entry.folder.name} {root_option(root)}"
         )
 
 
-def _follow(path: Path, root: Path, stage: StoreEntry) -> Iterator[str]:
-    """What is in a log, and what comes, until the run has ended."""
+def _follow(path: Path, root: Path, entry: StoreEntry) -> Iterator[str]:
+    """Yield the content of a log as it grows, until the run has ended."""
     read, jobs, queried = 0, live_jobs(root), time.monotonic()
     while True:
         if time.monotonic() > queried + ASK_SECONDS:
             jobs, queried = live_jobs(root), time.monotonic()
-        ended = _state_without_queue(stage, stage.state(jobs or {}), jobs) not in {
+        ended = _state_without_queue(entry, entry.state(jobs or {}), jobs) not in {
             "queued",
             "running",
         }
@@ -213,18 +213,18 @@ def _follow(path: Path, root: Path, stage: StoreEntry) -> Iterator[str]:
 
 
 def cancel(root: Path, name: str, *, force: bool) -> list[str]:
-    """End the jobs of a sweep or of one run, and wait until they are gone.
+    """Cancel the jobs of a sweep or of one run, and wait until they have ended.
 
     Args:
-        root: The folder that runs are kept in.
-        name: A sweep's or a run's, or how it begins.
-        force: End also what other sweeps need.
+        root: The folder of runs.
+        name: Name or prefix of the name of a sweep or run.
+        force: Also cancel runs that other sweeps need.
 
     Returns:
-        The names of the runs whose jobs were ended.
+        The names of the runs whose jobs were cancelled.
 
     Raises:
-        InputError: There is neither; or SLURM would not.
+        InputError: There is no such sweep or run, or SLURM refuses.
     """
     sweeps, chosen = _sweeps_or_run(root, name)
     mine = {sweep.name for sweep in sweeps}
@@ -237,12 +237,12 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
     jobs = _live(root)
     wanted: dict[str, str] = {}
     for sweep in sweeps:
-        for run, stage in sweep.entries(Store(root / "stages")).items():
-            job = str((stage.submission() or {}).get("job", ""))
+        for run, entry in sweep.entries(Store.below(root)).items():
+            job = str((entry.submission() or {}).get("job", ""))
             if run not in sweep.own or job not in jobs or (chosen and run not in chosen):
                 continue
             if run in rest and not force:
-                logger.info("%s goes on, since another sweep needs it; --force ends it too", run)
+                logger.info("%s continues, because another sweep needs it; --force cancels it", run)
                 continue
             wanted[run] = job
     if wanted:
@@ -251,29 +251,29 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
 
 
 def _end(jobs: Collection[str]) -> None:
-    """End jobs, and wait until they are gone."""
+    """Cancel jobs and wait until they have ended."""
     refused = None
     try:
         queue.cancel(jobs)
-    except InputError as error:  # for one of them, which may have ended meanwhile
+    except InputError as error:  # possibly because a job has just ended
         refused = error
     until = time.monotonic() + GONE_SECONDS
     while left := set(jobs) & set(queue.live_jobs()):
         if time.monotonic() > until:
             raise refused or InputError(
-                f"scancel has ended {len(jobs) - len(left)} jobs of {len(jobs)}, but not yet "
-                f"{', '.join(sorted(left))}; see squeue"
+                f"scancel has ended {len(jobs) - len(left)} of {len(jobs)} jobs, but not yet "
+                f"{', '.join(sorted(left))}; check them with squeue"
             )
         time.sleep(FOLLOW_SECONDS)
 
 
 def retry(root: Path, name: str) -> None:
-    """Do again what failed or is missing of a sweep, or one run, as it was started before.
+    """Run again the failed and missing runs of a sweep, or one run.
 
-    It is done as it was frozen, with the code of today.
+    The runs use the specs that were written when the sweep was started, and the current code.
 
     Raises:
-        InputError: There is neither, or it cannot be done.
+        InputError: There is no such sweep or run, or it cannot be started.
     """
     sweeps, chosen = _sweeps_or_run(root, name)
     for sweep in sweeps if not chosen else sweeps[:1]:
@@ -281,27 +281,27 @@ def retry(root: Path, name: str) -> None:
 
 
 def run_now(root: Path, name: str) -> None:
-    """Do one run here and now, in this process, as it was frozen.
+    """Do one run in this process, from the spec that was written when the sweep was started.
 
     Raises:
-        InputError: There is no such run, or it cannot be done.
-        Failed: It was not done all the same.
+        InputError: There is no such run, or a run that it needs is not done.
+        Failed: The run is not done afterwards.
     """
-    stage = find(root, name).stage
-    spec = stage.folder / "spec.json"
+    entry = find(root, name).entry
+    spec = entry.folder / "spec.json"
     if (folder := launch_folder(spec)) is not None:
-        sys.path.append(str(folder))  # its network may be a module there
+        sys.path.append(str(folder))  # may contain the module of its network
     run_spec(spec)
-    state = stage.state()
+    state = entry.state()
     if state != "done":
         raise Failed(
-            f"{stage.folder.name} is {state}, but it was to be done; see widthopt show "
-            f"{stage.folder.name} {root_option(root)}"
+            f"{entry.folder.name} is {state}, but it should be done; see widthopt show "
+            f"{entry.folder.name} {root_option(root)}"
         )
 
 
 def _sweeps_or_run(root: Path, name: str) -> tuple[list[Manifest], list[str]]:
-    """The sweeps of a name, or those of the run of that name, and that run."""
+    """Return the sweeps of a name; or the run of that name and the sweeps that contain it."""
     try:
         return load_manifests(root, [name]), []
     except InputError:
@@ -310,7 +310,7 @@ def _sweeps_or_run(root: Path, name: str) -> tuple[list[Manifest], list[str]]:
 
 
 def write(parts: Iterator[str]) -> None:
-    """Print text as it comes."""
+    """Print text as it arrives."""
     for part in parts:
         sys.stdout.write(part)
         sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""One run of a sweep, from what was written down of it.
+"""Do one run of a sweep from its spec.
 
-Launchers know `perform` by name alone (``conf/hydra/launcher``).
+Launchers import `run_spec` by its dotted name (``run_spec`` in ``conf/hydra/launcher``).
 """
 
 import json
@@ -22,28 +22,28 @@ from widthopt.training import distributed
 from widthopt.training.loop import Interrupted
 
 
-FORMAT = 2
-"""Version of what is frozen of a run."""
+FORMAT = 3
+"""Version of the format of a spec."""
 
 
 _SPECIFIED = {"kind", "method", "seed", "needs", "figures", "home", "config"}
 
 
 def launch_folder(spec: Path) -> Path | None:
-    """The folder that a frozen run was given in, if it is still there.
+    """Return the folder in which the sweep of a spec was started, or None if it is gone.
 
     Raises:
-        InputError: There is no frozen run at this path.
+        InputError: There is no spec at this path.
     """
     folder = Path(read_spec(spec)["home"])
     return folder if folder.is_dir() else None
 
 
 def read_spec(spec: Path) -> dict[str, Any]:
-    """What `Sweep.write_spec` wrote.
+    """Read a spec that `Sweep.write_spec` wrote.
 
     Raises:
-        InputError: It is not there, or something else.
+        InputError: The file does not exist, or it is not a spec of this version.
     """
     content: dict[str, Any] = {}
     try:
@@ -54,16 +54,17 @@ def read_spec(spec: Path) -> dict[str, Any]:
         fault = str(error)
     if fault:
         raise InputError(
-            f"{spec} is no frozen run ({fault}), but one is needed; give the same sweep again"
+            f"{spec} is not the spec of a run ({fault}), but it must be one; start the same sweep "
+            "again"
         )
     return content
 
 
 def run_spec(spec: Path) -> None:
-    """Do the run that was frozen at this path; done before, it is not done again.
+    """Do the run of a spec, unless its result is in the store.
 
     Raises:
-        InputError: What it needs is not there, or it cannot be done.
+        InputError: A run that it needs is not done, or the spec cannot be used.
     """
     content = read_spec(spec)
     rank = int(os.environ.get("RANK", "0"))
@@ -71,15 +72,15 @@ def run_spec(spec: Path) -> None:
         _run_spec(spec, content, rank)
     except Exception as error:
         if not isinstance(error, Interrupted | _Unready):
-            # Said already if it went wrong inside the stage; here it may not have come so far.
-            for stage in Store(spec.parent.parent).entries(content["kind"]):
-                if stage.folder.name == spec.parent.name:
-                    stage.fail(error, rank=rank)
+            # Errors inside of the claim are recorded already. This records earlier ones.
+            for entry in Store(spec.parent.parent).entries(content["kind"]):
+                if entry.folder.name == spec.parent.name:
+                    entry.fail(error, rank=rank)
         raise
 
 
-class _Unready(InputError):  # noqa: N818 (the name is what it is)
-    """What a run needs is not done: no failure of its own."""
+class _Unready(InputError):  # noqa: N818 (not an error of the run)
+    """A run that this run needs is not done."""
 
 
 def _run_spec(spec: Path, content: Mapping[str, Any], rank: int) -> None:
@@ -92,12 +93,12 @@ def _run_spec(spec: Path, content: Mapping[str, Any], rank: int) -> None:
     with chdir(launch_folder(spec) or "."):
         request = build_request(OmegaConf.create({**content["config"], "root": str(root)}))
         point = SizedRequest(request, figures=content["figures"])
-        staged = point.search_entry if content["kind"] == "search" else point.train_entry
-        meant = staged(method, seed).folder.name
-        if meant != spec.parent.name:
+        entry_of = point.search_entry if content["kind"] == "search" else point.train_entry
+        expected = entry_of(method, seed).folder.name
+        if expected != spec.parent.name:
             raise InputError(
-                f"{spec.parent.name}/spec.json is of another run ({meant}), but what it says names "
-                "its folder; give the same sweep again"
+                f"{spec.parent.name}/spec.json belongs to another run ({expected}), but it must "
+                "belong to its folder; start the same sweep again"
             )
         with (
             distributed.process_group(point.device, meeting=meeting),

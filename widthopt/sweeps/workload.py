@@ -1,6 +1,6 @@
-"""A sweep as launchers see it: planned whole, each run written down, and reported at the end.
+"""The workloads that launchers run: a composed sweep, or a sweep that was started before.
 
-Launchers know `Sweep` by name alone (``conf/hydra/launcher``).
+Launchers import `Sweep` by its dotted name (``workload`` in ``conf/hydra/launcher``).
 """
 
 import json
@@ -34,15 +34,12 @@ from widthopt.training.loop import Interrupted
 logger = logging.getLogger("widthopt")
 
 
-logger = logging.getLogger("widthopt")
-
-
 ASK_GPU_HOURS = 24.0
-"""Accelerator hours from which a sweep asks before it starts."""
+"""A sweep of more accelerator hours needs a confirmation."""
 
 
-class _Staged:
-    """What is alike in all work whose items are stages; see `Workload`."""
+class _StoreTasks:
+    """Base class of workloads whose tasks are entries of the store; see `Workload`."""
 
     interruptions = (Interrupted,)
 
@@ -52,7 +49,7 @@ class _Staged:
         return ()
 
     def entry(self, name: str) -> StoreEntry:
-        """The stage of an task."""
+        """Return the store entry of a task."""
         raise NotImplementedError
 
     def job(self, name: str) -> str:
@@ -72,29 +69,30 @@ class _Staged:
         return failure_reason(self.entry(name))
 
 
-class Sweep(_Staged):
-    """The work of a sweep as it is composed; see `Workload`.
+class Sweep(_StoreTasks):
+    """The workload of a composed sweep; see `Workload`.
 
     Attributes:
         plan: Its points and runs.
-        root: Where they are kept.
+        root: The folder of runs.
     """
 
     def __init__(self, loader: ConfigLoader, points: Sequence[Sequence[str]]) -> None:
-        """Plan it; nothing is started or written.
+        """Plan the sweep. Nothing is started or written.
 
         Args:
-            loader: Hydra's.
-            points: The overrides of each.
+            loader: Hydra's configuration loader.
+            points: The overrides of each point.
 
         Raises:
-            InputError: Something asked for cannot be done.
+            InputError: A value is wrong, or the parts of a point do not fit together.
         """
         requests = build_requests(loader, points)
         roots = sorted({request.root for request in requests})
         if len(roots) > 1:
             raise InputError(
-                f"root is {' and '.join(roots)}, but a sweep is kept in one folder; name one"
+                f"root is {' and '.join(roots)}, but all points of a sweep must have the same one; "
+                "name one"
             )
         self.plan = Plan.of(requests)
         self.root = Path(roots[0])
@@ -103,7 +101,7 @@ class Sweep(_Staged):
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What is kept of it beside its runs."""
+        """The manifest that is written beside the runs."""
         tracking = to_plain(self.plan.points[0].point.request)["tracking"]
         return Manifest.of(self.plan, title=self._title, tracking=tracking)
 
@@ -114,7 +112,7 @@ class Sweep(_Staged):
 
     @property
     def imports(self) -> Sequence[str]:
-        """See `_Staged`: what reads images, and what tracks runs."""
+        """See `Workload`: modules that the data sets import."""
         datasets = [point.point.request.dataset for point in self.plan.points]
         names = [name for dataset in datasets for name in getattr(dataset, "IMPORTS", ())]
         return list(dict.fromkeys(names))
@@ -135,11 +133,11 @@ class Sweep(_Staged):
 
     @cached_property
     def store(self) -> Store:
-        """Where its stages are kept."""
-        return Store(self.root / "stages")
+        """The store of the folder of runs."""
+        return Store.below(self.root)
 
     def tasks(self) -> Sequence[Task]:
-        """See `Workload`: what takes longest first, searches before trainings."""
+        """See `Workload`: searches before trainings, the most expensive first."""
         left = [run for name, run in self.plan.runs.items() if self._states[name] != "done"]
         left.sort(key=lambda run: (run.kind == "train", -run.macs))
         names = {run.name for run in left}
@@ -152,23 +150,23 @@ class Sweep(_Staged):
         ]  # fmt: skip
 
     def entry(self, name: str) -> StoreEntry:
-        """See `_Staged`."""
-        return self.plan.runs[name].stage
+        """See `_StoreTasks`."""
+        return self.plan.runs[name].entry
 
     def write_spec(self, name: str) -> Path:
         """See `Workload`."""
         run = self.plan.runs[name]
-        folder = run.stage.folder
+        folder = run.entry.folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        run.stage.forget_failure()
+        run.entry.forget_failure()
         write_atomically(
             folder / "spec.json", json.dumps(_spec_of(run, self._figures(name)), indent=2) + "\n"
         )
         return folder / "spec.json"
 
     def _figures(self, name: str) -> list[str]:
-        """The figures that show a run: what a person finds it by where runs are tracked."""
+        """Return the names of the figures that show a run, which are tags of its tracked run."""
         names = {
             figure.name: None
             for point in self.plan.points
@@ -178,7 +176,7 @@ class Sweep(_Staged):
         return list(names)
 
     def end(self) -> None:
-        """See `Workload`: figures where an experiment has some, else tables."""
+        """See `Workload`: show the figures of the experiment, or tables if it has none."""
         states = self.plan.states()
         done = False
         for point in {id(item.point): item.point for item in self.plan.points}.values():
@@ -196,24 +194,24 @@ class Sweep(_Staged):
             show(self.root, [self.manifest])
 
 
-class StoredSweep(_Staged):
-    """The work of a sweep as it was frozen before: nothing is composed; see `Workload`.
+class StoredSweep(_StoreTasks):
+    """The workload of a sweep that was started before, from its manifest; see `Workload`.
 
     Attributes:
-        manifest: What is kept of the sweep.
-        root: Where its runs are kept.
+        manifest: The manifest of the sweep.
+        root: The folder of runs.
     """
 
     def __init__(self, root: Path, manifest: Manifest, names: Collection[str] = ()) -> None:
-        """Take up a sweep.
+        """Select the runs.
 
         Args:
-            root: The folder that runs are kept in.
-            manifest: As `load_manifests` returns it.
-            names: The runs to do, and what they need; all of them if there are none.
+            root: The folder of runs.
+            manifest: The manifest of the sweep.
+            names: The runs to do, together with the runs that they need; empty for all.
         """
         self.root, self.manifest = root, manifest
-        self._stages = manifest.entries(Store(root / "stages"))
+        self._entries = manifest.entries(Store.below(root))
         own = manifest.own
         wanted = set(names) or set(own)
         wanted |= {need for name in wanted for need in own[name]["needs"]}
@@ -226,15 +224,15 @@ class StoredSweep(_Staged):
         return self.manifest.name
 
     def entry(self, name: str) -> StoreEntry:
-        """See `_Staged`."""
-        return self._stages[name]
+        """See `_StoreTasks`."""
+        return self._entries[name]
 
     def begin(self, *, assume_yes: bool, live: Collection[str] = ()) -> None:
-        """See `Workload`; what was asked once is not asked again."""
+        """See `Workload`. The sweep was confirmed when it was started."""
         del assume_yes
         check_writable(self.root)
-        Store(self.root / "stages").check()
-        self._states = self.manifest.states(Store(self.root / "stages"), live)
+        Store.below(self.root).check()
+        self._states = self.manifest.states(Store.below(self.root), live)
 
     def tasks(self) -> Sequence[Task]:
         """See `Workload`."""
@@ -252,7 +250,7 @@ class StoredSweep(_Staged):
         ]  # fmt: skip
 
     def write_spec(self, name: str) -> Path:
-        """See `Workload`: it was frozen when the sweep was started."""
+        """See `Workload`. The spec was written when the sweep was started."""
         self._spec(name)
         self.entry(name).forget_failure()
         return self.entry(name).folder / "spec.json"
@@ -269,7 +267,7 @@ class StoredSweep(_Staged):
 
 
 def _title(points: Sequence[Sequence[str]]) -> str:
-    """What a sweep is called: by its experiments, or just a sweep."""
+    """Return the title of a sweep: the names of its experiments, or ``sweep``."""
     names: dict[str, None] = {}
     for words in points:
         for word in words:
@@ -280,10 +278,10 @@ def _title(points: Sequence[Sequence[str]]) -> str:
 
 
 def _ask(gpu_hours: float) -> None:
-    """Ask whether so much is meant.
+    """Ask the user to confirm an expensive sweep.
 
     Raises:
-        InputError: It is not, or there is nobody to ask.
+        InputError: The user does not confirm, or standard input is not a terminal.
     """
     if sys.stdin.isatty():
         sys.stderr.write(f"This takes about {gpu_hours:,.0f} GPU hours. Start it? [y/N] ")
@@ -291,16 +289,16 @@ def _ask(gpu_hours: float) -> None:
         if sys.stdin.readline().strip().lower() in {"y", "yes"}:
             return
     raise InputError(
-        f"the sweep is {gpu_hours:,.0f} GPU hours, but more than {ASK_GPU_HOURS:g} are started "
-        "only if that is meant; add --yes, or narrow it"
+        f"the sweep takes {gpu_hours:,.0f} GPU hours, but more than {ASK_GPU_HOURS:g} need a "
+        "confirmation; add --yes, or make the sweep smaller"
     )
 
 
 def _spec_of(run: Run, figures: Sequence[str]) -> dict[str, Any]:
-    """All that a process needs to do a run.
+    """Return the spec of a run: everything that a process needs to do it.
 
-    Its root is left out, for it is the one that the run lies in, wherever that is then; other
-    paths start from ``launch_folder``, the folder that the sweep was given in.
+    The root is not part of it, because the folder of runs may move. Other relative paths start
+    from ``home``, the folder in which the sweep was started.
     """
     config = to_plain(run.point.request)
     del config["root"]

@@ -116,7 +116,7 @@ class AverageWidths:
                 notes.append(
                     f"{name}: the last layer, `{last}`, has {counts[last].mean:.0f} channels on "
                     f"average over {len(group.searched)} optimised widths{message}; "
-                    f"{uniform[last]:g} un-optimised."
+                    f"{uniform[last]:g} in the baseline."
                 )
         columns = ("network", "width variable", "uniform", "mean", "std")
         return TextTable(self.title, columns, tuple(rows), (*notes, *clash_notes(shown)))

@@ -112,7 +112,7 @@ class PairwiseCosine:
         ]
 
     def table(self, records: Sequence[Record]) -> TextTable:
-        """The maps' numbers, and each one's similarity to un-optimised widths.
+        """Return the numbers of the maps, and the similarity of each setting to uniform widths.
 
         A column stands for the same algorithm and source in each network.
         """
@@ -165,7 +165,7 @@ def mean_cosine(first: Sequence[Record], second: Sequence[Record]) -> float:
 
 
 def to_uniform(records: Sequence[Record]) -> float:
-    """Mean cosine similarity to un-optimised widths, the vector of ones."""
+    """Return the mean cosine similarity to uniform widths, the vector of ones."""
     return _mean(
         cosine(record.found.multipliers, dict.fromkeys(record.found.multipliers, 1.0))
         for record in records

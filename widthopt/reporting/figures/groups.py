@@ -106,7 +106,7 @@ def groups(records: Sequence[Record], *, network: str, axis: Axis | None = None)
 
 
 def direct_groups(records: Sequence[Record], *, network: str) -> list[Group]:
-    """Every target of a network: un-optimised, and searched on the target itself."""
+    """Return the records of every target of a network: the baseline and direct searches."""
     kept = [record for record in records if is_direct(record) or not _is_searched(record)]
     return [_group(items, None) for items in _by_target(kept, network)]
 

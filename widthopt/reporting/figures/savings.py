@@ -17,7 +17,7 @@ APART = 1.2
 
 
 def draw(axes: Axes, records: Sequence[Record]) -> None:
-    """Draw one point for each searched setting, and the un-optimised baseline as a line.
+    """Draw one point for each searched setting, and the baseline as a line.
 
     Methods differ by marker, and by colour too where there is one algorithm. Several are drawn
     a little to the left and right of where they are, so that they do not hide one another.
@@ -61,7 +61,7 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _baseline(axes: Axes, top1: Summary) -> None:
-    """The un-optimised network, which is the same whatever searches beside it."""
+    """Return the records of the baseline, which all algorithms share."""
     colour = COLOURS["uniform"]
     axes.axhline(top1.mean, color=colour, linestyle="--", label="uniform")
     low, high = top1.mean - top1.std, top1.mean + top1.std

@@ -69,7 +69,7 @@ class Row(NamedTuple):
 class Table1:
     """Table 1: are widths that were found on two data sets alike, and do they help on both?
 
-    Only un-optimised widths and those that were searched on the target itself are looked at.
+    Only the baseline and direct searches are used.
 
     Attributes:
         name: Stem of the files' names.
@@ -223,7 +223,7 @@ class Table1:
         return dict(zip(PAPER_CONFIGURATIONS, numbers, strict=True)) if numbers else {}
 
     def _rows(self, records: Sequence[Record]) -> tuple[list[Row], list[str]]:
-        """Rows by data set, the un-optimised first; and what was left out or is missing."""
+        """Return the rows by data set, the baseline first, and notes on missing rows."""
         rows, notes = [], []
         everything = direct_groups(records, network=self.network)
         for dataset, label in self.datasets.items():

@@ -364,7 +364,7 @@ def _flags(records: Sequence[Record]) -> str:
 
 
 def _above(proxies: Mapping[str, Point], uniform: Summary | None) -> str:
-    """The largest saving that is still more accurate than un-optimised widths."""
+    """Return the largest saving whose accuracy is above that of the baseline."""
     if uniform is None:
         return "unknown"
     return _largest(

@@ -440,7 +440,7 @@ def test_a_plan_costs_nothing_and_says_what_is_to_do(tmp_path):
     assert [run.what for run in plan.runs.values()] == [
         "tiny on digits, (1, 1, 12, 100%): morphnet search, seed 0",
         "tiny on digits, (0.5, 1, 12, 50%): morphnet search, seed 0",
-        "tiny on digits, (1, 1, 12, 100%): training, un-optimised, seed 0",
+        "tiny on digits, (1, 1, 12, 100%): training, baseline, seed 0",
         "tiny on digits, (1, 1, 12, 100%): training, morphnet at (1, 1, 12, 100%), seed 0",
         "tiny on digits, (1, 1, 12, 100%): training, morphnet at (0.5, 1, 12, 50%), seed 0",
     ]

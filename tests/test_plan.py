@@ -100,7 +100,7 @@ def test_a_sweeps_items_name_the_search_that_a_training_needs(tmp_path):
     sweep.begin(assume_yes=True)
     search, *trainings = sweep.tasks()
     assert (search.name[:7], search.needs) == ("search-", ())
-    needs = {"un-optimised" in training.what: training.needs for training in trainings}
+    needs = {"baseline" in training.what: training.needs for training in trainings}
     assert needs == {True: (), False: (search.name,)}
 
 
@@ -113,7 +113,7 @@ def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them
     page = html.unescape((tmp_path / "report" / "index.html").read_text())
     start = "resnet18 on imagenet, (1, 4, 224, 100%): training,"
     assert f"{start} dmcp at (1, 3, 224, 100%), strategy stack_last_block, seed 1" in page
-    assert f"{start} un-optimised, seed 1" in page
+    assert f"{start} baseline, seed 1" in page
     assert page.count(start) == 7 + 1  # one of the eight points is shared: nothing is stacked
 
 
@@ -520,8 +520,8 @@ def test_a_manifest_says_again_what_was_planned(experiments, tmp_path):
     assert len(again.points) == 48
     store = plan.points[0].point.store
     assert {
-        name: stage.folder for name, stage in again.entries(store).items() if name in plan.runs
-    } == {name: run.stage.folder for name, run in plan.runs.items()}
+        name: entry.folder for name, entry in again.entries(store).items() if name in plan.runs
+    } == {name: run.entry.folder for name, run in plan.runs.items()}
     assert set(again.states(store).values()) == {"missing"}
     assert [figure["_target_"] for figure in again.figures.values()] == [
         "widthopt.reporting.figures.transfer.Transfer"
@@ -543,10 +543,10 @@ def test_points_that_two_experiments_share_are_in_the_figures_of_both(experiment
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "x is no sweep's file"),
-        ("[]", "x is no sweep's file"),
-        ('{"format": 2}', "x is no sweep's file"),
-        (b"\xff", "x is no sweep's file"),
+        ("", "x is not the manifest of a sweep"),
+        ("[]", "x is not the manifest of a sweep"),
+        ('{"format": 3}', "x is not the manifest of a sweep"),
+        (b"\xff", "x is not the manifest of a sweep"),
         ('{"format": 1, "name": "", "points": [], "runs": {}, "figures": {}}', "x has format 1,"),
     ],
 )
@@ -565,8 +565,8 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(experiments, key, value):
     with pytest.raises(InputError) as error:
         Manifest.from_json(json.dumps(content), name="x")
     assert str(error.value) == (
-        "x was changed after it was written, but only what was planned is done; restore it, or "
-        "give the same sweep again"
+        "x was changed after it was written, but its checksum must match; restore it, or start "
+        "the same sweep again"
     )
 
 
@@ -609,9 +609,9 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(experiments, key, value):
         (
             ["algorithm=dmcp,autoslim", "algorithm.strength=1"],
             (
-                "algorithm.strength is set, but not every choice of algorithm=dmcp,autoslim has it; "
-                "sweep over the choices that have it in a command of their own: algorithm=dmcp, "
-                "algorithm=morphnet, algorithm=morphnet_short"
+                "algorithm.strength is set, but not every choice of algorithm=dmcp,autoslim has "
+                "it; sweep over the choices that have it in a command of their own: "
+                "algorithm=dmcp, algorithm=morphnet, algorithm=morphnet_short"
             ),
         ),
         (
