@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from widthopt.algorithms import SearchContext
 from widthopt.algorithms.dmcp import DMCP, _Architecture
-from widthopt.algorithms.markov import AlphaSGD, regulariser_slope, schedule
+from widthopt.algorithms.markov import AlphaSGD, regularizer_slope, schedule
 from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
@@ -149,7 +149,7 @@ def test_a_step_of_the_chains_follows_the_loss_and_the_regulariser():
 
 
 def test_slices_and_masks_move_the_chains_alike():
-    """Test 20 of the specification, on the CPU: 20 steps of weights and chains in double.
+    """docs/algorithms/dmcp.md, T20, on the CPU: 20 steps of weights and chains in double.
 
     Only the factors are float32 on the way to the network, in both.
     """
@@ -157,7 +157,7 @@ def test_slices_and_masks_move_the_chains_alike():
     for backend in ("slice", "mask"):
         objective = architecture(steps=40)
         objective.supernet.backend = backend
-        objective.chains.start_at(1.25 * BASE.macs())
+        objective.chains.set_expected_macs(1.25 * BASE.macs())
         loop = Loop(
             objective.supernet.model, recipe=RECIPE, steps_per_epoch=4, epochs=10, seed=0,
             runtime=RUNTIME, objective=objective,
@@ -285,7 +285,7 @@ def test_the_chains_draw_each_subnet_of_a_step_anew():
 
 
 def test_a_search_of_10_000_architecture_steps_starts_at_a_half():
-    """D12 of the specification; half of the steps are architecture steps."""
+    """docs/algorithms/dmcp.md, D12: half of the steps are architecture steps."""
     objective = architecture(steps=20_000)
     start = DMCP(**DEFAULT)._initialise_chains(objective)  # noqa: SLF001
     assert not objective.chains.alpha.any()
@@ -304,7 +304,7 @@ def test_a_short_search_starts_above_its_budget_unless_told_to_start_at_a_half(t
     assert found.details["part_of_budget_at_start"] < 0.4
     assert found.diagnostics == {"budget_reached": False}
     reported = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "may be too few: the regulariser alone would go from" in reported[0]
+    assert "may be too few: the regularizer alone would move the expected" in reported[0]
     assert reported[1].startswith("the search ended at ")
     assert all(item.endswith("images, or use algorithm.alpha_init=budget") for item in reported)
 
@@ -323,7 +323,10 @@ def test_a_search_that_starts_at_its_budget_is_not_advised_to_start_there(tmp_pa
 
 @pytest.mark.parametrize(("part", "reached"), [(1.01, True), (1.04, False)])
 def test_a_budget_is_reached_up_to_1_02_of_it(tmp_path, part, reached):
-    """D12: it starts half-way from the budget to the supernet, and hardly moves from there."""
+    """docs/algorithms/dmcp.md, D12.
+
+    It starts half-way from the budget to the supernet, and hardly moves from there.
+    """
     budget = round(architecture().supernet.graph.macs() / (2 * part - 1))
     still = {"learning_rate": 1e-9, "final_learning_rate": 0.0, "alpha_init": "budget"}
     found = search(tmp_path, budget=budget, **still)
@@ -334,14 +337,14 @@ def test_a_budget_is_reached_up_to_1_02_of_it(tmp_path, part, reached):
 def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regulariser_alone_does():
     objective = architecture(steps=120)
     chains, budget = objective.chains, BASE.macs()
-    chains.start_at(1.25 * budget)
+    chains.set_expected_macs(1.25 * budget)
     before = chains.alpha.clone()
     end = objective.simulate_regulariser()
     assert torch.equal(chains.alpha, before)
     alone = AlphaSGD(chains, mu=0.9)
     for step in range(60):
-        slope = regulariser_slope(chains.expected_macs(), budget)
-        gradient = chains.by_alpha(0.1 * slope / budget * chains.macs_gradient())
+        slope = regularizer_slope(chains.expected_macs(), budget)
+        gradient = chains.alpha_gradient(0.1 * slope / budget * chains.macs_gradient())
         alone.step(gradient, rate=schedule(step, 60, start=0.5, end=0.1))
     assert chains.expected_macs() / budget == pytest.approx(end, rel=1e-12)
     assert 0.95 < end < 1.0
@@ -533,11 +536,17 @@ def test_the_overhead_is_that_of_the_closed_form_within_a_hundredth(tmp_path):
         ({"least": 1.5}, "algorithm.least is 1.5, but"),
         ({"group": 0.0}, "algorithm.group is 0, but at least one group fits between"),
         ({"group": 1.45}, "algorithm.group is 1.45, but"),
-        ({"random_subnets": -1}, "algorithm.random_subnets is -1, but it is a whole number from 0"),
-        ({"strength": -0.1}, "algorithm.strength is -0.1, but it is a number from 0 up"),
+        (
+            {"random_subnets": -1},
+            "algorithm.random_subnets is -1, but it is an integer of at least 0",
+        ),
+        ({"strength": -0.1}, "algorithm.strength is -0.1, but it is a number of at least 0"),
         ({"learning_rate": 0.0}, "algorithm.learning_rate is 0, but it is a number above 0"),
         ({"final_learning_rate": 0.6}, "algorithm.final_learning_rate is 0.6, but it is from 0"),
-        ({"momentum": 1.0}, "algorithm.momentum is 1, but it is a number from 0 up and below 1"),
+        (
+            {"momentum": 1.0},
+            "algorithm.momentum is 1, but it is a number of at least 0 and below 1",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
@@ -563,7 +572,7 @@ def test_a_budget_that_no_subnet_meets_is_refused_before_and_in_a_search(tmp_pat
 
 @pytest.mark.parametrize(("part", "reachable"), [(0.94, True), (0.96, False)])
 def test_the_narrowest_subnet_costs_less_than_the_bands_lower_end(part, reachable):
-    """3.3 of the specification: FLOPs(c_min) < 0.95 T; below it, nothing would prune to it."""
+    """docs/algorithms/dmcp.md, 3.3: FLOPs(c_min) < 0.95 T; below it, nothing would prune to it."""
     algorithm, where = DMCP(**DEFAULT), make_setting()
     graph = architecture().supernet.graph
     narrowest = graph.macs({name: grid[0] for name, grid in algorithm.options(graph).items()})

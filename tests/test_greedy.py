@@ -608,7 +608,7 @@ def test_a_log_of_another_search_is_refused_in_one_line_that_says_why(tmp_path):
     log = tmp_path / "moves.json"
     budgets = [supernet.graph.macs() - 1]
     searched(supernet, log=log, identity={"seed": 1, "data": "x"}, budgets=budgets)
-    message = f"log is {log}, but it is of another search (seed is 1 there and 2 here); name "
+    message = f"log is {log}, but it belongs to another search (seed is 1 there and 2 here); name "
     with pytest.raises(InputError, match=re.escape(message)) as error:
         searched(supernet, log=log, identity={"seed": 2, "data": "x"}, budgets=budgets)
     assert "\n" not in str(error.value)
@@ -621,7 +621,7 @@ def test_a_log_of_another_search_is_refused_in_one_line_that_says_why(tmp_path):
 
 @pytest.mark.parametrize("there", ["another grid", "another network"])
 def test_the_whole_path_of_another_search_is_refused_and_kept(tmp_path, there):
-    """It is no path through these grids, and a log that is not whole is written over."""
+    """The log is no path through these grids. An incomplete log is overwritten."""
     supernet = made(Tiny)
     log = tmp_path / "moves.json"
     if there == "another grid":
@@ -629,7 +629,7 @@ def test_the_whole_path_of_another_search_is_refused_and_kept(tmp_path, there):
     else:
         searched(made("resnet18", width=0.07, resolution=32), log=log)
     text = log.read_text()
-    with pytest.raises(InputError, match=r"is of another search \(.*grids\.") as error:
+    with pytest.raises(InputError, match=r"belongs to another search \(.*grids\.") as error:
         searched(supernet, log=log)
     assert len(str(error.value)) < 600
     assert log.read_text() == text
@@ -641,7 +641,7 @@ def test_the_whole_path_of_another_search_is_refused_and_kept(tmp_path, there):
 def test_a_grid_that_does_not_ascend_to_the_supernets_count_is_refused(grid, shown):
     supernet = made(Tiny)
     name, count = next((n, c) for n, c in supernet.graph.channels.items() if c == 9)
-    message = f"grids is {shown} for {name}, but it ascends, without equals, to the supernet's "
+    message = f"grids is {shown} for {name}, but it must ascend strictly to the supernet's "
     with pytest.raises(InputError, match=f"^{re.escape(message)}{count} channels; "):
         searched(supernet, grids_of(supernet) | {name: grid}, budgets=[1])
 
@@ -688,12 +688,12 @@ def test_a_damaged_log_counts_as_none_with_a_warning(tmp_path, caplog, damage):
     with caplog.at_level(logging.WARNING, "widthopt"):
         again = searched(supernet, log=log)
     assert (again.moves, again.macs) == (whole.moves, whole.macs)
-    assert f"{log} is not whole; the search begins anew" in caplog.text
+    assert f"{log} is incomplete; the search starts again" in caplog.text
     assert json.loads(log.read_text())["moves"][0]["variable"] == whole.moves[0].variable
 
 
 @pytest.mark.parametrize(("name", "passes"), [("resnet18", 416), ("mobilenet_v2", 1791)])
-def test_the_expected_macs_are_those_of_the_specification(name, passes):
+def test_the_expected_macs_are_those_of_the_documentation(name, passes):
     """Section 4.2: with ten bins, in passes of the network that is to be matched."""
     plan = blueprint(name, resolution=224)
     graph = plan.resize_graph(

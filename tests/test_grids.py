@@ -17,7 +17,7 @@ PUBLISHED = {"bins": 12, "divisor": 8, "least_bins": 0, "kind": "step"}
 USUAL = {"bins": 10, "divisor": 1, "least_bins": 1, "kind": "fraction"}
 PAPER = {"step": 0.1, "least": 0.1, "enlarge": 1.5}
 
-# The author's own lists: stem, R0, (middle, output) x 16, last. Specification of AutoSlim, 3.3.
+# The author's own lists: stem, R0, (middle, output) x 16, last. docs/algorithms/autoslim.md, 3.4.
 AUTOSLIM_505M = (32, 16, 144, 24, 176, 24, 192, 48, 240, 48, 144, 48, 264, 88, 288, 88, 336, 88,
                  432, 88, 576, 144, 576, 144, 648, 144, 864, 240, 1440, 240, 1440, 240, 1440, 480,
                  1920)  # fmt: skip
@@ -187,7 +187,7 @@ def test_groups_are_those_of_dmcps_tables(count, size, kept):
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 @pytest.mark.parametrize("width", [0.312, 0.5, 0.707, 1.0, 1.414, 1.732])
 def test_fourteen_groups_and_what_is_kept_make_up_every_supernet_of_the_paper(traced, name, width):
-    """T2, in whole numbers: a group is a fifteenth, and narrower variables have none."""
+    """docs/algorithms/dmcp.md, T2: a group is a fifteenth; narrower variables have none."""
     _, graph = traced(name)
     graph = graph.resize_graph(scale_channels(graph, width))
     graph = graph.resize_graph(enlarge_channels(graph, 1.5))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from widthopt.algorithms.grids import grids, group_grid
-from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regulariser_slope, schedule
+from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regularizer_slope, schedule
 from widthopt.networks.resize import resize
 from widthopt.tracing import trace
 
@@ -107,7 +107,7 @@ def test_marginals_fall_and_the_law_sums_to_one(alpha):
     assert sum(law.values()) == pytest.approx(1, abs=1e-12)
     mean = sum(count * share for count, share in law.items())
     assert chains.expected_channels()["one"] == pytest.approx(mean, rel=1e-9)
-    gradient = chains.by_alpha(chains.macs_gradient())
+    gradient = chains.alpha_gradient(chains.macs_gradient())
     assert gradient.isfinite().all()
     assert (gradient[chains.real] >= 0).all()
     assert (gradient[~chains.real] == 0).all()
@@ -204,7 +204,7 @@ def test_certain_chains_cost_what_the_built_network_does(name, seed, traced, cou
 def test_the_gradient_of_expected_macs_is_that_of_finite_differences(name):
     graph, _ = enlarged_network(name)
     chains = randomised(Chains(graph, grids(graph, reference), device=CPU))
-    gradient = chains.by_alpha(chains.macs_gradient())
+    gradient = chains.alpha_gradient(chains.macs_gradient())
     places = chains.real.nonzero()[
         torch.randperm(int(chains.real.sum()), generator=torch.Generator().manual_seed(0))[:40]
     ].tolist()
@@ -220,7 +220,7 @@ def test_the_gradient_of_expected_macs_is_that_of_finite_differences(name):
 
 
 def test_a_depthwise_layer_alone_costs_in_proportion_to_its_channels():
-    """The original's code gives exactly twice this gradient (specification, D8)."""
+    """The original's code gives exactly twice this gradient (docs/algorithms/dmcp.md, D8)."""
 
     class Depthwise(nn.Module):
         def __init__(self):
@@ -250,17 +250,17 @@ def test_a_depthwise_layer_alone_costs_in_proportion_to_its_channels():
     [(0.5, -2.0), (0.9, -10.0), (0.95, 0.0), (0.97, 0.0), (0.9999, 0.0), (1.0, 20.0), (1.95, 1.0)],
 )
 def test_the_regulariser_pushes_up_below_the_band_and_down_from_the_budget_on(part, slope):
-    assert regulariser_slope(part * 1e9, 1e9) == pytest.approx(slope, rel=1e-9)
+    assert regularizer_slope(part * 1e9, 1e9) == pytest.approx(slope, rel=1e-9)
 
 
 @pytest.mark.parametrize("budget", [1.0, 300.77, 1.8e9])
 def test_the_regularisers_pull_does_not_depend_on_the_unit(budget):
-    assert regulariser_slope(0.7 * budget, budget) == pytest.approx(-1 / 0.3, rel=1e-9)
+    assert regularizer_slope(0.7 * budget, budget) == pytest.approx(-1 / 0.3, rel=1e-9)
 
 
 def test_the_push_is_strongest_next_to_the_band():
-    below = [regulariser_slope(part, 1.0) for part in (0.2, 0.5, 0.8, 0.949)]
-    above = [regulariser_slope(part, 1.0) for part in (1.0, 1.1, 1.5, 3.0)]
+    below = [regularizer_slope(part, 1.0) for part in (0.2, 0.5, 0.8, 0.949)]
+    above = [regularizer_slope(part, 1.0) for part in (1.0, 1.1, 1.5, 3.0)]
     assert below == sorted(below, reverse=True)
     assert above == sorted(above, reverse=True)
     assert below[-1] == pytest.approx(-1 / (1 - 0.949))
@@ -297,7 +297,7 @@ GOLDEN = {
     ),
 }  # fmt: skip
 """Million MACs by step, the step at which the band is entered, where it rests, and the common
-alpha of 0.975 of the budget: specification of DMCP, T8 and D12, computed independently."""
+alpha of 0.975 of the budget: docs/algorithms/dmcp.md, T8 and D12, computed independently."""
 
 
 def pushed(chains, budget, *, steps, until):
@@ -305,8 +305,8 @@ def pushed(chains, budget, *, steps, until):
     optimiser = AlphaSGD(chains, mu=0.9)
     for step in range(until):
         yield chains.expected_macs()
-        slope = regulariser_slope(chains.expected_macs(), budget)
-        gradient = chains.by_alpha(0.1 * slope / budget * chains.macs_gradient())
+        slope = regularizer_slope(chains.expected_macs(), budget)
+        gradient = chains.alpha_gradient(0.1 * slope / budget * chains.macs_gradient())
         optimiser.step(gradient, rate=schedule(step, steps, start=0.5, end=0.1))
 
 
@@ -337,7 +337,7 @@ def test_from_above_the_regulariser_enters_the_band_within_steps(name, within):
 def test_a_start_is_found_at_any_share_of_the_budget(name):
     graph, budget = enlarged_network(name)
     chains = Chains(graph, grids(graph, reference), device=CPU)
-    assert chains.start_at(0.975 * budget) == pytest.approx(GOLDEN[name][3], abs=0.005)
+    assert chains.set_expected_macs(0.975 * budget) == pytest.approx(GOLDEN[name][3], abs=0.005)
     assert chains.expected_macs() == pytest.approx(0.975 * budget, rel=1e-6)
     assert len(set(chains.alpha[chains.real].tolist())) == 1
 
@@ -373,7 +373,7 @@ def test_a_variable_too_narrow_for_groups_keeps_its_channels():
     chains = Chains(graph, {**options, "two": (1, 2, 3, 4)}, device=CPU)
     assert chains.expected_channels()["one"] == 8
     assert not chains.real[0].any()
-    assert (chains.by_alpha(chains.macs_gradient())[0] == 0).all()
+    assert (chains.alpha_gradient(chains.macs_gradient())[0] == 0).all()
 
 
 def test_factors_are_the_marginals_of_each_channels_group():
@@ -387,7 +387,7 @@ def test_factors_are_the_marginals_of_each_channels_group():
 
 
 def test_the_published_lists_of_channels_cost_what_is_published():
-    """Specification of DMCP, 3.4: the 300M list of MobileNetV2, by the counter of 1.5."""
+    """docs/algorithms/dmcp.md, 3.2: the 300M list of MobileNetV2, counted as in 1.5."""
     with torch.device("meta"):
         graph = trace(torchvision.models.mobilenet_v2(width_mult=1.5), 224)
     outs = [10, 19, 35, 76, 109, 231, 449]
@@ -429,15 +429,15 @@ def test_with_a_task_the_chains_settle_on_the_constrained_optimum():
     assert list(options) == ["0", "2"]
     budget = round(0.25 * graph.macs())
     chains = Chains(graph, options, device=CPU)
-    chains.start_at(1.25 * budget)
+    chains.set_expected_macs(1.25 * budget)
     optimiser = AlphaSGD(chains, mu=0.9)
     steps = 6000
     for step in range(steps):
         expected = chains.expected_channels()
         by_count = torch.tensor([[-1 / expected["0"]], [-0.6 / expected["2"]]])
-        task = chains.by_alpha(0.1 * by_count * chains.real)
-        slope = regulariser_slope(chains.expected_macs(), budget)
-        push = chains.by_alpha(0.1 * slope / budget * chains.macs_gradient())
+        task = chains.alpha_gradient(0.1 * by_count * chains.real)
+        slope = regularizer_slope(chains.expected_macs(), budget)
+        push = chains.alpha_gradient(0.1 * slope / budget * chains.macs_gradient())
         optimiser.step(task + push, rate=schedule(step, steps, start=0.2, end=0.002))
     assert 0.95 <= chains.expected_macs() / budget <= 1.02
     found = chains.expected_channels()

@@ -85,7 +85,7 @@ def weights(folder):
 
 
 def textbook_penalty(model, threshold=0.1):
-    """R/F0 of the small network at 8x8 pixels, from section 1.4 of the specification."""
+    """R/F0 of the small network at 8x8 pixels, from docs/algorithms/morphnet.md, 1.4."""
 
     def tied(*norms):
         return torch.stack([norm.weight.abs() for norm in norms]).amax(0)
@@ -143,7 +143,10 @@ def plain_search(recipe, seed=0):
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_search_is_a_plain_loop_with_the_penalty_in_its_loss(tmp_path, accumulation):
-    """P10: the penalty comes once in a step, however many micro-batches it has."""
+    """docs/algorithms/morphnet.md, P10.
+
+    The penalty comes once in a step, however many micro-batches it has.
+    """
     recipe = dataclasses.replace(RECIPE, accumulation=accumulation)
     found = search(tmp_path, recipe=recipe, **PRUNING)
     model = plain_search(recipe)
@@ -159,7 +162,7 @@ def test_a_search_is_a_plain_loop_with_the_penalty_in_its_loss(tmp_path, accumul
 
 
 def test_without_strength_a_search_is_a_plain_training_bit_for_bit(tmp_path):
-    """P11."""
+    """docs/algorithms/morphnet.md, P11."""
     found = search(tmp_path / "search", strength=0.0)
     model = Blueprint(setting()).build(
         Blueprint(setting()).graph.channels, seed=derived_seed(0, "search weights")
@@ -204,7 +207,10 @@ def test_a_search_without_truncation_keeps_small_scales(tmp_path):
 
 
 def test_a_truncated_channel_is_silent(tmp_path):
-    """P17: accuracy after the last truncation is that without the dead channels."""
+    """docs/algorithms/morphnet.md, P17.
+
+    Accuracy after the last truncation is that without the dead channels.
+    """
     found = search(tmp_path, **PRUNING)
     model = Small(4)
     model.load_state_dict(
@@ -224,7 +230,7 @@ def test_a_truncated_channel_is_silent(tmp_path):
 
 @pytest.mark.parametrize("step", [2, 4, 6, 9])
 def test_a_search_that_was_interrupted_finds_the_same_bits(tmp_path, step):
-    """P22; steps 4 and 8 begin an epoch."""
+    """docs/algorithms/morphnet.md, P22; steps 4 and 8 begin an epoch."""
     whole = search(tmp_path / "whole", **PRUNING)
     with pytest.raises(Interrupted):
         search(tmp_path / "parts", data=Split(Synthetic(interrupt=step), Synthetic(), 4), **PRUNING)
@@ -285,7 +291,7 @@ def process(rank, folder):
     reason="this torch has no gloo",
 )
 def test_two_processes_prune_as_one_does(tmp_path):
-    """P10, D21: after the gradients are reduced, once in each process.
+    """docs/algorithms/morphnet.md, P10, D21: after the gradients are reduced, once in each process.
 
     BatchNorm sees the images of its own process, so the one process takes two micro-batches.
     """
@@ -387,7 +393,10 @@ def test_the_direction_is_what_is_alive_of_each_variable(tmp_path):
 
 @pytest.mark.parametrize("alive", [0, 1, 2])
 def test_every_variable_keeps_two_classes(tmp_path, alive):
-    """P18: a variable with fewer falls back on its largest ones, and is flagged."""
+    """docs/algorithms/morphnet.md, P18.
+
+    A variable with fewer falls back on its largest ones, and is flagged.
+    """
     found = still(tmp_path, scales(bn1=[1.0] * alive + [0.001] * (6 - alive)))
     assert found.multipliers == {"stem": 1.0, "inner": 2 / 6, "down": 1.0, "wide": 1.0}
     assert found.diagnostics["collapsed"] == (["inner"] if alive < 2 else [])
@@ -432,7 +441,7 @@ def test_a_search_that_cuts_the_network_is_not_valid(tmp_path, caplog, start, va
         found = still(tmp_path, start)
     assert found.diagnostics["collapsed"] == found.diagnostics["cut"] == [variable]
     assert not found.diagnostics["valid"]
-    assert f"the search cut the network at {variable}: not valid" in caplog.text
+    assert f"the search cut the network at {variable}; the result is not valid" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -486,7 +495,10 @@ def trained():
 
 
 def test_a_layer_that_works_at_a_small_scale_is_suspect(tmp_path, trained):
-    """P16: the next BatchNorm undoes the scale, and only the absolute threshold is fooled."""
+    """docs/algorithms/morphnet.md, P16.
+
+    The next BatchNorm undoes the scale, and only the absolute threshold is fooled.
+    """
 
     def start(model):
         model.load_state_dict(trained)
@@ -511,7 +523,10 @@ def test_a_layer_that_is_truly_dead_is_not_suspect(tmp_path):
 
 
 def test_removing_channels_that_work_is_not_valid(tmp_path, caplog, trained):
-    """D6: all the classes hang on eight of the last layer's channels, at a small scale."""
+    """docs/algorithms/morphnet.md, D6.
+
+    All the classes hang on eight of the last layer's channels, at a small scale.
+    """
 
     def start(model):
         model.load_state_dict(trained)
@@ -567,7 +582,10 @@ def test_whole_groups_of_a_grouped_convolution_are_kept():
 
 
 def test_the_start_of_a_search_is_recorded(tmp_path):
-    """P23: R/F0, and how far the schedule can move a scale of each variable."""
+    """docs/algorithms/morphnet.md, P23.
+
+    R/F0, and how far the schedule can move a scale of each variable.
+    """
     found = search(tmp_path, strength=2.0)
     lost = (64 * 9 * 3 * 8 + 10 * 4) / F0
     assert found.details["penalty_at_start"] == pytest.approx(2 - lost, rel=1e-6)
@@ -588,14 +606,17 @@ def test_a_schedule_too_short_to_prune_says_which_variables(tmp_path, caplog):
         found = search(tmp_path, recipe=recipe)
     assert found.diagnostics["fixed"] == ["stem", "inner", "down", "wide"]
     assert (
-        "this schedule is too short for the penalty to prune 4 of 4 width variables (from stem "
-        "on): more epochs or images, or a larger algorithm.strength, would" in caplog.text
+        "the schedule is too short for the penalty to prune 4 of 4 width variables (first: stem); "
+        "use more epochs or images, or a larger algorithm.strength" in caplog.text
     )
-    assert "nothing was pruned: the penalty is too weak for this schedule" in caplog.text
+    assert "nothing was pruned; the penalty is too weak for this schedule" in caplog.text
 
 
 def test_a_stream_needs_as_many_times_the_reach_as_it_has_members(tmp_path):
-    """Section 3.2: a class of k cannot go from 1 to 0 if its reach is below k."""
+    """docs/algorithms/morphnet.md, 3.2.
+
+    A class of k cannot go from 1 to 0 if its reach is below k.
+    """
     recipe = dataclasses.replace(RECIPE, search_epochs=1)
     first = search(tmp_path / "1", recipe=recipe)
     factor = 1.5 / first.details["reach"]["stem"]
@@ -608,7 +629,7 @@ def test_a_stream_needs_as_many_times_the_reach_as_it_has_members(tmp_path):
 
 
 def test_flicker_above_the_threshold_is_told(tmp_path, caplog):
-    """D9: 2.2 x the peak learning rate x the largest pressure."""
+    """docs/algorithms/morphnet.md, D9: 2.2 x the peak learning rate x the largest pressure."""
     with caplog.at_level(logging.INFO, "widthopt"):
         search(tmp_path, strength=1.0)
     worst = 2.2 * 0.1 * max(
@@ -616,7 +637,7 @@ def test_flicker_above_the_threshold_is_told(tmp_path, caplog):
     ) / F0  # fmt: skip
     assert worst > 0.01
     assert (
-        f"dead scales may flicker up to {worst:.3g}, above algorithm.threshold 0.01, until the "
+        f"dead scales may oscillate up to {worst:.3g}, above algorithm.threshold 0.01, until the "
         "learning rate falls" in caplog.text
     )
     caplog.clear()
@@ -630,13 +651,13 @@ def test_flicker_above_the_threshold_is_told(tmp_path, caplog):
     [
         (
             {"strength": -1.0},
-            r"algorithm.strength is -1, but it is a number from 0 up; the default is 1$",
+            r"algorithm.strength is -1, but it is a number of at least 0; the default is 1$",
         ),
         ({"strength": math.nan}, "algorithm.strength is nan, but"),
         ({"strength": math.inf}, "algorithm.strength is inf, but"),
         (
             {"threshold": -0.5},
-            r"algorithm.threshold is -0.5, but it is a number from 0 up; the default is 0.01$",
+            r"algorithm.threshold is -0.5, but it is a number of at least 0; the default is 0.01$",
         ),
         ({"threshold": math.inf}, "algorithm.threshold is inf, but"),
         (
@@ -678,7 +699,10 @@ def test_the_uniform_network_costs_nothing_to_find(tmp_path):
 
 @pytest.mark.slow
 def test_a_stronger_penalty_leaves_fewer_macs_on_real_digits(tmp_path):
-    """P21: with each of two seeds; without strength nothing is pruned."""
+    """docs/algorithms/morphnet.md, P21.
+
+    With each of two seeds; without strength nothing is pruned.
+    """
     recipe = dataclasses.replace(
         RECIPE, batch_size=32, search_epochs=8, learning_rate=1.6, warmup_epochs=2
     )

@@ -107,7 +107,7 @@ def scatter(norms, seed, *, dead=0.4):
 
 
 class Textbook:
-    """Section 1.4 of the specification as it stands there: a sum over layers, by autograd.
+    """docs/algorithms/morphnet.md, 1.4, written as there: a sum over layers, by autograd.
 
     A layer is its name, the tensors that it reads (joined, each entry repeated) and the one
     that it writes. A tensor is the names of the BatchNorms whose scales are tied in it: none
@@ -257,7 +257,10 @@ def book(request, traced):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_penalty_is_the_textbooks_sum_over_layers(book, seed):
-    """P5, and its gradient: autograd's, through the maxima but not through the counts."""
+    """docs/algorithms/morphnet.md, P5.
+
+    And its gradient: autograd's, through the maxima but not through the counts.
+    """
     model, graph, textbook = book
     norms, penalty = charged(graph)
     scatter(norms, seed)
@@ -298,7 +301,7 @@ def test_the_euclidean_tie_is_the_textbooks(book):
 
 
 def test_depthwise_layers_can_be_charged_by_their_gradient_alone(traced):
-    """P19: twice kappa times the scales by default, once without."""
+    """docs/algorithms/morphnet.md, P19: twice kappa times the scales by default, once without."""
     model, graph = traced("mobilenet_v2", 64)
     norms, penalty = charged(graph, depthwise="single")
     scatter(norms, 3)
@@ -435,7 +438,7 @@ def test_scales_of_the_image_are_neither_charged_nor_pruned():
     assert graph.macs(penalty.counts()) == 17 * 19 * 9 * 3  # only the image's own layer is left
 
 
-# --------------------------------------------------------------- the specification's numbers
+# ------------------------------------------------------ numbers of docs/algorithms/morphnet.md
 
 
 @pytest.mark.parametrize(
@@ -467,7 +470,10 @@ def test_the_members_of_a_class_are_those_of_the_hand_written_table(traced):
 
 @pytest.mark.parametrize("name", NINE)
 def test_every_batchnorm_of_a_network_is_in_its_penalty(traced, name):
-    """P23, and that the penalty at the start lies where a slip of the unit would not put it."""
+    """docs/algorithms/morphnet.md, P23.
+
+    And that the penalty at the start lies where a slip of the unit would not put it.
+    """
     model, graph = traced(name, 64)
     norms, penalty = charged(graph)
     affine = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -484,7 +490,10 @@ def test_every_batchnorm_of_a_network_is_in_its_penalty(traced, name):
 def test_the_penalty_starts_at_twice_the_macs_but_for_one_sided_layers(
     traced, name, resolution, published
 ):
-    """P6. VGG's hidden layers have no scales: one side of the first, none of the second."""
+    """docs/algorithms/morphnet.md, P6. VGG's hidden layers have no scales.
+
+    One side of the first, none of the second.
+    """
     _, graph = traced(name, resolution)
     share = {layer.name: layer.coefficient * graph.length(layer.reads) for layer in graph.layers}
     share = {layer.name: share[layer.name] * graph.length(layer.writes) for layer in graph.layers}
@@ -512,9 +521,7 @@ def test_resnet50_too_starts_at_twice_the_macs_but_for_its_ends(traced):
     ("name", "least", "median", "most"),
     [("resnet18", 1.9e-4, 8.2e-4, 5.5e-3), ("mobilenet_v2", 5.5e-5, 2.1e-4, 5.5e-3)],
 )
-def test_the_pressure_on_a_channel_is_that_of_the_specifications_table(
-    traced, name, least, median, most
-):
+def test_the_pressure_on_a_channel_is_that_of_the_table(traced, name, least, median, most):
     """Section 1.5, which gives two digits (5.5528e-3 it cuts off where others are rounded)."""
     _, graph = traced(name)
     pressure = charged(graph)[1].pressure()
@@ -528,7 +535,7 @@ def test_the_pressure_on_a_channel_is_that_of_the_specifications_table(
 
 @pytest.mark.parametrize("resolution", [160, 224, 320])
 def test_the_pressure_hardly_depends_on_the_resolution(traced, resolution):
-    """P15."""
+    """docs/algorithms/morphnet.md, P15."""
     small = charged(traced("resnet18", 64)[1])[1].pressure()
     large = charged(traced("resnet18", resolution)[1])[1].pressure()
     for name, item in small.items():
@@ -550,7 +557,9 @@ def test_how_far_the_papers_schedule_can_move_a_scale(traced, images, travel, re
     _, graph = traced("mobilenet_v2")
     last = charged(graph)[1].pressure()["features.18.0"]
     assert last * far == pytest.approx(reach, rel=0.02)
-    assert 2.2 * max(rates) * max(charged(graph)[1].pressure().values()) < 0.01  # D9 just holds
+    assert (
+        2.2 * max(rates) * max(charged(graph)[1].pressure().values()) < 0.01
+    )  # docs/algorithms/morphnet.md, D9
 
 
 # ------------------------------------------------------------------------------ properties
@@ -558,7 +567,10 @@ def test_how_far_the_papers_schedule_can_move_a_scale(traced, images, travel, re
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "resnext50_32x4d"])
 def test_the_gradient_is_the_difference_quotient(traced, name):
-    """P4, at 60 slots: away from |gamma| = tau, from tied maxima and from 0, R is linear."""
+    """docs/algorithms/morphnet.md, P4.
+
+    At 60 slots: away from |gamma| = tau, from tied maxima and from 0, R is linear.
+    """
     _, graph = traced(name, 64)
     norms, penalty = charged(graph)
     scatter(norms, 4, dead=0.2)
@@ -589,7 +601,7 @@ def test_the_gradient_is_the_difference_quotient(traced, name):
 @given(st.integers(0, 2**32), st.floats(0.3, 3))
 @settings(max_examples=20)
 def test_the_penalty_grows_with_the_scales_and_forgets_signs_and_order(traced, seed, factor):
-    """P7."""
+    """docs/algorithms/morphnet.md, P7."""
     _, graph = traced("resnet18", 64)
     norms, penalty = charged(graph, threshold=0.0)  # nothing dies as the scales shrink
     scatter(norms, seed)
@@ -622,7 +634,10 @@ def test_a_scale_at_the_threshold_is_dead(traced, threshold):
 @pytest.mark.parametrize("name", NINE)
 @pytest.mark.parametrize("tie", ["max", "l2"])
 def test_truncating_zeroes_all_members_of_dead_classes_and_nothing_else(traced, name, tie):
-    """P8 and P17, with the classes looked up in the graph slot by slot."""
+    """docs/algorithms/morphnet.md, P8 and P17.
+
+    With the classes looked up in the graph slot by slot.
+    """
     _, graph = traced(name, 64)
     norms, penalty = charged(graph, tie=tie)
     scatter(norms, 6, dead=0.6)
@@ -659,7 +674,10 @@ def test_truncating_zeroes_all_members_of_dead_classes_and_nothing_else(traced, 
 
 
 def test_one_class_dead_relieves_its_neighbours_and_no_stranger(traced):
-    """P9: what reads or writes the other side of the same layer, and nothing else."""
+    """docs/algorithms/morphnet.md, P9.
+
+    What reads or writes the other side of the same layer, and nothing else.
+    """
     _, graph = traced("resnet18", 64)
     norms, penalty = charged(graph)
     before = penalty.pressure()
@@ -672,7 +690,10 @@ def test_one_class_dead_relieves_its_neighbours_and_no_stranger(traced):
 
 
 def test_a_stream_lives_as_long_as_any_of_its_members(traced):
-    """P8: max and OR; the downsampling norm and, in stage 1, the stem's are members."""
+    """docs/algorithms/morphnet.md, P8.
+
+    Max and OR; the downsampling norm and, in stage 1, the stem's are members.
+    """
     _, graph = traced("resnet18", 64)
     for stream, norms_of in (
         ("conv1", ["bn1", "layer1.0.bn2", "layer1.1.bn2"]),
@@ -710,7 +731,7 @@ def test_a_scale_of_zero_is_not_pushed(traced):
 
 
 def test_a_layer_at_a_small_scale_is_dead_by_the_absolute_threshold_only(traced):
-    """P16."""
+    """docs/algorithms/morphnet.md, P16."""
     _, graph = traced("resnet18", 64)
     norms, penalty = charged(graph)
     scatter(norms, 7, dead=0.0)
@@ -738,7 +759,9 @@ def test_a_large_scale_does_not_raise_the_relative_threshold(traced):
     [("resnet18", 9, 1.0, 0.003), ("mobilenet_v2", 10, 0.85, 0.06)],
 )
 def test_the_penalty_alone_kills_in_the_order_of_the_pressure(traced, name, dead, least, left):
-    """P12: as far as 6,000 steps at a rate of 0.2 with momentum go, in 1,000 without.
+    """docs/algorithms/morphnet.md, P12.
+
+    As far as 6,000 steps at a rate of 0.2 with momentum go, in 1,000 without.
 
     Members of a class share its pressure, so a variable dies in the order of pressure over
     members. A step that would carry a scale past 0 ends there, which flicker would hide.
@@ -795,7 +818,10 @@ def test_the_gradient_is_added_to_what_is_there(traced):
 
 
 def test_autocast_does_not_touch_the_penalty(traced):
-    """D22: steps of a scale are smaller than the spacing of bfloat16 near 1."""
+    """docs/algorithms/morphnet.md, D22.
+
+    Steps of a scale are smaller than the spacing of bfloat16 near 1.
+    """
     _, graph = traced("resnet18", 64)
     norms, penalty = charged(graph, dtype=torch.float32)
     scatter(norms, 9)

@@ -25,7 +25,7 @@ from widthopt.sweeps.workload import Sweep
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-# Points, searches and trainings of each (specification of the launcher, section 4).
+# Points, searches and trainings of each (docs/paper.md).
 PAPER = {
     "fig3_width": (108, 108, 108),
     "fig3_depth": (72, 72, 72),

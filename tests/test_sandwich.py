@@ -229,7 +229,7 @@ def test_the_widest_learns_nothing_from_its_students(backend):
 
 
 def test_other_labels_change_the_widests_part_of_the_gradient_only():
-    """T16: the others see no labels."""
+    """docs/algorithms/dmcp.md, T16: the other subnets see no labels."""
     supernet, objective = made()
     rest = LABELS.flip(0).roll(1)
     assert not torch.equal(rest, LABELS)

@@ -203,7 +203,7 @@ def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_pat
         ),
     ],
 )  # fmt: skip
-def test_a_search_logs_the_diagnostics_that_its_specification_asks_for(name, expected, tmp_path):
+def test_a_search_logs_its_diagnostics(name, expected, tmp_path):
     searched(name, tmp_path)
     names = {key for row in repeated(tmp_path) for key in row}
     assert expected <= names

@@ -57,8 +57,8 @@ def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
     assert message == (
-        "widthopt: job 7 could not be requeued (there is no scontrol where it runs); start the same "
-        "sweep again\n"
+        "widthopt: job 7 could not be requeued (there is no scontrol where it runs); start the "
+        "same sweep again\n"
     )
 
 

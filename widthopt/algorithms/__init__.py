@@ -1,7 +1,7 @@
-"""Width optimisation algorithms A, all behind one door.
+"""The protocol of width search algorithms, and their contexts and results.
 
-``conf/algorithm`` chooses one by its ``_target_``: a new algorithm is one file here, or
-anywhere, and one conf file.
+``conf/algorithm`` selects an algorithm by its ``_target_``. A new algorithm is one Python file,
+here or in any importable module, and one conf file.
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from widthopt.widthgraph import WidthGraph, first_names
 
 @dataclass(frozen=True, slots=True)
 class SearchContext:
-    """What a search runs under, beside its setting, data and budget.
+    """Context of a search: how to train, where to compute, and where to write.
 
     Attributes:
-        recipe: How networks are trained; ``search_epochs`` is for searches.
-        runtime: Where and how to compute.
-        seed: The run's seed.
-        folder: Where checkpoints and what else is worth keeping go.
-        log: Where its training writes what it sees.
+        recipe: Hyperparameters of the training; a search runs for ``search_epochs``.
+        runtime: Device, precision and memory format.
+        seed: Seed of the run.
+        folder: Folder for checkpoints and other files of the search.
+        log: Receives the metrics of the training.
     """
 
     recipe: Recipe
@@ -37,15 +37,15 @@ class SearchContext:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a width search hands on: the widths, what they cost to find, and how it went.
+    """Result of a width search.
 
     Attributes:
-        multipliers: A factor on the channels of the un-enlarged network N for each free width
-            variable; a direction, not yet matched to a budget.
+        multipliers: For each free width variable a factor on the channels of the network N, which
+            is not enlarged. They are a direction, not matched to a budget.
         overhead_macs: MACs of all forward and backward passes of the search.
-        seconds: Time that the search took, of all processes that took part.
-        diagnostics: What went wrong, by name; ``flags`` in files.
-        details: What else is worth recording, as plain data.
+        seconds: Wall time of the search.
+        diagnostics: Warnings about the search by name; ``flags`` in files.
+        details: Further values to record, as plain data.
     """
 
     multipliers: dict[str, float]
@@ -55,17 +55,17 @@ class SearchResult:
     details: Mapping[str, Any]
 
     def to_plain(self) -> dict[str, Any]:
-        """The plain data that the store holds."""
+        """Return plain data for the store."""
         plain: dict[str, Any] = asdict(self)
         plain["flags"] = plain.pop("diagnostics")  # the name since format 1 of the store
         return plain
 
     @classmethod
     def from_plain(cls, content: Mapping[str, Any]) -> "SearchResult":
-        """Read what `to_plain` made.
+        """Create a result from the data that `to_plain` returned.
 
         Raises:
-            KeyError, TypeError: The content is something else.
+            KeyError, TypeError: The content has another form.
         """
         rest = {name: value for name, value in content.items() if name != "flags"}
         return cls(**rest, diagnostics=content["flags"])
@@ -88,7 +88,7 @@ class WidthSearch(Protocol):
             setting: The proxy, or the target itself.
             data: Its training images, and images held out of them for validation.
             budget_macs: MACs that the optimised network of this setting may cost.
-            context: What it runs under.
+            context: Context of the search.
 
         Raises:
             InputError: The algorithm cannot search this network.
@@ -98,7 +98,7 @@ class WidthSearch(Protocol):
     def overhead_macs(
         self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
     ) -> int:
-        """What `search` will cost, in closed form (design, section 9).
+        """Estimate the overhead of `search` in closed form.
 
         Raises:
             InputError: The algorithm cannot search this network under this budget.
@@ -107,14 +107,14 @@ class WidthSearch(Protocol):
 
 
 def check_searchable(graph: WidthGraph, *, algorithm: str) -> None:
-    """Raise unless some free width variable has a BatchNorm, which is what searches go by.
+    """Check that some free width variable has BatchNorm scales on all of its channels.
 
     Args:
-        graph: The network's.
+        graph: The graph of the network.
         algorithm: The algorithm's name, for the message.
 
     Raises:
-        InputError: None has.
+        InputError: No variable has.
     """
     if graph.searchable:
         return

@@ -1,11 +1,11 @@
-"""AutoSlim: train a supernet that works at many widths, then slim it greedily to the budget.
+"""AutoSlim: train a supernet at many widths, then slim it greedily to the budget.
 
-The supernet is trained with the sandwich rule (`widthopt.algorithms.sandwich`); then the bin of
-channels whose loss costs the fewest mistakes is taken away, again and again, until the budget
-is met (`widthopt.algorithms.greedy`).
+The supernet is trained with the sandwich rule (`widthopt.algorithms.sandwich`). Then the bin of
+channels whose removal adds the fewest errors is removed, until the budget is met
+(`widthopt.algorithms.greedy`).
 
 Source: Yu and Huang, 2019, "AutoSlim: Towards One-Shot Architecture Search for Channel
-Numbers"; paper section 3.2 and appendix A; the decisions D1-D20 of its specification.
+Numbers"; paper section 3.2 and appendix A; docs/algorithms/autoslim.md, D1-D20.
 """
 
 import hashlib
@@ -40,28 +40,28 @@ from widthopt.widthgraph import WidthGraph
 
 
 LEAST_IMAGES = 32
-"""Validation images at least: BatchNorm's statistics come from them."""
+"""Smallest number of validation images, because BatchNorm statistics are computed on them."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoSlim:
-    """The algorithm; its values are in ``conf/algorithm/autoslim.yaml``.
+    """The AutoSlim algorithm; ``conf/algorithm/autoslim.yaml`` has its values.
 
     Attributes:
-        name: Its name in records.
-        enlarge: The supernet's channels, as a multiple of the network's.
-        grid: ``fraction``: parts of the channels; ``step``: multiples of one step below them.
-        bins: Parts that a variable's channels are divided into.
-        divisor: Counts of ``fraction`` are multiples of this, but for a single channel and the
-            supernet's own; so is the step of ``step``.
-        least_bins: Bins that every variable keeps.
-        random_subnets: Random subnets in a step, beside the widest and the narrowest.
-        reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
-        validation_images: Held-out images at most that mistakes are counted on.
-        evaluation_batch_size: Images in one pass of slimming, at most; BatchNorm takes their
-            statistics.
-        calibration_images: Training images at most that it takes them from instead, anew for
-            every candidate, in slimming; 0 for none.
+        name: Name in records.
+        enlarge: Factor on the channels of the network for the supernet.
+        grid: Channel counts of a variable: ``fraction`` uses fractions of the channels, ``step``
+            subtracts multiples of one step from them.
+        bins: Number of bins that the channels of a variable are divided into.
+        divisor: Counts of ``fraction``, except 1 and the count of the supernet, and the step of
+            ``step`` are multiples of this.
+        least_bins: Number of bins that every variable keeps.
+        random_subnets: Random subnets in a step, in addition to the widest and the narrowest.
+        reduction: Reduction of the gradients of a step's subnets: ``sum`` or ``mean``.
+        validation_images: Largest number of held-out images that errors are counted on.
+        evaluation_batch_size: Largest batch while slimming; BatchNorm uses its statistics.
+        calibration_images: Largest number of training images that BatchNorm takes its statistics
+            from while slimming, for every candidate; 0 to use the evaluation batch.
     """
 
     name: str
@@ -86,9 +86,9 @@ class AutoSlim:
             (
                 "least_bins",
                 0 <= self.least_bins < self.bins,
-                "it is a whole number from 0 up and below algorithm.bins",
+                "it is an integer of at least 0 and below algorithm.bins",
             ),
-            ("random_subnets", self.random_subnets >= 0, "it is a whole number from 0 up"),
+            ("random_subnets", self.random_subnets >= 0, "it is an integer of at least 0"),
             (
                 "validation_images",
                 self.validation_images >= LEAST_IMAGES,
@@ -112,8 +112,8 @@ class AutoSlim:
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
-        The widths found cost less than the budget by less than one bin. The details have the
-        whole path: each of its points is what would have been found for a larger budget.
+        The network costs at most the budget, and less than one bin below it. The details contain
+        the path; each point of it is the result for a larger budget.
         """
         blueprint, recipe = Blueprint(setting), context.recipe
         graph = self._check_graph(blueprint, budget_macs)
@@ -143,7 +143,7 @@ class AutoSlim:
             label=f"{self.name} search",
             log=context.log,
         )
-        # Slimming chooses its own memory format: it reuses values, so that others are faster.
+        # Slimming uses a memory format of its own, which is faster there.
         supernet.mixed = False
         sample = data.evaluation.sample(
             images,
@@ -219,14 +219,14 @@ class AutoSlim:
         return trained + slimmed
 
     def _check_graph(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
-        """The supernet's graph, if the network can be searched under this budget."""
+        """Return the graph of the supernet after checking the network and the budget."""
         check_searchable(blueprint.graph, algorithm=self.name)
         graph = blueprint.resize_graph(enlarge_channels(blueprint.graph, self.enlarge))
         check_budget(graph, self.options(graph), budget_macs, budget_macs, enlarge=self.enlarge)
         return graph
 
     def options(self, graph: WidthGraph) -> Grids:
-        """The channel counts that each width variable of a supernet may have.
+        """Return the channel counts that each width variable of a supernet may have.
 
         Raises:
             InputError: The divisor is larger than any of them.
@@ -250,10 +250,10 @@ class AutoSlim:
         return grids(graph, rule)
 
     def images(self, held_out: int) -> int:
-        """How many of the held-out images are evaluated on: whole chunks, if there are so many.
+        """Return the number of held-out images to evaluate on: a multiple of the batch if possible.
 
         Raises:
-            InputError: They are too few.
+            InputError: There are too few.
         """
         if held_out < LEAST_IMAGES:
             raise InputError(
@@ -265,10 +265,10 @@ class AutoSlim:
         return images - images % batch if images > batch else images
 
     def _calibration(self, data: Split) -> Tensor | None:
-        """The first training images of an epoch, as they are trained on.
+        """Return the first training images of an epoch, augmented as in training.
 
-        Reading: the original takes the mean of the statistics of a few batches; these are those
-        of the batches' images together.
+        Interpretation: the original averages the statistics of a few batches; here they are
+        computed over the images of these batches together.
         """
         if self.calibration_images == 0:
             return None
@@ -278,7 +278,7 @@ class AutoSlim:
 
 
 def _digest(model: nn.Module) -> str:
-    """What the weights of a network are, in 16 hex digits."""
+    """Return a hash of the weights of a network: 16 hex digits."""
     tensors: Mapping[str, Tensor] = model.state_dict()
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -1,12 +1,12 @@
-"""DMCP: learn how many channels to keep as Markov chains, by gradients, under a budget.
+"""DMCP: model the width of each layer as a Markov chain, and learn the chains by gradients.
 
-The supernet is trained with the sandwich rule throughout. In the second half of the search,
-every step also updates the chains: the supernet runs with each channel times the probability
-that it is kept, and the chains follow the loss and a regulariser on expected MACs. What they
-expect in the end are the widths.
+The supernet is trained with the sandwich rule throughout. In the second half of the search, every
+step also updates the chains: each channel of the supernet is multiplied by the probability that
+it is kept, and the gradient is that of the loss plus a regularizer on the expected MACs. The
+result is the expected width of each layer.
 
 Source: Guo et al., 2020, "DMCP: Differentiable Markov Channel Pruning for Neural Networks";
-paper section 3.2 and appendix A; the decisions D1-D22 of its specification.
+paper section 3.2 and appendix A; docs/algorithms/dmcp.md, D1-D22.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from widthopt.algorithms import SearchContext, SearchResult, check_searchable
 from widthopt.algorithms.grids import Grids, grids, group_grid
-from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regulariser_slope, schedule
+from widthopt.algorithms.markov import BAND, AlphaSGD, Chains, regularizer_slope, schedule
 from widthopt.algorithms.sandwich import (
     Reduction,
     Sandwich,
@@ -42,41 +42,52 @@ from widthopt.widthgraph import WidthGraph, first_names
 logger = logging.getLogger("widthopt")
 
 ORIGINAL_STEPS = 25_020
-"""Architecture steps of the original: half of 40 epochs of ImageNet in batches of 1024."""
+"""Architecture steps of the original: half of 40 epochs of ImageNet with batches of 1024."""
 
 ENOUGH_STEPS = 10_000
-"""Architecture steps from which ``alpha_init=auto`` starts at probabilities of one half (D12)."""
+"""With at least this many architecture steps ``alpha_init=auto`` means ``zero``.
+
+Source: docs/algorithms/dmcp.md, D12.
+"""
 
 START_AT = 1.25
-"""Expected MACs that a short search starts at, as a part of the budget (D12)."""
+"""Expected MACs at the start of a short search, relative to the budget.
+
+Source: docs/algorithms/dmcp.md, D12.
+"""
 
 REACHED = (BAND, 1.02)
-"""Expected MACs at the end, as a part of the budget, that count as having reached it (D12)."""
+"""Range of the expected MACs, relative to the budget, in which a search has reached it.
+
+Source: docs/algorithms/dmcp.md, D12.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class DMCP:
-    """The algorithm; its values are in ``conf/algorithm/dmcp.yaml``.
+    """The DMCP algorithm; ``conf/algorithm/dmcp.yaml`` has its values.
 
     Attributes:
-        name: Its name in records.
-        enlarge: The supernet's channels, as a multiple of the network's.
-        group: Channels of one group, as a part of the network's.
-        least: Channels that are always kept, as a part of the network's.
-        grid: ``reference``: what rounding leaves over is always kept; ``even``: it is spread;
-            ``auto``: the reference, but even for variables too narrow for it.
-        random_subnets: Random subnets in a step, beside the widest and the narrowest.
-        reduction: How the gradients of a step's subnets combine: ``sum`` or ``mean``.
-        markov_subnets: ``scheduled``: more and more random subnets are draws of the chains;
-            ``always``: all of them are, once the chains are learnt.
-        strength: Factor on the regulariser in the architecture's loss.
-        learning_rate: Of the chains' parameters, at first.
-        final_learning_rate: The same at the end; half a cosine lies between.
-        momentum: Nesterov momentum of the chains' parameters.
-        alpha_init: ``zero``: probabilities start at one half; ``budget``: at 1.25 times the
-            budget; ``auto``: ``zero`` where there are steps enough to reach the budget from it.
-        scale_site: Where probabilities multiply channels: ``norm``, behind BatchNorm, or
-            ``activation``, behind the activation after it. Only ReLU6 tells them apart.
+        name: Name in records.
+        enlarge: Factor on the channels of the network for the supernet.
+        group: Size of a group, as a fraction of the channels of the network.
+        least: Channels that are always kept, as a fraction of the channels of the network.
+        grid: Boundaries of the groups: ``reference`` rounds the size down and always keeps the
+            rest; ``even`` spreads the boundaries; ``auto`` uses ``even`` only for variables that
+            are too narrow for ``reference``.
+        random_subnets: Random subnets in a step, in addition to the widest and the narrowest.
+        reduction: Reduction of the gradients of a step's subnets: ``sum`` or ``mean``.
+        markov_subnets: Random subnets in architecture steps: ``scheduled`` samples an increasing
+            share of them from the chains, ``always`` all of them.
+        strength: Weight of the regularizer in the loss of the chains.
+        learning_rate: Initial learning rate of the chains.
+        final_learning_rate: Final learning rate of the chains; the schedule is a cosine.
+        momentum: Nesterov momentum of the chains.
+        alpha_init: Initial expected MACs: ``zero`` sets all probabilities to one half,
+            ``budget`` starts at 1.25 times the budget, ``auto`` is ``zero`` only if there are
+            enough steps to reach the budget.
+        scale_site: Where probabilities multiply channels: ``norm`` is after BatchNorm,
+            ``activation`` after the following activation. They differ only for ReLU6.
     """
 
     name: str
@@ -105,15 +116,15 @@ class DMCP:
                 0 < self.group <= self.enlarge - self.least,
                 "at least one group fits between algorithm.least and algorithm.enlarge",
             ),
-            ("random_subnets", self.random_subnets >= 0, "it is a whole number from 0 up"),
-            ("strength", 0 <= self.strength < math.inf, "it is a number from 0 up"),
+            ("random_subnets", self.random_subnets >= 0, "it is an integer of at least 0"),
+            ("strength", 0 <= self.strength < math.inf, "it is a number of at least 0"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "it is a number above 0"),
             (
                 "final_learning_rate",
                 0 <= self.final_learning_rate <= self.learning_rate,
-                "it is from 0 up to algorithm.learning_rate",
+                "it is a number from 0 to algorithm.learning_rate",
             ),
-            ("momentum", 0 <= self.momentum < 1, "it is a number from 0 up and below 1"),
+            ("momentum", 0 <= self.momentum < 1, "it is a number of at least 0 and below 1"),
             remedy="conf/algorithm/dmcp.yaml has the original's value",
         )
 
@@ -122,9 +133,9 @@ class DMCP:
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
-        The widths are the chains' expectations, not rounded. The flag ``budget_reached`` says
-        whether the expected MACs ended between 0.95 and 1.02 of the budget: the FLOPs are
-        matched afterwards whatever the search came to.
+        The widths are the expected widths of the chains, not rounded. The diagnostic
+        ``budget_reached`` is whether the expected MACs ended between 0.95 and 1.02 times the
+        budget. The widths are matched to the budget afterwards in either case.
         """
         blueprint, recipe = Blueprint(setting), context.recipe
         graph = self._check_graph(blueprint, budget_macs)
@@ -161,8 +172,8 @@ class DMCP:
         reached = REACHED[0] <= part <= REACHED[1]
         if not reached:
             logger.warning(
-                "the search ended at %.3f of its budget: its widths are not what it would have "
-                "settled on; %s", part, self._remedy(objective.learnt),
+                "the search ended at %.3f of its budget, so its widths have not converged; %s",
+                part, self._remedy(objective.learnt),
             )  # fmt: skip
         return SearchResult(
             multipliers={name: expected[name] / n for name, n in supernet.base.channels.items()},
@@ -184,9 +195,9 @@ class DMCP:
     def overhead_macs(
         self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
     ) -> int:
-        """See `WidthSearch`: training, and two forward passes' worth for each architecture step.
+        """See `WidthSearch`: the training, and two forward passes for each architecture step.
 
-        A draw of the chains counts as the budget, which is where they spend most of the search.
+        A subnet sampled from the chains is assumed to cost the budget.
         """
         graph = self._check_graph(Blueprint(setting), budget_macs)
         options = self.options(graph)
@@ -204,10 +215,10 @@ class DMCP:
         return round(counts.batch_size * per_image)
 
     def uniform_share(self, step: int, steps: int) -> float:
-        """Probability that a random subnet of an architecture step is still drawn uniformly.
+        """Return the probability that a random subnet is drawn uniformly in an architecture step.
 
-        Reading: the original's schedule, 0.9999 to the power of two for every ten of its 25,020
-        steps, is stretched to the search's, so that a short search ends at the same 0.606.
+        Interpretation: the schedule of the original, a factor of 0.9999 squared for every ten of
+        its 25,020 steps, is scaled to the steps of the search, so it always ends at 0.606.
         """
         if self.markov_subnets == "always":
             return 0.0
@@ -215,7 +226,7 @@ class DMCP:
         return math.pow(0.9999, decays)
 
     def _check_graph(self, blueprint: Blueprint, budget_macs: int) -> WidthGraph:
-        """The supernet's graph, if the network can be searched under this budget."""
+        """Return the graph of the supernet after checking the network and the budget."""
         check_searchable(blueprint.graph, algorithm=self.name)
         graph = blueprint.resize_graph(enlarge_channels(blueprint.graph, self.enlarge))
         least = round(BAND * budget_macs)
@@ -223,7 +234,7 @@ class DMCP:
         return graph
 
     def options(self, graph: WidthGraph) -> Grids:
-        """The channel counts that each width variable of a supernet may have."""
+        """Return the channel counts that each width variable of a supernet may have."""
 
         def rule(count: int) -> list[int]:
             return group_grid(
@@ -243,27 +254,27 @@ class DMCP:
             )  # fmt: skip
 
     def _initialise_chains(self, objective: "_Architecture") -> dict[str, Any]:
-        """Where the chains start, and whether the regulariser alone would reach the budget."""
+        """Initialize the chains, and estimate whether the regularizer alone reaches the budget."""
         chains, budget = objective.chains, objective.budget_macs
         if self._starts_at_budget(objective.learnt):
             widest = objective.supernet.graph.macs()
-            chains.start_at(min(START_AT * budget, (budget + widest) / 2))
+            chains.set_expected_macs(min(START_AT * budget, (budget + widest) / 2))
         part, end = chains.expected_macs() / budget, objective.simulate_regulariser()
         if not REACHED[0] <= end <= REACHED[1] and self.strength > 0:
             logger.warning(
-                "%d architecture steps may be too few: the regulariser alone would go from %.2f "
-                "of the budget to %.2f; %s",
+                "%d architecture steps may be too few: the regularizer alone would move the "
+                "expected MACs from %.2f to %.2f of the budget; %s",
                 objective.learnt, part, end, self._remedy(objective.learnt),
             )  # fmt: skip
         return {"part_of_budget_at_start": part, "part_of_budget_by_regulariser_alone": end}
 
     def _starts_at_budget(self, learnt: int) -> bool:
-        """Whether a search with so many architecture steps does (D12)."""
+        """Return whether a search of this many architecture steps starts near the budget."""
         short = learnt < ENOUGH_STEPS
         return self.alpha_init == "budget" or (self.alpha_init == "auto" and short)
 
     def _remedy(self, learnt: int) -> str:
-        """What may bring a search with so many architecture steps nearer to its budget."""
+        """Return the remedy for a search that does not reach its budget."""
         if self._starts_at_budget(learnt):
             return "raise recipe.search_epochs, or search on more images"
         return (
@@ -272,12 +283,12 @@ class DMCP:
 
 
 class _Architecture(Sandwich):
-    """The sandwich's steps, each followed by one of the chains in the second half.
+    """The sandwich rule; in the second half every step also updates the chains.
 
     Attributes:
         chains: The chains.
-        budget_macs: What the expected MACs are pushed to.
-        learnt: Steps that update the chains.
+        budget_macs: The budget.
+        learnt: Number of steps that update the chains.
     """
 
     def __init__(
@@ -320,7 +331,7 @@ class _Architecture(Sandwich):
         }
 
     def draw(self, step: int, number: int) -> dict[str, int]:
-        """One random subnet; in the second half more and more of them are drawn by the chains."""
+        """Return a random subnet; in the second half some are sampled from the chains."""
         learning = step - self._first
         if learning >= 0:
             share = self._algorithm.uniform_share(learning, self.learnt)
@@ -330,7 +341,7 @@ class _Architecture(Sandwich):
         return super().draw(step, number)
 
     def after_step(self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Update the chains, on the images of the step and with the weights it has left."""
+        """Update the chains on the images of the step, after the update of the weights."""
         if step < self._first:
             return
         marginals = self.chains.marginals().requires_grad_()
@@ -344,7 +355,7 @@ class _Architecture(Sandwich):
             self._architecture += loss.detach() * (len(labels) / images)
         self._learning = step - self._first
         assert marginals.grad is not None
-        # The mean over the images of all processes, in one exchange.
+        # The mean over the images of all processes, in one all-reduce.
         seen = torch.tensor([float(images)], dtype=torch.float64, device=marginals.device)
         slope = marginals.grad * images if distributed.world_size() > 1 else marginals.grad
         distributed.all_reduce_sum([slope, seen])
@@ -353,25 +364,25 @@ class _Architecture(Sandwich):
             images = round(float(seen))
         part = self.chains.expected_macs() / self.budget_macs
         self._sides[0 if part < BAND else 1 if part < 1 else 2] += 1
-        gradient = self.chains.by_alpha(slope) + self.push()
+        gradient = self.chains.alpha_gradient(slope) + self.push()
         self._sgd.step(gradient, rate=self.rate(step - self._first))
         # Forward, and backward without the weights' gradients.
         self.macs += 2 * self.supernet.graph.macs() * images
 
     def push(self) -> Tensor:
-        """The regulariser's part of the gradient by alpha."""
-        slope = regulariser_slope(self.chains.expected_macs(), self.budget_macs)
+        """Return the gradient of the regularizer with respect to alpha."""
+        slope = regularizer_slope(self.chains.expected_macs(), self.budget_macs)
         weight = self._algorithm.strength * slope / self.budget_macs
-        return self.chains.by_alpha(weight * self.chains.macs_gradient())
+        return self.chains.alpha_gradient(weight * self.chains.macs_gradient())
 
     def rate(self, step: int) -> float:
-        """The chains' learning rate at one of their steps."""
+        """Return the learning rate of the chains at an architecture step."""
         algorithm = self._algorithm
         start, end = algorithm.learning_rate, algorithm.final_learning_rate
         return schedule(step, self.learnt, start=start, end=end)
 
     def simulate_regulariser(self) -> float:
-        """Where the regulariser alone would take the expected MACs, as a part of the budget."""
+        """Return the expected MACs, relative to the budget, if only the regularizer acts."""
         start = self.chains.alpha.clone()
         alone = AlphaSGD(self.chains, mu=self._algorithm.momentum)
         for step in range(self.learnt):
@@ -381,29 +392,29 @@ class _Architecture(Sandwich):
         return end
 
     def after_epoch(self, epoch: int) -> None:
-        """Note where the expected MACs are."""
+        """Record the expected MACs."""
         part = self.chains.expected_macs() / self.budget_macs
         self._history = torch.cat([self._history, torch.tensor([part], dtype=torch.float64)])
         logger.debug("epoch %d: expected MACs at %.4f of the budget", epoch, part)
 
     def step_metrics(self) -> dict[str, float]:
-        """See `Objective.step_metrics`: the budget, and once the chains are learnt, how."""
-        found = super().step_metrics()
-        found["budget_share"] = self.chains.expected_macs() / self.budget_macs
+        """See `Objective.step_metrics`."""
+        metrics = super().step_metrics()
+        metrics["budget_share"] = self.chains.expected_macs() / self.budget_macs
         if self._architecture is not None:
-            found["architecture_loss"] = float(self._architecture)
-            found["chains_learning_rate"] = self.rate(self._learning)
+            metrics["architecture_loss"] = float(self._architecture)
+            metrics["chains_learning_rate"] = self.rate(self._learning)
             for name, steps in zip(("below", "within", "above"), self._sides, strict=True):
-                found[f"steps_{name}"] = int(steps)
-        return found
+                metrics[f"steps_{name}"] = int(steps)
+        return metrics
 
     def epoch_metrics(self) -> dict[str, float]:
-        """The channels that are expected of each width variable."""
+        """Return the expected channels of each width variable."""
         expected = self.chains.expected_channels()
         return {f"channels/{name}": count for name, count in expected.items()}
 
     def details(self) -> dict[str, Any]:
-        """How it went: by epoch, and how many steps were below, within and above the band."""
+        """Return the expected MACs by epoch, and the steps below, within and above the band."""
         names = ("below", "within", "above")
         return {
             "part_of_budget_by_epoch": self._history.tolist(),

@@ -1,7 +1,7 @@
-"""What depends on what in a traced network: what to run again where a variable loses channels.
+"""Data flow of a traced network: the nodes to run again when a width variable loses channels.
 
-A *reader* of a width variable is a dense layer (a convolution or a linear layer that mixes its
-inputs) of which it is an input. Up to there every channel is computed by itself.
+A *reader* of a width variable is a dense layer, a convolution or linear layer that mixes its input
+channels, with the variable as an input. Before the readers each channel is computed independently.
 """
 
 import math
@@ -128,12 +128,12 @@ class Flow:
         given: Mapping[fx.Node, Any],
         changed: AbstractSet[fx.Node] = frozenset(),
     ) -> list[fx.Node]:
-        """The nodes to run, in order, for values that are wanted.
+        """Return the nodes to run, in order, to compute the wanted values.
 
         Args:
-            wanted: Nodes.
-            given: Values that there are.
-            changed: Nodes to run whether or not they are given.
+            wanted: Nodes whose values are needed.
+            given: Available values.
+            changed: Nodes to run even if their values are available.
         """
         todo: set[fx.Node] = set()
         stack = list(wanted)
@@ -145,7 +145,7 @@ class Flow:
         return sorted(todo, key=self._order.__getitem__)
 
     def call(self, node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
-        """The value of a node, from those that it reads."""
+        """Compute the value of a node from its operands."""
         args: Any = fx.node.map_arg(node.args, operands.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, operands.__getitem__)
         target: Any = node.target
@@ -161,7 +161,7 @@ class Flow:
         return self._modules[str(node.target)] if node.op == "call_module" else None
 
     def _layers(self, nodes: Iterable[fx.Node], graph: WidthGraph) -> dict[fx.Node, Layer]:
-        """The graph lists the calls in the order of the nodes."""
+        """Return the layer of each node; the graph lists the calls in the order of the nodes."""
         calls: dict[str, list[Layer]] = defaultdict(list)
         for layer in graph.layers:
             calls[layer.name].append(layer)
@@ -178,7 +178,7 @@ class Flow:
     def _carry_variables(
         self, nodes: Iterable[fx.Node], names: Mapping[int, str]
     ) -> dict[fx.Node, set[str]]:
-        """The variables whose channels the value of each node may have."""
+        """Return, for each node, the variables whose channels its value may have."""
         carried: dict[fx.Node, set[str]] = {}
         for node in nodes:
             if node in self.layers:
@@ -189,7 +189,7 @@ class Flow:
         return carried
 
     def _per_channel(self, node: fx.Node) -> bool:
-        """Whether what a node computes in one channel is known to depend on no other."""
+        """Return whether a node is known to compute each channel from the same channel only."""
         if node in self.layers:
             return True
         module = self._module(node)
@@ -211,7 +211,7 @@ class Flow:
     def _overwritten(
         self, nodes: Iterable[fx.Node]
     ) -> tuple[dict[fx.Node, AbstractSet[fx.Node]], bool]:
-        """What shares the memory that a node writes into; whether any of it is used again."""
+        """Return the nodes that share memory with in-place nodes, and whether one is used later."""
         origin: dict[fx.Node, fx.Node] = {}
         sharing: dict[fx.Node, set[fx.Node]] = defaultdict(set)
         overwritten: dict[fx.Node, AbstractSet[fx.Node]] = {}
@@ -247,7 +247,7 @@ class Flow:
         )
 
     def _makes_new(self, node: fx.Node) -> bool:
-        """Whether the value of a node is known to share no memory with its first input."""
+        """Return whether a node is known to share no memory with its first input."""
         module = self._module(node)
         if module is not None:
             return isinstance(module, _PER_CHANNEL_MODULES + _LAYERS) and not isinstance(
@@ -257,14 +257,14 @@ class Flow:
 
 
 def _asks_for_images(node: fx.Node) -> bool:
-    """Whether a size that the forward code takes is the number of images, not of channels."""
+    """Return whether a size in the forward code is the batch size, not a number of channels."""
     if len(node.args) > 1 and node.op == "call_method":
         return bool(node.args[1] == 0)
     return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
 
 
 def followers(nodes: Iterable[fx.Node], seeds: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes, given in order, that depend on one of the seeds; the seeds too."""
+    """Return the seeds and all nodes that depend on one of them."""
     reached = set(seeds)
     for node in nodes:
         if not reached.isdisjoint(node.all_input_nodes):

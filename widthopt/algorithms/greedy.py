@@ -1,18 +1,18 @@
 """Greedy slimming of a trained supernet, the search of AutoSlim.
 
-From its widest on, the supernet loses one *bin* at a time: the channels between a width
-variable's count and the next lower entry of its *grid*. A *candidate* is the subnet after one
-such step; the one with the fewest top-1 mistakes on the evaluation images is the *move* that
-is made. Images come in *chunks*, the batches whose statistics BatchNorm takes; or it takes, anew
-for every candidate, those of other images, which then go ahead of every chunk (*calibration*).
+Slimming starts at the widest subnet and removes one *bin* per *move*: the channels between the
+count of a width variable and the next lower entry of its *grid*. A *candidate* is a subnet with
+one more bin removed. The move is the candidate with the fewest top-1 errors on the evaluation
+images. The images come in *chunks*. BatchNorm uses the statistics of a chunk, or those of
+*calibration* images, which are then put in front of every chunk.
 
-Two engines count the mistakes. ``naive`` runs every candidate as a subnet. ``fast`` makes the
-same decisions from less arithmetic: a bin is taken away by zeros in the columns of the dense
-layers that read it, for up to there every channel is computed by itself. So only these layers
-and what depends on them are run again; all else is a value of the *base*, the pass at the
-present counts, which is run once for all candidates.
+Two engines count the errors. ``naive`` runs every candidate as a subnet. ``fast`` makes the same
+decisions with fewer operations: it removes a bin by zeros in the columns of the dense layers that
+read it, because before these layers each channel is computed independently. Only these layers and
+the layers that depend on them run again. All other values come from the *base*, the pass at the
+current counts, which runs once for all candidates.
 
-Source: Yu and Huang, 2019, "AutoSlim"; specification of AutoSlim, sections 1.7 and 4.3.
+Source: Yu and Huang, 2019, "AutoSlim"; docs/algorithms/autoslim.md, 1.7 and 4.3.
 """
 
 import json
@@ -46,13 +46,13 @@ from widthopt.widthgraph import Axis, Layer, WidthGraph
 logger = logging.getLogger("widthopt")
 
 Engine = Literal["fast", "naive"]
-"""How mistakes are counted; see the module."""
+"""How errors are counted; see the module."""
 
 Grids = Mapping[str, Sequence[int]]
 """Channel counts that each free width variable may have, ascending up to the supernet's."""
 
 Chunk = tuple[Tensor, Tensor]
-"""Images, ``batch 3 height width``, and the labels of the last of them, or of all."""
+"""Images, of shape ``(batch, 3, height, width)``, and the labels of all or of the last ones."""
 
 FORMAT = 1
 """Version of the search log."""
@@ -72,9 +72,9 @@ class Move(NamedTuple):
 
     Attributes:
         variable: The width variable that lost a bin.
-        channels: What it has left.
-        errors: Top-1 mistakes of every candidate, by the variable that would lose a bin.
-        macs: MACs of the network after the move, of one image.
+        channels: Its channels after the move.
+        errors: Top-1 errors of every candidate, by the variable that would lose a bin.
+        macs: MACs of the network after the move, for one image.
     """
 
     variable: str
@@ -85,13 +85,13 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Slimmed:
-    """What slimming found, and what it cost.
+    """Result and cost of slimming.
 
     Attributes:
-        solutions: One for each budget, from the highest down.
+        solutions: One for each budget, the highest first.
         moves: The path.
-        macs: MACs of all forward passes, of all images.
-        seconds: Time of all moves, whichever process made them.
+        macs: MACs of all forward passes, over all images.
+        seconds: Time of all moves, including those before a resume.
     """
 
     solutions: tuple[Solution, ...]
@@ -101,7 +101,7 @@ class Slimmed:
 
 
 class _Entry(NamedTuple):
-    """A move in the log, and what it cost to find."""
+    """A move in the log, and its cost."""
 
     move: Move
     run_macs: int
@@ -122,36 +122,35 @@ def slim(
     cache_bytes: int = 8_000_000_000,
     calibration: Tensor | None = None,
 ) -> Slimmed:
-    """The subnets of a supernet that greedy slimming finds for each budget.
+    """Slim a supernet greedily, and return a subnet for each budget.
 
-    One pass serves all budgets. Its choice is the fewest mistakes, among equals the variable
-    that comes first in `WidthGraph.free`; it stops where a network costs a budget or less. The
-    supernet is left as it was.
+    One path serves all budgets. Each move has the fewest errors; ties go to the variable that comes
+    first in `WidthGraph.free`. The path ends at the first network within the lowest budget. The
+    supernet is not changed.
 
     Args:
-        supernet: The trained supernet, on the device that is to compute.
-        grids: By free width variable; one with a single entry keeps its count.
-        chunks: Images in random order, held out of training; every pass normalises with the
-            statistics of one chunk. Of processes that search together each has its own, whole
-            ones: part of a chunk would have other statistics.
-        budgets_macs: MACs of one image that a solution may cost, in any order.
-        runtime: How to compute. With bfloat16, which rounds coarsely, the engines may decide
-            otherwise where two candidates are nearly equal.
+        supernet: The trained supernet, on its device.
+        grids: Grid of each free width variable; a grid of one entry keeps its count.
+        chunks: Held-out images in random order. A pass normalizes with the statistics of one
+            chunk. In distributed searches each process has different, complete chunks, because
+            part of a chunk would have other statistics.
+        budgets_macs: Largest MACs of a solution for one image; any number, in any order.
+        runtime: Device and precision. With bfloat16, the engines may decide differently if two
+            candidates are nearly equal.
         rules: The tracing rules of the supernet's network.
-        log: Where moves are kept as they are made. A search that was stopped, however that
-            happened, goes on from there and ends with the same result.
-        identity: Plain data, everything that the moves depend on beside grids and chunk sizes.
-        engine: How mistakes are counted.
-        cache_bytes: Memory for the fast engine's values of the base; what exceeds it is
-            computed again.
-        calibration: Images, ``batch 3 height width``, that BatchNorm takes its statistics from
-            in the place of the chunks'; those of all processes are the same.
+        log: File to which each move is written. A search that was stopped resumes from it with the
+            same result.
+        identity: Plain data that the moves depend on, in addition to grids and chunk sizes.
+        engine: How errors are counted.
+        cache_bytes: Memory for base values of the fast engine; further values are recomputed.
+        calibration: Images, of shape ``(batch, 3, height, width)``, on which BatchNorm statistics
+            are computed instead of the chunks; the same on all processes.
 
     Raises:
         InputError: A budget is out of reach or above the widest subnet, a grid does not ascend to
-            the supernet's count, or the log is that of another search.
+            the supernet's count, or the log belongs to another search.
 
-    Source: specification of AutoSlim, section 1.7 and decisions D8, D13 and D15.
+    Source: docs/algorithms/autoslim.md, 1.7, D8, D13 and D15.
     """
     graph = supernet.graph
     first = 0 if calibration is None else len(calibration)
@@ -193,7 +192,7 @@ def slim(
             while len(solutions) < len(budgets):
                 before = counter.macs
                 counted = counter.errors(channels, _steps(graph, grids, channels))
-                errors, spent = _of_all(counted, counter.macs - before, supernet.device)
+                errors, spent = _reduce_counts(counted, counter.macs - before, supernet.device)
                 name = min(errors, key=errors.__getitem__)
                 channels[name] = _below(grids[name], channels[name])
                 counter.on_move(name)
@@ -218,15 +217,15 @@ def slim(
 
 
 def _sizes(chunks: Sequence[Chunk]) -> list[int]:
-    """Images in each chunk, of all processes; the first of each come first."""
+    """Return the sizes of the chunks of all processes, interleaved."""
     of_each = distributed.all_gather([len(images) for images, _ in chunks])
     return [size for row in zip_longest(*of_each) for size in row if size is not None]
 
 
-def _of_all(
+def _reduce_counts(
     errors: Mapping[str, int], macs: int, device: torch.device
 ) -> tuple[dict[str, int], int]:
-    """Mistakes on the chunks of all processes, and the MACs that they took together."""
+    """Return the sums of errors and MACs over all processes."""
     sums = torch.tensor([*errors.values(), macs], dtype=torch.int64, device=device)
     distributed.all_reduce_sum([sums])
     *counts, total = sums.tolist()
@@ -234,17 +233,17 @@ def _of_all(
 
 
 def assumed_path(graph: WidthGraph, grids: Grids, budget_macs: int) -> list[str]:
-    """A path to plan with, for the true one is not known before the search.
+    """Return an assumed path for cost estimates, since the real path is only known afterwards.
 
-    It always takes a bin from the variable that has the largest part of its channels left.
+    Each move takes a bin from the variable with the largest fraction of its channels left.
 
     Args:
-        graph: The supernet's.
+        graph: The graph of the supernet.
         grids: As for `slim`.
         budget_macs: The lowest budget.
 
     Raises:
-        InputError: As `slim`, about the budget.
+        InputError: The budget is out of reach, as for `slim`.
     """
     channels = _widest(graph, grids)
     _check_budgets(graph, grids, [budget_macs])
@@ -266,19 +265,19 @@ def path_macs(
     chunk: int,
     calibration: int = 0,
 ) -> int:
-    """MACs that the fast engine runs to find a path, in closed form.
+    """Return the MACs of the fast engine along a path, in closed form.
 
-    At each move, every candidate's readers and what follows them; and the base, once: all that
-    some candidate does not run. Where there is a single chunk, its values outlive a move, but
-    for those that had the bin that was lost.
+    Each move runs the readers of every candidate and the layers after them, and once the layers of
+    the base that some candidate does not run. With a single chunk, base values are reused by the
+    next move unless they had the removed bin.
 
     Args:
-        graph: The supernet's.
+        graph: The graph of the supernet.
         grids: As for `slim`.
-        path: The variable that loses a bin, of each move.
-        images: Evaluation images, of all chunks together.
-        chunk: Images in one chunk, at most.
-        calibration: Images ahead of every chunk, for BatchNorm's statistics.
+        path: The variable that loses a bin, for each move.
+        images: Number of evaluation images in all chunks.
+        chunk: Largest number of images in a chunk.
+        calibration: Number of calibration images in front of every chunk.
     """
     channels = _widest(graph, grids)
     again = {name: _run_again(graph, name) for name in grids}
@@ -301,7 +300,7 @@ def path_macs(
 
 
 def _run_again(graph: WidthGraph, name: str, *, writers: bool = False) -> list[int]:
-    """The places of the layer calls that depend on a bin of a variable; or have it as well."""
+    """Return the indices of layer calls that depend on a bin of a variable (or write it too)."""
     index = next(i for i, variable in enumerate(graph.variables) if variable.name == name)
     reached: set[int] = set()
     places: list[int] = []
@@ -316,13 +315,13 @@ def _run_again(graph: WidthGraph, name: str, *, writers: bool = False) -> list[i
 
 
 def _widest(graph: WidthGraph, grids: Grids) -> dict[str, int]:
-    """The counts that the path begins with, in the order of the graph."""
+    """Return the counts at the start of the path, in the order of the graph."""
     for name, grid in grids.items():
         count = graph.channels[name]
         if grid[-1] != count or any(first >= second for first, second in pairwise(grid)):
             raise InputError(
-                f"grids is {list(grid)} for {name}, but it ascends, without equals, to the "
-                f"supernet's {count} channels; sort it, and take out what is there twice"
+                f"grids is {list(grid)} for {name}, but it must ascend strictly to the "
+                f"supernet's {count} channels; sort it and remove duplicates"
             )
     narrowest = {name: grid[0] for name, grid in grids.items()}
     graph.check(narrowest)
@@ -330,7 +329,7 @@ def _widest(graph: WidthGraph, grids: Grids) -> dict[str, int]:
 
 
 def _check_budgets(graph: WidthGraph, grids: Grids, budgets: Iterable[int]) -> None:
-    """Raise unless the path leads from above every budget to where it is met."""
+    """Check that every budget is between the narrowest and the widest subnet."""
     widest = graph.macs()
     narrowest = graph.macs({name: grid[0] for name, grid in grids.items()})
     for budget in budgets:
@@ -347,12 +346,12 @@ def _check_budgets(graph: WidthGraph, grids: Grids, budgets: Iterable[int]) -> N
 
 
 def _below(grid: Sequence[int], count: int) -> int:
-    """The next lower entry of a grid."""
+    """Return the next lower entry of a grid."""
     return grid[grid.index(count) - 1]
 
 
 def _steps(graph: WidthGraph, grids: Grids, channels: Mapping[str, int]) -> dict[str, int]:
-    """What each variable that can lose a bin would have left, in the order that breaks ties."""
+    """Return the next lower count of each variable that can lose a bin, in the order of ties."""
     return {
         name: _below(grids[name], channels[name])
         for name in graph.free
@@ -363,26 +362,26 @@ def _steps(graph: WidthGraph, grids: Grids, channels: Mapping[str, int]) -> dict
 def _solutions_met(
     budgets: Iterable[int], macs: int, channels: Mapping[str, int]
 ) -> list[Solution]:
-    """Solutions for the budgets, of those that are open, that a network meets."""
+    """Return solutions for the remaining budgets that a network meets."""
     return [Solution(budget, dict(channels)) for budget in budgets if macs <= budget]
 
 
 class _Journal:
-    """The moves on disk, written whole after every move."""
+    """The log file of the moves, written atomically after every move."""
 
     def __init__(self, path: Path | None, fields: Mapping[str, Any]) -> None:
         self._path = path
-        # Through the text, since that is how the fields of a log that is read have come.
+        # Through JSON, as the fields of a log that is read.
         self._fields = json.loads(canonical(dict(fields)))
         if path is not None and distributed.rank() == 0:
             with writing(path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self, grids: Grids, graph: WidthGraph) -> list[_Entry]:
-        """The moves that were made before; none, with a warning, where the log is not whole.
+        """Return the moves in the log; none, with a warning, if the log is incomplete.
 
         Raises:
-            InputError: They are those of another search.
+            InputError: The log belongs to another search.
         """
         if self._path is None or not self._path.exists():
             return []
@@ -392,20 +391,20 @@ class _Journal:
                 {"format": record["format"], **record["identity"]},
                 {"format": FORMAT, **self._fields},
             )
-            # Before the moves, which another search's grids do not allow.
+            # Before the moves, which may not fit the grids of another search.
             entries = [] if mismatch else list(_replay(record["moves"], grids, graph))
         except (KeyError, TypeError, ValueError):
-            logger.warning("%s is not whole; the search begins anew", self._path)
+            logger.warning("%s is incomplete; the search starts again", self._path)
             return []
         if mismatch:
             raise InputError(
-                f"log is {self._path}, but it is of another search ({mismatch}); name another "
+                f"log is {self._path}, but it belongs to another search ({mismatch}); name another "
                 "file, or delete this one"
             )
         return entries
 
     def write(self, entries: Iterable[_Entry]) -> None:
-        """Make these the moves on disk."""
+        """Write the moves to the log."""
         if self._path is None or distributed.rank() > 0:
             return
         moves = [
@@ -419,17 +418,17 @@ class _Journal:
 def _replay(
     moves: Iterable[Mapping[str, Any]], grids: Grids, graph: WidthGraph
 ) -> Iterator[_Entry]:
-    """The moves of a log.
+    """Yield the moves of a log.
 
     Raises:
-        KeyError, TypeError, ValueError: They are not a path through these grids.
+        KeyError, TypeError, ValueError: The moves are not a path through these grids.
     """
     channels = _widest(graph, grids)
     for record in moves:
         steps = _steps(graph, grids, channels)
         errors = {name: int(count) for name, count in dict(record["errors"]).items()}
         if steps.keys() != errors.keys():
-            raise ValueError("the candidates are other ones")
+            raise ValueError("the candidates differ")
         channels[record["variable"]] = steps[record["variable"]]
         move = Move(record["variable"], record["channels"], errors, record["macs"])
         yield _Entry(move, record["run_macs"], record["seconds"])
@@ -437,11 +436,11 @@ def _replay(
 
 @contextmanager
 def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
-    """Span passes without gradients in evaluation mode, and leave every module in its own.
+    """Set evaluation mode without gradients, and restore the mode of every module afterwards.
 
     Args:
-        model: The supernet's.
-        first: Images of a batch that BatchNorm takes its statistics from; 0 for all of them.
+        model: The model of the supernet.
+        first: Number of images of a batch for BatchNorm statistics; 0 for all of them.
     """
     before = [(module, module.training) for module in model.modules()]
     norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)] if first else []
@@ -449,8 +448,8 @@ def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
     def calibrate(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen = inputs[0][:first].to(torch.promote_types(inputs[0].dtype, torch.float32))
         reduced = [dim for dim in range(seen.dim()) if dim != 1]
-        # Over n - 1, as running statistics have it, for these images too, which training would
-        # normalise over n: of hundreds of values it is nearly the same.
+        # The unbiased variance (n - 1), as in running statistics. The biased variance of training
+        # is nearly the same for hundreds of values.
         module.running_var, module.running_mean = torch.var_mean(seen, reduced)
 
     hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]
@@ -468,38 +467,38 @@ def _evaluating(model: nn.Module, first: int) -> Iterator[None]:
 
 
 class _Counter(Protocol):
-    """Counts the mistakes of candidates."""
+    """Counts the errors of candidates."""
 
     macs: int
 
     def errors(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
-        """Mistakes at these counts with one variable, by name, at that of ``steps``."""
+        """Return the errors of the candidates, which set one variable to its count in ``steps``."""
         ...
 
     def recall(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> None:
-        """Take up a search that had got to these counts, from the next move on."""
+        """Restore the state at these counts when a search resumes."""
         ...
 
     def on_move(self, name: str) -> None:
-        """A variable has lost its bin."""
+        """Update the state after a variable has lost a bin."""
         ...
 
 
 class _Naive:
-    """Runs every candidate as a subnet."""
+    """Counter that runs every candidate as a subnet."""
 
     def __init__(self, supernet: Supernet, chunks: Sequence[Chunk], runtime: Runtime) -> None:
         self.supernet, self.chunks, self.runtime = supernet, chunks, runtime
         self.macs = 0
 
     def batches(self, layout: torch.memory_format) -> Iterator[Chunk]:
-        """The chunks, where they are needed."""
+        """Yield the chunks on the device."""
         device = self.supernet.device
         for images, labels in self.chunks:
             yield images.to(device, memory_format=layout), labels.to(device)
 
     def errors(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
-        """Mistakes at these counts with one variable, by name, at that of ``steps``."""
+        """Return the errors of the candidates, which set one variable to its count in ``steps``."""
         device = self.supernet.device
         counts = torch.zeros(len(steps), dtype=torch.int64, device=device)
         for place, (name, count) in enumerate(steps.items()):
@@ -513,36 +512,36 @@ class _Naive:
         return dict(zip(steps, counts.tolist(), strict=True))
 
     def recall(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> None:
-        """Nothing is kept from one move to the next."""
+        """Do nothing: no state depends on the moves."""
 
     def on_move(self, name: str) -> None:
-        """Nothing is kept from one move to the next."""
+        """Do nothing: no state depends on the moves."""
 
 
 def _mistakes(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many images are not recognised; an image with a NaN among its logits is not.
+    """Return the number of errors. An image with a NaN in its logits is an error.
 
-    Images that have no label were only seen by BatchNorm.
+    Calibration images, which come first, have no labels and do not count.
     """
     logits = logits[-len(labels) :]
     return ((logits.argmax(1) != labels) | logits.isnan().any(1)).sum()
 
 
 class _Fast:
-    """Runs what a candidate changes, on the values of the base."""
+    """Counter that runs only the layers that a candidate changes, on values of the base."""
 
     def __init__(self, naive: _Naive, flow: Flow, cache_bytes: int) -> None:
         self.macs = 0
         self._naive, self._flow, self._cache_bytes = naive, flow, cache_bytes
         self._supernet, self._runtime = naive.supernet, naive.runtime
-        # Channels last is the faster on every device, where nobody asked for another.
+        # Channels last is faster on every device.
         contiguous = self._runtime.memory_format == "contiguous"
         self._layout = torch.contiguous_format if contiguous else torch.channels_last
         self._kept: dict[fx.Node, Any] = {}
         self._too_large: set[fx.Node] = set()
 
     def errors(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
-        """Mistakes at these counts with one variable, by name, at that of ``steps``."""
+        """Return the errors of the candidates, which set one variable to its count in ``steps``."""
         supernet, device = self._supernet, self._supernet.device
         extents, weights, costs = self._at(channels)
         counts = _class_counts(supernet.graph, channels)
@@ -562,7 +561,7 @@ class _Fast:
                     counted[1, place] += logits.isnan().any()
         mistakes, broken = counted.tolist()
         errors = dict(zip(mine, mistakes, strict=True))
-        # 0 times an infinity is not 0, so zeros did not take the bin away from what is broken.
+        # 0 times infinity is NaN, so zeros do not remove a bin with such values.
         slow = {
             name: count
             for name, count in steps.items()
@@ -574,9 +573,9 @@ class _Fast:
         return {name: errors[name] for name in steps}
 
     def recall(self, channels: Mapping[str, int], steps: Mapping[str, int]) -> None:
-        """Have the values of the base at these counts, as a search has that was not stopped.
+        """Compute the base values at these counts, which an uninterrupted search would have.
 
-        They are not counted again, so that a search costs the same however often it is stopped.
+        Their MACs are not counted, so the overhead does not depend on interruptions.
         """
         if len(self._naive.chunks) > 1:
             return
@@ -594,7 +593,7 @@ class _Fast:
     def _at(
         self, channels: Mapping[str, int]
     ) -> tuple[dict[Axis, Extent], dict[str, Tensor], dict[fx.Node, int]]:
-        """What the axes keep at these counts, the weights, and what each node costs."""
+        """Return the extents of the axes, the sliced weights, and the MACs of each node."""
         extents = self._supernet.extents(channels)
         weights = {
             name: tensor.contiguous(memory_format=self._layout_of(tensor))
@@ -605,7 +604,7 @@ class _Fast:
         return extents, weights, costs
 
     def on_move(self, name: str) -> None:
-        """Drop what the lost bin was part of, or went into."""
+        """Remove cached values that had the bin or depend on it."""
         self._kept = {
             node: value for node, value in self._kept.items() if node not in self._flow.stale[name]
         }
@@ -617,7 +616,7 @@ class _Fast:
     def _without(
         self, name: str, count: int, counts: Mapping[int, int], weights: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The weights that read a variable, with zeros for its bin."""
+        """Return the weights that read a variable, with zeros for its bin."""
         graph = self._supernet.graph
         index = next(i for i, variable in enumerate(graph.variables) if variable.name == name)
         result: dict[str, Tensor] = {}
@@ -637,7 +636,7 @@ class _Fast:
         weights: Mapping[str, Tensor],
         costs: Mapping[fx.Node, int],
     ) -> None:
-        """Have the values of the base that candidates start from, as far as there is room."""
+        """Compute the base values that candidates start from, as far as they fit into memory."""
         if len(self._naive.chunks) > 1:
             self._kept.clear()
         self._kept[self._flow.images] = images
@@ -650,12 +649,12 @@ class _Fast:
     def _run(
         self, todo: Sequence[fx.Node], wanted: AbstractSet[fx.Node], *, keep: bool = False
     ) -> dict[fx.Node, Any]:
-        """Span nodes, given in order, on values that are kept; a value goes with its last use.
+        """Run nodes on cached values. A value is freed after its last use.
 
         Args:
-            todo: The nodes.
-            wanted: Those whose values are returned.
-            keep: Keep these values in the place of returning them.
+            todo: The nodes in order.
+            wanted: Nodes whose values are returned.
+            keep: Cache these values instead of returning them.
         """
         last = {source: node for node in todo for source in node.all_input_nodes}
         values = {node: self._kept[node] for node in last if node in self._kept}
@@ -679,9 +678,9 @@ class _Fast:
         return values
 
     def _make_room(self) -> None:
-        """Keep what fits, without the largest values.
+        """Drop the largest cached values until the rest fits.
 
-        They are the early ones, and what depends on those is most of the network anyway.
+        Large values belong to early layers, on which most of the network depends.
         """
         sizes = {
             node: value.nbytes
@@ -700,7 +699,7 @@ class _Fast:
 
 
 def _class_counts(graph: WidthGraph, channels: Mapping[str, int]) -> dict[int, int]:
-    """Classes of each free variable, by its index."""
+    """Return the classes of each free variable by its index."""
     return {
         index: channels[variable.name] // variable.unit
         for index, variable in enumerate(graph.variables)
@@ -708,8 +707,8 @@ def _class_counts(graph: WidthGraph, channels: Mapping[str, int]) -> dict[int, i
     }
 
 
-def _present(axis: Axis, counts: Mapping[int, int]) -> Iterator[int]:
-    """How many classes of each run of an axis there are at these counts."""
+def _present_classes(axis: Axis, counts: Mapping[int, int]) -> Iterator[int]:
+    """Yield the number of classes of each span of an axis at these counts."""
     for run in axis:
         count = counts.get(run.variable, run.start + run.classes)
         yield min(max(count - run.start, 0), run.classes)
@@ -717,20 +716,21 @@ def _present(axis: Axis, counts: Mapping[int, int]) -> Iterator[int]:
 
 def _length(axis: Axis, counts: Mapping[int, int]) -> int:
     return sum(
-        run.repeat * classes for run, classes in zip(axis, _present(axis, counts), strict=True)
+        run.repeat * classes
+        for run, classes in zip(axis, _present_classes(axis, counts), strict=True)
     )
 
 
 def _layer_macs(layer: Layer, counts: Mapping[int, int]) -> int:
-    """Multiply-adds of one call of a layer, of one image."""
+    """Return the MACs of one call of a layer for one image."""
     reads = _length(layer.reads, counts) if layer.kind == "dense" else 1
     return layer.coefficient * reads * _length(layer.writes, counts)
 
 
 def _bin(axis: Axis, counts: Mapping[int, int], index: int, left: int) -> Iterator[range]:
-    """The entries, of those at the present counts, that a variable with fewer classes loses."""
+    """Yield the entries of an axis that a variable loses when it is reduced to ``left`` classes."""
     position = 0
-    after = _present(axis, {**counts, index: left})
-    for run, classes, fewer in zip(axis, _present(axis, counts), after, strict=True):
+    after = _present_classes(axis, {**counts, index: left})
+    for run, classes, fewer in zip(axis, _present_classes(axis, counts), after, strict=True):
         yield range(position + fewer * run.repeat, position + classes * run.repeat)
         position += classes * run.repeat

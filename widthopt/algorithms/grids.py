@@ -1,8 +1,8 @@
-"""The channel counts that a search may choose among, for each width variable of a supernet.
+"""Grids: the channel counts that each width variable of a supernet may have in a search.
 
-A grid is ascending, has no duplicates, and ends with the supernet's own count. Variables that
-cannot be searched have one entry. Where a variable's channels come in groups, all numbers here
-are numbers of groups; the grid is in channels again.
+A grid is ascending, has no duplicates, and ends with the count of the supernet. Variables that
+cannot be searched have one entry. If the channels of a variable come in groups, the functions
+below count groups, and `grids` converts them to channels.
 """
 
 import math
@@ -17,11 +17,11 @@ Grids = dict[str, tuple[int, ...]]
 
 
 def grids(graph: WidthGraph, rule: Callable[[int], list[int]]) -> Grids:
-    """The grid of each free width variable of a supernet.
+    """Return the grid of each free width variable of a supernet.
 
     Args:
-        graph: The supernet's.
-        rule: From a count to what may be chosen, ascending, the count itself last.
+        graph: The graph of the supernet.
+        rule: Returns the entries for a count, ascending, with the count as the last.
     """
     searchable = set(graph.searchable)
     return {
@@ -35,23 +35,23 @@ def grids(graph: WidthGraph, rule: Callable[[int], list[int]]) -> Grids:
 def bin_grid(
     count: int, *, bins: int, divisor: int, least_bins: int, kind: Literal["fraction", "step"]
 ) -> list[int]:
-    """AutoSlim's grid of one variable.
+    """Return AutoSlim's grid of one variable.
 
     ``fraction``: the nearest multiples of the divisor to ``count * k / bins``, k from
-    ``least_bins``; a single channel where that is none.
-    ``step``: ``count`` less multiples of one step, ``count / bins`` to the nearest multiple of
-    the divisor (halves to even), down to ``least_bins / bins`` of it: with 12 bins, a divisor of
-    8 and no lower bound, the published lists of channels lie on it.
+    ``least_bins``; 1 where the nearest multiple is 0.
+    ``step``: ``count`` minus multiples of one step, which is ``count / bins`` rounded to a multiple
+    of the divisor (halves to even), down to ``least_bins / bins`` of the count. The published
+    channel counts lie on this grid with 12 bins, a divisor of 8 and no lower bound.
 
     Args:
         count: Channels in the supernet.
-        bins: Parts that they are divided into.
-        divisor: Entries of ``fraction`` between one and the count, and steps of ``step``, are
+        bins: Number of bins.
+        divisor: Entries of ``fraction`` between 1 and the count, and steps of ``step``, are
             multiples of this.
-        least_bins: Bins that always stay.
+        least_bins: Bins that are always kept.
         kind: ``fraction`` or ``step``.
 
-    Source: Yu and Huang, 2019, "AutoSlim"; its specification, 1.2 and 3.4.
+    Source: Yu and Huang, 2019, "AutoSlim"; docs/algorithms/autoslim.md, 1.2 and 3.4.
     """
     if kind == "fraction":
         parts = {
@@ -72,20 +72,20 @@ def group_grid(
     enlarge: float,
     kind: Literal["auto", "reference", "even"],
 ) -> list[int]:
-    """DMCP's grid of one variable: what always stays, and one entry more for each group.
+    """Return DMCP's grid of one variable: the channels always kept, then one entry per group.
 
-    There are ``(enlarge - least) / step`` groups. ``reference``: each has ``count * step /
-    enlarge`` channels, rounded down, and what rounding leaves over always stays; a variable too
-    narrow for that has no groups. ``even``: boundaries are spread evenly and rounded.
+    There are ``(enlarge - least) / step`` groups. ``reference``: each group has ``count * step /
+    enlarge`` channels, rounded down, and the rest is always kept; a variable that is too narrow
+    has no groups. ``even``: boundaries are spread evenly and rounded.
 
     Args:
         count: Channels in the supernet.
-        step: Size of a group, as a part of the un-enlarged channels.
-        least: What always stays, as a part of the un-enlarged channels.
-        enlarge: The supernet's channels, as a multiple of the un-enlarged ones.
+        step: Size of a group, as a fraction of the channels of the network.
+        least: Channels always kept, as a fraction of the channels of the network.
+        enlarge: Factor on the channels of the network for the supernet.
         kind: ``auto``, ``reference`` or ``even``.
 
-    Source: Guo et al., 2020, "DMCP"; its specification, 1.1 and D6.
+    Source: Guo et al., 2020, "DMCP"; docs/algorithms/dmcp.md, 1.1 and D6.
     """
     slack = 1e-4  # (1.5 - 0.1) / 0.1 is below 14 in floating point
     groups = math.floor((enlarge - least) / step + slack)

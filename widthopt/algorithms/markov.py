@@ -1,13 +1,13 @@
-"""DMCP's model of widths: a Markov chain for each width variable, and expected MACs.
+"""DMCP's model of widths: a Markov chain for each width variable, and the expected MACs.
 
-Group j of a variable is kept with probability ``p_j`` if the group before it is, so with
-probability ``m_j = p_1 ... p_j`` altogether (its *marginal*). Channels before the first group
-are always kept. One real parameter for each group gives ``p_j = sigmoid(alpha_j)``.
+Group j of a variable is kept with probability ``p_j = sigmoid(alpha_j)`` if the group before it is
+kept. Its *marginal* probability is ``m_j = p_1 ... p_j``. Channels before the first group are
+always kept.
 
-Everything here is in float64, and every derivative in closed form.
+All values are float64, and all derivatives are in closed form.
 
 Source: Guo et al., 2020, "DMCP: Differentiable Markov Channel Pruning for Neural Networks";
-its specification, 1.1, 1.3, 1.5 and 1.6.
+docs/algorithms/dmcp.md, 1.1, 1.3, 1.5 and 1.6.
 """
 
 import math
@@ -23,24 +23,24 @@ from widthopt.widthgraph import WidthGraph
 
 
 BAND = 0.95
-"""The budget's tolerance: no push between this part of it and the whole."""
+"""Lower end of the band, relative to the budget, in which the regularizer is zero."""
 
 
 class Chains:
     """The chains of all width variables of a supernet.
 
     Attributes:
-        alpha: Parameters, ``variables groups``, 0 where a variable has fewer groups.
-        real: Which of them are real, of the same shape.
+        alpha: Parameters, of shape ``(variables, groups)``; 0 where a variable has fewer groups.
+        real: Mask of the entries that are parameters, of the same shape.
     """
 
     def __init__(self, graph: WidthGraph, grids: Grids, *, device: torch.device) -> None:
-        """Start with every probability at one half.
+        """Create chains with all probabilities at one half.
 
         Args:
-            graph: The supernet's.
-            grids: What each free variable may have; entries after the first are its groups.
-            device: Where to compute.
+            graph: The graph of the supernet.
+            grids: Grid of each free variable; each entry after the first adds a group.
+            device: Device of the tensors.
         """
         self._names = list(graph.free)
         self._units = [variable.unit for variable in graph.free.values()]
@@ -65,17 +65,17 @@ class Chains:
         )
 
     def probabilities(self) -> Tensor:
-        """p: the probability of each group once the one before it is kept; 0 where none is."""
+        """Return p, the probability of each group if the group before it is kept."""
         return self.alpha.sigmoid() * self.real
 
     def marginals(self) -> Tensor:
-        """m: the probability of each group; 0 where none is."""
-        # By logarithms, so that products of many small numbers keep their gradients' precision.
+        """Return m, the marginal probability of each group."""
+        # In logarithms, for the precision of the gradients of products of small numbers.
         kept = torch.nn.functional.logsigmoid(self.alpha).cumsum(1).exp()
         return kept * self.real
 
     def expected_channels(self) -> dict[str, float]:
-        """E[c] of each free variable, in channels."""
+        """Return the expected channels E[c] of each free variable."""
         means = self._means(self.marginals()).tolist()
         return {
             name: unit * mean
@@ -83,41 +83,44 @@ class Chains:
         }
 
     def expected_macs(self) -> float:
-        """The mean of MACs over the chains, exactly."""
+        """Return the expected MACs over the chains, exactly."""
         return float(self._expectation(self.marginals()))
 
     def _means(self, marginals: Tensor) -> Tensor:
         return self._least + (self._steps * marginals).sum(1)
 
     def _expectation(self, marginals: Tensor) -> Tensor:
-        """Chains are independent, so only a variable times itself needs a second moment."""
+        """Return the expected MACs. Chains are independent, so only squares need second moments."""
         means, macs = self._means(marginals), self._macs
         squares = self._least.square() + (self._square_steps * marginals).sum(1)
         product = means @ (macs.curvature @ means) / 2
         return macs.constant + macs.slopes @ means + product + macs.squares @ squares
 
     def macs_gradient(self) -> Tensor:
-        """Derivative of the expected MACs by the marginals; the same shape as `alpha`."""
+        """Return the derivative of the expected MACs by the marginals, of the shape of `alpha`."""
         macs = self._macs
         slopes = macs.slopes + macs.curvature @ self._means(self.marginals())
         return slopes[:, None] * self._steps + macs.squares[:, None] * self._square_steps
 
-    def by_alpha(self, gradient: Tensor) -> Tensor:
-        """A derivative by the marginals as one by alpha: dm_k/dalpha_j = m_k (1 - p_j), k >= j."""
+    def alpha_gradient(self, gradient: Tensor) -> Tensor:
+        """Convert a derivative by the marginals to one by alpha.
+
+        ``dm_k / dalpha_j = m_k (1 - p_j)`` for ``k >= j``, otherwise 0.
+        """
         later = (gradient * self.marginals()).flip(1).cumsum(1).flip(1)
         return later * (1 - self.alpha.sigmoid()) * self.real
 
     def factors(self, marginals: Tensor) -> Tensor:
-        """The marginal of each class of the searchable variables, as `Supernet.mixture` takes it.
+        """Return the marginal of each class of the searchable variables, for `Supernet.mixture`.
 
         Args:
-            marginals: As `marginals` returns them; gradients flow back to them.
+            marginals: From `marginals`; gradients flow back to it.
         """
         always = marginals.new_ones(1)
         return torch.cat([marginals.flatten(), always])[self._places]
 
     def sample(self, random: torch.Generator) -> dict[str, int]:
-        """One draw of all chains, in channels; ``random`` is on the CPU."""
+        """Sample all chains, and return channels; ``random`` is a CPU generator."""
         draws = torch.rand(self.alpha.shape, generator=random, dtype=torch.float64)
         kept = (draws < self.probabilities().cpu()).cumprod(1).sum(1, keepdim=True)
         counts = self._counts.cpu().gather(1, kept)[:, 0].tolist()
@@ -126,11 +129,11 @@ class Chains:
             for name, unit, count in zip(self._names, self._units, counts, strict=True)
         }
 
-    def start_at(self, macs: float) -> float:
-        """Give every alpha the same value, at which the expected MACs are these; that value.
+    def set_expected_macs(self, macs: float) -> float:
+        """Set all alphas to one value so that the expected MACs are ``macs``; return the value.
 
         Args:
-            macs: Strictly between the cost of the narrowest and of the widest subnet.
+            macs: Between the costs of the narrowest and the widest subnet, both excluded.
         """
         low, high = -40.0, 40.0
         while high - low > 1e-9:  # noqa: PLR2004 (far below what matters in a logit)
@@ -142,9 +145,9 @@ class Chains:
 
 
 def _places(graph: WidthGraph, counts: Mapping[str, list[int]], groups: int) -> list[int]:
-    """For each class of the searchable variables: its group's place in the flat marginals.
+    """Return the index of the group of each class of the searchable variables in flat marginals.
 
-    The place behind the last is for what is always kept.
+    The index after the last stands for channels that are always kept.
     """
     rows = {name: row for row, name in enumerate(graph.free)}
     places: list[int] = []
@@ -156,14 +159,13 @@ def _places(graph: WidthGraph, counts: Mapping[str, list[int]], groups: int) -> 
     return places
 
 
-def regulariser_slope(macs: float, budget_macs: float) -> float:
-    """Derivative of DMCP's budget regulariser by ``macs / budget_macs``.
+def regularizer_slope(macs: float, budget_macs: float) -> float:
+    """Return the derivative of DMCP's budget regularizer by ``macs / budget_macs``.
 
-    ``log(budget - e)`` below the tolerance band, 0 within it, ``log(e - 0.95 budget)`` from
-    the budget up: hyperbolic, strongest near the band. At the band's lower edge the regulariser
-    is 0, as within.
+    The regularizer is ``log(budget - e)`` below the band, 0 in the band, its lower end included,
+    and ``log(e - 0.95 budget)`` above it. The slope is hyperbolic and steepest near the band.
 
-    Source: specification of DMCP, 1.6.
+    Source: docs/algorithms/dmcp.md, 1.6.
     """
     part = macs / budget_macs
     if part < BAND:
@@ -172,23 +174,23 @@ def regulariser_slope(macs: float, budget_macs: float) -> float:
 
 
 def schedule(step: int, steps: int, *, start: float, end: float) -> float:
-    """Half a cosine from ``start`` at step 0 to ``end`` at ``steps``."""
+    """Return the value of a cosine schedule from ``start`` at step 0 to ``end`` at ``steps``."""
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 class AlphaSGD:
-    """SGD with Nesterov momentum on the chains' alpha, as torch's is.
+    """SGD with Nesterov momentum on ``Chains.alpha``, as `torch.optim.SGD`.
 
     Attributes:
-        momentum: The momentum buffer, of alpha's shape.
+        momentum: The momentum buffer, of the shape of alpha.
     """
 
     def __init__(self, chains: Chains, *, mu: float) -> None:
-        """Args: chains: Whose alpha moves. mu: The momentum, in [0, 1)."""
+        """Create the optimizer of ``chains.alpha``; ``mu`` is the momentum, in [0, 1)."""
         self.chains, self._mu = chains, mu
         self.momentum = torch.zeros_like(chains.alpha)
 
     def step(self, gradient: Tensor, *, rate: float) -> None:
-        """Move against a gradient by alpha."""
+        """Make one step against a gradient with respect to alpha."""
         self.momentum.mul_(self._mu).add_(gradient)
         self.chains.alpha.sub_(rate * (gradient + self._mu * self.momentum))

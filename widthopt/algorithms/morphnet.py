@@ -1,11 +1,10 @@
 """MorphNet: prune with a penalty on MACs, then grow to the budget.
 
-The network is trained once with the penalty of `widthopt.algorithms.penalty`; the channels
-that stay alive are the direction of the optimised widths, which the extrapolation then grows.
+The network is trained once with the penalty of `widthopt.algorithms.penalty`. The channels that
+stay alive are the direction of the widths; the extrapolation grows them to the budget.
 
 Source: Gordon et al., 2018, "MorphNet: Fast & Simple Resource-Constrained Structure Learning
-of Deep Networks"; paper section 3.2 and appendix A; the decisions D1-D26 that its
-specification lists.
+of Deep Networks"; paper section 3.2 and appendix A; docs/algorithms/morphnet.md, D1-D26.
 """
 
 import logging
@@ -36,24 +35,30 @@ from widthopt.widthgraph import WidthGraph
 logger = logging.getLogger("widthopt")
 
 FLICKER = 2.2
-"""Amplitude of a dead scale in units of learning rate x pressure, at momentum 0.9 (D9)."""
+"""Amplitude of a dead scale, in learning rate x pressure, at momentum 0.9.
+
+Source: docs/algorithms/morphnet.md, D9.
+"""
 
 GAP_POINTS = 2.0
-"""Loss of accuracy by the last truncation, in points, that declares the result invalid (D6)."""
+"""A result is invalid if the last truncation costs more than this accuracy, in points.
+
+Source: docs/algorithms/morphnet.md, D6.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class MorphNet:
-    """The algorithm; its values are in ``conf/algorithm/morphnet.yaml``.
+    """The MorphNet algorithm; ``conf/algorithm/morphnet.yaml`` has its values.
 
     Attributes:
-        name: Its name in records.
-        strength: Lambda, the factor on R/F0 in the loss; 1 in the paper.
-        threshold: A class of channels is alive if its scale is strictly above this.
-        tie: How the scales of tied channels combine: ``max``, or ``l2``.
-        depthwise: ``double`` charges depthwise layers on both sides, ``single`` by gradient.
-        truncate: Set dead channels to zero at the end of every epoch.
-        floor: Classes that every variable keeps, the largest ones.
+        name: Name in records.
+        strength: Lambda, the weight of R/F0 in the loss; 1 in the paper.
+        threshold: A class of channels is alive if its scale is above this.
+        tie: Reduction of the scales of tied channels: ``max`` or ``l2``.
+        depthwise: ``double`` charges depthwise layers on both sides, ``single`` once.
+        truncate: Whether to set dead channels to zero at the end of every epoch.
+        floor: Number of classes that every variable keeps.
     """
 
     name: str
@@ -71,13 +76,13 @@ class MorphNet:
                 f"algorithm.{key}",
                 value,
                 holds=0 <= value < math.inf,
-                rule=f"it is a number from 0 up; the default is {default}",
+                rule=f"it is a number of at least 0; the default is {default}",
             )
         check_value(
             "algorithm.floor",
             self.floor,
             holds=self.floor >= 1,
-            rule="every layer keeps at least one channel; use a whole number from 1 up",
+            rule="every layer keeps at least one channel; use an integer of at least 1",
         )
 
     def search(
@@ -85,14 +90,19 @@ class MorphNet:
     ) -> SearchResult:
         """See `widthopt.algorithms.WidthSearch`.
 
-        The diagnostics say: ``collapsed``, variables that fell to the floor; ``cut``, those among
-        them that no shortcut goes around; ``suspect``, those that only the absolute threshold
-        empties (a layer that works at a small scale); ``masked_accuracy_gap``, points that
-        the last truncation cost, more than two of which make ``valid`` False, as ``cut`` does;
-        ``unchanged``, nothing was pruned; ``fixed``, variables that no schedule this short
-        could have pruned; ``budget_reached``, always True here: what is pruned is grown.
+        The diagnostics are
+
+        - ``collapsed``: variables that fell to the floor;
+        - ``cut``: collapsed variables that no shortcut bypasses;
+        - ``suspect``: collapsed variables that are empty only by the absolute threshold, because
+          all scales of the layer are small;
+        - ``masked_accuracy_gap``: accuracy lost by the last truncation, in points;
+        - ``valid``: False if ``cut`` is not empty or the gap is above two points;
+        - ``unchanged``: whether nothing was pruned;
+        - ``fixed``: variables that a schedule this short cannot prune;
+        - ``budget_reached``: always True, because the widths are grown to the budget.
         """
-        del budget_macs  # the direction does not depend on it; the extrapolation grows to it
+        del budget_macs  # the direction does not depend on it
         recipe, runtime = context.recipe, context.runtime
         blueprint = Blueprint(setting)
         graph = blueprint.graph
@@ -116,8 +126,8 @@ class MorphNet:
             log=context.log,
         )
         begin = time.perf_counter()
-        # Reading: accuracy is compared with fresh statistics on both sides, so that the gap is
-        # what the dead channels did and not how slowly running means follow.
+        # Interpretation: both accuracies are measured with fresh statistics, so the gap does not
+        # depend on how fast running means follow.
         calibrated = recalibrate(model, data.train, runtime=runtime)
         full = evaluate(model, data.evaluation, runtime=runtime)
         found = _alive_fractions(penalty, graph, self.floor)
@@ -176,8 +186,8 @@ class MorphNet:
     def overhead_macs(
         self, setting: Setting, counts: Counts, *, recipe: Recipe, budget_macs: int
     ) -> int:
-        """See `WidthSearch`: training, and twice recalibration and validation."""
-        del budget_macs  # what is pruned is grown to any budget
+        """See `WidthSearch`: the training, and two recalibrations and validations."""
+        del budget_macs  # the widths are grown to any budget
         graph = Blueprint(setting).graph
         check_searchable(graph, algorithm=self.name)
         macs = graph.macs()
@@ -187,7 +197,10 @@ class MorphNet:
         return 3 * macs * trained + 2 * macs * (calibrated + counts.evaluation)
 
     def _start(self, penalty: Penalty, recipe: Recipe, data: Split) -> dict[str, Any]:
-        """Checks before the first step, and what they found (specification, 3.2 and P23)."""
+        """Check the schedule before the first step, and return details for the record.
+
+        Source: docs/algorithms/morphnet.md, 3.2 and P23.
+        """
         value = float(penalty.value_and_gradient()[0])
         assert math.isfinite(value), "the penalty is not finite at the start"
         pressure, members = penalty.pressure(), penalty.members()
@@ -202,22 +215,22 @@ class MorphNet:
         logger.debug("the penalty R/F0 starts at %.4f", value)
         if fixed and self.strength > 0:
             logger.warning(
-                "this schedule is too short for the penalty to prune %d of %d width variables "
-                "(from %s on): more epochs or images, or a larger algorithm.strength, would",
+                "the schedule is too short for the penalty to prune %d of %d width variables "
+                "(first: %s); use more epochs or images, or a larger algorithm.strength",
                 len(fixed), len(reach), fixed[0],
             )  # fmt: skip
         flicker = FLICKER * max(rates) * self.strength * max(pressure.values())
         if flicker > self.threshold:
             logger.warning(
-                "dead scales may flicker up to %.3g, above algorithm.threshold %g, until the "
-                "learning rate falls; a smaller algorithm.strength avoids it",
+                "dead scales may oscillate up to %.3g, above algorithm.threshold %g, until the "
+                "learning rate falls; a smaller algorithm.strength avoids this",
                 flicker, self.threshold,
             )  # fmt: skip
         return {"penalty_at_start": value, "reach": reach, "fixed": fixed, "travel": travel}
 
 
 class _Pruning(Objective):
-    """The recipe's loss plus ``strength`` times R/F0."""
+    """The loss of the recipe plus ``strength`` times R/F0."""
 
     def __init__(self, penalty: Penalty, algorithm: MorphNet, recipe: Recipe) -> None:
         super().__init__(label_smoothing=recipe.label_smoothing)
@@ -227,12 +240,12 @@ class _Pruning(Objective):
         self._history = torch.zeros(0, 4, dtype=torch.float64)
 
     def before_step(self) -> None:
-        """Add the penalty's gradient, once in a step however many micro-batches it has."""
+        """Add the gradient of the penalty, once per step for any number of micro-batches."""
         if self._algorithm.strength > 0:
             self._penalty.add_gradient(self._algorithm.strength)
 
     def after_epoch(self, epoch: int) -> None:
-        """Truncate, but not after the last epoch: the search measures what that costs."""
+        """Truncate, except after the last epoch, where the search measures the loss of accuracy."""
         value = float(self._penalty.value_and_gradient()[0])
         dead = ~self._penalty.scales().alive.cpu()
         revived = int((self._dead & ~dead).sum()) if len(self._dead) else 0
@@ -247,7 +260,7 @@ class _Pruning(Objective):
             self._penalty.truncate()
 
     def step_metrics(self) -> dict[str, float]:
-        """The penalty, and what is alive."""
+        """Return the penalty and the number of dead classes."""
         macs = self._penalty.graph.macs(self._alive())
         return {
             "penalty": float(self._penalty.value_and_gradient()[0]),
@@ -257,7 +270,7 @@ class _Pruning(Objective):
         }
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Channels alive and the largest scale of each width variable, and what revived."""
+        """Return the channels alive and the largest scale of each variable, and revived classes."""
         alive, largest = self._alive(), self._penalty.largest()
         return {
             "revived_classes": float(self._history[-1, 3]),
@@ -266,28 +279,28 @@ class _Pruning(Objective):
         }
 
     def _alive(self) -> dict[str, int]:
-        """Channels alive of each width variable."""
+        """Return the channels alive of each width variable."""
         free, counts = self._penalty.graph.free, self._penalty.counts()
         return {name: counts[name] * variable.unit for name, variable in free.items()}
 
     def history(self) -> list[dict[str, float]]:
-        """By epoch: R/F0 at its end, classes dead, and classes that came back to life."""
+        """Return R/F0, the dead classes and the revived classes at the end of each epoch."""
         names = ("epoch", "penalty", "dead", "revived")
         return [dict(zip(names, row, strict=True)) for row in self._history.tolist()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """See `Objective.state_dict`."""
         return {"dead": self._dead, "history": self._history}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
+        """See `Objective.load_state_dict`."""
         self._dead, self._history = tensors["dead"], tensors["history"]
 
 
 def _alive_fractions(
     penalty: Penalty, graph: WidthGraph, floor: int, *, relative: bool = False
 ) -> dict[str, float]:
-    """The direction: what stays alive of each variable, but the floor, over what there was."""
+    """Return the fraction of classes alive of each variable, at least the floor."""
     counts = penalty.counts(relative=relative)
     return {
         name: max(counts[name], min(floor, variable.classes)) / variable.classes
@@ -297,11 +310,14 @@ def _alive_fractions(
 
 def _warn(diagnostics: Mapping[str, Any]) -> None:
     if diagnostics["unchanged"]:
-        logger.warning("nothing was pruned: the penalty is too weak for this schedule")
+        logger.warning("nothing was pruned; the penalty is too weak for this schedule")
     if diagnostics["cut"]:
-        logger.warning("the search cut the network at %s: not valid", ", ".join(diagnostics["cut"]))
+        logger.warning(
+            "the search cut the network at %s; the result is not valid",
+            ", ".join(diagnostics["cut"]),
+        )
     if diagnostics["masked_accuracy_gap"] > GAP_POINTS:
         logger.warning(
-            "removing the dead channels cost %.1f points: they were not dead, not valid",
+            "removing the dead channels cost %.1f points; the result is not valid",
             diagnostics["masked_accuracy_gap"],
         )

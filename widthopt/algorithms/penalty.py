@@ -1,11 +1,11 @@
 """MorphNet's penalty on the scales of BatchNorm, in closed form on flat tensors.
 
-A *slot* is one entry of one BatchNorm's scale (gamma). Slots that the topology ties form a
-class; the largest of them says how alive it is. The penalty is the sum over width variables
-of the MACs that one more channel would add at the channel counts now alive, times the sum of
-the variable's scales: ``R = sum_v dF/dn_v(alive) * rho_v``.
+A *slot* is one entry of the scale (gamma) of one BatchNorm. Slots that the topology ties form a
+*class*; its scale is the largest of theirs. The penalty is the sum over width variables of the MACs
+of one more channel, at the counts of classes now alive, times the sum of the scales of the
+variable: ``R = sum_v dF/dn_v(alive) * rho_v``.
 
-Source: Gordon et al., 2018, "MorphNet", sections 3 and 4; specification of MorphNet, 1.3-1.5.
+Source: Gordon et al., 2018, "MorphNet", sections 3 and 4; docs/algorithms/morphnet.md, 1.3-1.5.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from widthopt.widthgraph import WidthGraph
 
 
 class Scales(NamedTuple):
-    """The scales at one moment, by class and by width variable.
+    """The current scales, by slot, class and width variable.
 
     Attributes:
-        flat: The size of every slot, in the order of the norms.
-        classes: How alive each class is.
-        alive: Whether each class is.
-        counts: Classes alive in each free width variable; all of them where it has no scales.
+        flat: Absolute scale of every slot, in the order of the BatchNorms.
+        classes: Scale of each class.
+        alive: Whether each class is alive.
+        counts: Number of classes alive in each free width variable; all if it has no scales.
         sums: Sum of ``classes`` over each free width variable.
     """
 
@@ -38,13 +38,13 @@ class Scales(NamedTuple):
 
 
 class Penalty:
-    """The penalty of one network, whose scales it reads and whose gradients it adds to.
+    """The penalty of one network. It reads the scales and adds to their gradients.
 
     Attributes:
         graph: The network's graph.
-        macs: MACs of the whole network, F0; the penalty is relative to it.
-        variables: Names of the free width variables, in the order of all vectors here.
-        searchable: Those that have scales.
+        macs: MACs of the network, F0; the penalty is relative to it.
+        variables: Names of the free width variables, in the order of the vectors.
+        searchable: Names of the variables that have scales.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Penalty:
         tie: Literal["max", "l2"],
         depthwise: Literal["double", "single"],
     ) -> None:
-        """Lay out the index tensors, on the device of the model.
+        """Create the index tensors on the device of the model.
 
         Args:
             model: The network that ``graph`` describes.
             graph: Its graph.
-            threshold: A class is alive if its scale is strictly above this.
-            tie: The scale of a class: the largest of its slots, or their Euclidean norm.
-            depthwise: Charge depthwise and grouped layers for their input side too.
+            threshold: A class is alive if its scale is above this.
+            tie: Scale of a class: ``max``, the largest of its slots, or ``l2``, their norm.
+            depthwise: ``double`` charges depthwise and grouped layers on their input side too.
 
         Raises:
             InputError: The network has no BatchNorm with scales on a free width variable.
@@ -96,7 +96,7 @@ class Penalty:
             0.0 if name in self.searchable else float(graph.free[name].classes)
             for name in self.variables
         ]
-        # Half precision would lose the steps of a scale; float64 is kept.
+        # Steps of a scale are too small for half precision; float64 stays.
         dtype = torch.promote_types(self._gammas[0].dtype, torch.float32)
         self._kept = torch.tensor(kept, device=device, dtype=dtype)
         slopes, curvature = _polynomial(graph, row, self.macs, depthwise=depthwise)
@@ -105,7 +105,7 @@ class Penalty:
 
     @torch.no_grad()
     def scales(self) -> Scales:
-        """The scales as they are now."""
+        """Return the current scales."""
         flat = torch.cat(self._gammas).to(self._slopes.dtype).abs()
         count = len(self._class_row)
         classes = flat.new_zeros(count)
@@ -113,7 +113,7 @@ class Penalty:
             classes = classes.scatter_reduce_(0, self._slot_class, flat, "amax")
         else:
             classes = classes.index_add_(0, self._slot_class, flat.square()).sqrt_()
-        # A class of a fixed variable is always alive and never charged.
+        # A class of a fixed variable is always alive and has no penalty.
         alive = (classes > self._threshold) | ~self._class_free
         charged = self._class_free.to(flat.dtype)
         counts = self._kept.index_add(0, self._class_row, alive.to(flat.dtype) * charged)
@@ -122,10 +122,10 @@ class Penalty:
 
     @torch.no_grad()
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
-        """R/F0 (no axes), and its gradient by slot.
+        """Return R/F0, a scalar, and its gradient by slot.
 
-        The alive counts are steps, so no gradient flows through them. Members of a class that
-        share its maximum share the gradient evenly. A scale of zero has none.
+        No gradient flows through the counts, which are step functions. Slots of a class that are
+        equal to its maximum share the gradient evenly. A scale of zero has no gradient.
         """
         with torch.autocast(self._slopes.device.type, enabled=False):
             scales = self.scales()
@@ -143,10 +143,10 @@ class Penalty:
 
     @torch.no_grad()
     def add_gradient(self, strength: float) -> Tensor:
-        """Add ``strength`` times the gradient of R/F0 to the scales' gradients; R/F0, no axes.
+        """Add ``strength`` times the gradient of R/F0 to the gradients of the scales; return R/F0.
 
-        Called once in a step, when the gradients of all its images are there. Nothing here
-        waits for the device.
+        Call this once per step, after the gradients of all micro-batches. It does not synchronize
+        with the device.
         """
         value, gradient = self.value_and_gradient()
         gradients = [_gradient(gamma) for gamma in self._gammas]
@@ -155,11 +155,10 @@ class Penalty:
 
     @torch.no_grad()
     def truncate(self) -> Tensor:
-        """Set scale and shift of all members of every dead class to 0; which slots are dead.
+        """Set the scales and shifts of every dead class to 0, and return the mask of dead slots.
 
-        Deviation: MorphNet's own code never does this while it searches; without it the
-        accuracy at the end belongs to a network that still has the channels (specification,
-        decision D5).
+        Deviation: MorphNet's code does not do this during a search. Without it, the accuracy at
+        the end is that of a network that still has the channels (docs/algorithms/morphnet.md, D5).
         """
         dead = ~self.scales().alive[self._slot_class]
         for gamma, beta, mask in zip(
@@ -170,12 +169,12 @@ class Penalty:
         return dead
 
     def counts(self, *, relative: bool = False) -> dict[str, int]:
-        """Classes alive in each free width variable.
+        """Return the number of classes alive in each free width variable.
 
         Args:
-            relative: Compare with the threshold times ``min(1, largest scale in the variable)``:
-                a whole layer can shrink at no cost to the task, because the next BatchNorm
-                undoes it, and the absolute threshold then calls it dead.
+            relative: Use the threshold times ``min(1, largest scale of the variable)``. All scales
+                of a layer can shrink without an effect on the loss, because the next BatchNorm
+                normalizes them; the absolute threshold then marks the layer as dead.
         """
         scales = self.scales()
         alive = scales.alive
@@ -191,7 +190,7 @@ class Penalty:
         return dict(zip(self.variables, map(int, counts.tolist()), strict=True))
 
     def largest(self) -> dict[str, float]:
-        """The largest scale in each searchable width variable."""
+        """Return the largest scale of each searchable width variable."""
         scales = self.scales()
         largest = scales.classes.new_zeros(len(self.variables)).scatter_reduce_(
             0, self._class_row, scales.classes * self._class_free, "amax"
@@ -200,13 +199,13 @@ class Penalty:
         return {name: values[name] for name in self.searchable}
 
     def pressure(self) -> dict[str, float]:
-        """Gradient of R/F0 on one whole class of each searchable variable, as it is now."""
+        """Return the current gradient of R/F0 on one class of each searchable variable."""
         weights = self._slopes + self._curvature @ self.scales().counts
         values = dict(zip(self.variables, weights.tolist(), strict=True))
         return {name: values[name] for name in self.searchable}
 
     def members(self) -> dict[str, int]:
-        """Slots in one class of each searchable width variable."""
+        """Return the number of slots in a class of each searchable width variable."""
         per_class = torch.bincount(self._slot_class, minlength=len(self._class_row)).tolist()
         return {
             self.variables[row]: slots
@@ -218,7 +217,7 @@ class Penalty:
 
     @property
     def mixed(self) -> int:
-        """Classes with both dead and living slots: in a series chain these are dead in effect."""
+        """Number of classes with both dead and living slots."""
         scales = self.scales()
         living = (scales.flat > self._threshold).to(scales.classes.dtype)
         count = torch.zeros_like(scales.classes).index_add_(0, self._slot_class, living)
@@ -241,10 +240,10 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _polynomial(
     graph: WidthGraph, row: dict[int, int], macs: int, *, depthwise: Literal["double", "single"]
 ) -> tuple[Tensor, Tensor]:
-    """Slopes and curvature of F/F0 in the class counts, in float64.
+    """Return slopes and curvature of F/F0 with respect to the class counts, in float64.
 
-    Reading: MorphNet's code charges a depthwise layer on both of its sides although its cost
-    has one factor; grouped layers are treated alike (specification, decision D10).
+    Interpretation: MorphNet's code charges a depthwise layer on both of its sides although its cost
+    has one factor; grouped layers are treated in the same way (docs/algorithms/morphnet.md, D10).
     """
     macs_of = Polynomial.of(graph)
     slopes = macs_of.slopes.clone()

@@ -1,4 +1,4 @@
-"""A graph's MACs as tensors, for what computes them from many counts or follows gradients."""
+"""The MACs of a graph as a polynomial with tensor coefficients."""
 
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ from widthopt.widthgraph import WidthGraph
 class Polynomial(NamedTuple):
     """MACs = constant + slopes . n + n . curvature n / 2 + squares . n^2, in float64.
 
-    ``n`` are the class counts of the free width variables, in forward order. Products of a
-    variable with itself are kept apart in ``squares``, since the mean of a square is not the
-    square of the mean; ``curvature`` is symmetric with a zero diagonal.
+    ``n`` are the class counts of the free width variables, in forward order. ``squares`` has the
+    products of a variable with itself, because expectations need them separately. ``curvature``
+    is symmetric with a zero diagonal.
     """
 
     constant: float
@@ -23,7 +23,7 @@ class Polynomial(NamedTuple):
 
     @classmethod
     def of(cls, graph: WidthGraph) -> "Polynomial":
-        """The polynomial `WidthGraph.quadratic` as tensors on the CPU."""
+        """Return `WidthGraph.quadratic` as tensors on the CPU."""
         rows = [index for index, variable in enumerate(graph.variables) if variable.free]
         row = {index: place for place, index in enumerate(rows)}
         slopes = torch.zeros(len(row), dtype=torch.float64)

@@ -1,7 +1,8 @@
-"""The supernet's training, which AutoSlim and DMCP share: the sandwich rule with distillation.
+"""Training of the supernet for AutoSlim and DMCP: the sandwich rule with inplace distillation.
 
-In every step the widest subnet learns the labels, and the narrowest and a few random ones learn
-what the widest predicts. Their gradients are summed and the parameters updated once.
+In every step the widest subnet is trained on the labels, and the narrowest and some random subnets
+are trained on the predictions of the widest. The gradients are summed, and the optimizer makes one
+step.
 
 Source: Yu and Huang, 2019, "Universally Slimmable Networks and Improved Training Techniques",
 sections 3.2 and 3.3.
@@ -36,31 +37,31 @@ from widthopt.widthgraph import WidthGraph
 logger = logging.getLogger("widthopt")
 
 Reduction = Literal["sum", "mean"]
-"""How the gradients of the subnets of a step combine; the sum is the published way."""
+"""Reduction of the gradients of a step's subnets; the paper uses the sum."""
 
 TRIAL_ROUNDS = 4
-"""Rounds in which every way to run is timed, after one that is not."""
+"""Timed rounds of the trial, after one round of warm-up."""
 
 TRIAL_IMAGES = 16
-"""Images at most in one pass of the trial."""
+"""Largest batch of the trial."""
 
 TRIAL = "trial.json"
-"""Where a search's folder keeps what the trial came to."""
+"""File with the result of the trial in the folder of a search."""
 
 CLEARLY_FASTER = 0.95
-"""Part of the default way's time that another must stay below to be chosen.
+"""Another way to run is chosen only if it takes less than this fraction of the default's time.
 
-Ways differ in rounding, so a search should not flip between two that are about as fast.
+Ways to run differ in rounding, so searches should not switch between equally fast ones.
 """
 
 
 class Sandwich(Objective):
-    """What one step of a supernet's training minimises.
+    """The loss of one step of a supernet's training.
 
     Attributes:
         supernet: The supernet.
-        grids: Channel counts that subnets are drawn from.
-        macs: MACs of all passes of the steps so far, of all images of all processes.
+        grids: Channel counts from which subnets are drawn.
+        macs: MACs of all passes so far, over the images of all processes.
     """
 
     def __init__(
@@ -73,15 +74,15 @@ class Sandwich(Objective):
         label_smoothing: float,
         seed: int,
     ) -> None:
-        """Prepare the first step.
+        """Create the objective.
 
         Args:
             supernet: The supernet.
-            grids: As `widthopt.algorithms.grids` makes them.
-            random_subnets: Random subnets in a step, beside the widest and the narrowest.
-            reduction: How the gradients of a step's subnets combine.
-            label_smoothing: Of the widest subnet's loss, in [0, 1).
-            seed: What the draws depend on.
+            grids: From `widthopt.algorithms.grids`.
+            random_subnets: Random subnets in a step, in addition to the widest and the narrowest.
+            reduction: Reduction of the gradients of a step's subnets.
+            label_smoothing: Label smoothing of the loss of the widest subnet, in [0, 1).
+            seed: Seed of the random subnets.
         """
         super().__init__(label_smoothing=label_smoothing)
         self.supernet, self.grids = supernet, grids
@@ -96,7 +97,7 @@ class Sandwich(Objective):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """See `Objective.identity`: another grid, network or number of subnets is another."""
+        """See `Objective.identity`: includes the grids and the number of subnets."""
         return {
             **super().identity,
             "grids": {name: list(grid) for name, grid in self.grids.items()},
@@ -105,7 +106,7 @@ class Sandwich(Objective):
         }
 
     def begin_step(self, step: int, *, images: int) -> None:
-        """Draw the step's random subnets; they follow from the seed and the step alone."""
+        """Draw the random subnets of the step, which depend only on the seed and the step."""
         random = [self.draw(step, number) for number in range(self._random_subnets)]
         self._students = [self._narrowest, *random]
         self._losses, self._images = [], 0
@@ -113,9 +114,9 @@ class Sandwich(Objective):
         self.macs += 3 * images * (graph.macs() + sum(map(graph.macs, self._students)))
 
     def draw(self, step: int, number: int) -> dict[str, int]:
-        """One random subnet: every variable independently and uniformly over its grid.
+        """Return a random subnet: each variable is uniform over its grid and independent.
 
-        Source: specification of AutoSlim, D1 and D2.
+        Source: docs/algorithms/autoslim.md, D1 and D2.
         """
         random = generator(self.seed, "subnet", step, number)
         return {name: random.choice(grid) for name, grid in self.grids.items()}
@@ -123,9 +124,10 @@ class Sandwich(Objective):
     def backward(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, share: float
     ) -> tuple[Tensor, Tensor]:
-        """See `Objective.backward`; the loss and logits are the widest subnet's.
+        """See `Objective.backward`. Returns the loss and logits of the widest subnet.
 
-        The others see no labels: they learn the widest's predictions, which are held still.
+        The other subnets see no labels. They are trained on the predictions of the widest, through
+        which no gradient flows.
         """
         del model  # it is the supernet's
         share *= self._share
@@ -146,7 +148,7 @@ class Sandwich(Objective):
         return loss.detach(), logits.detach()
 
     def step_metrics(self) -> dict[str, float]:
-        """The losses of the step's other subnets, over this process's images."""
+        """Return the losses of the other subnets of the step, over the images of this process."""
         names = ["narrowest", *(f"random_{index}" for index in range(1, len(self._losses)))]
         losses = torch.stack(self._losses) / self._images if self._losses else torch.zeros(0)
         return {f"loss_{name}": loss for name, loss in zip(names, losses.tolist(), strict=False)}
@@ -161,23 +163,23 @@ class Sandwich(Objective):
 
 
 def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Mean cross-entropy of a student's predictions with a teacher's, at temperature 1.
+    """Return the mean cross-entropy between a teacher and a student, at temperature 1.
 
-    Its gradient is that of the Kullback-Leibler divergence, whose other part is the teacher's
-    entropy.
+    Its gradient equals that of the Kullback-Leibler divergence, which differs by the entropy of
+    the teacher.
 
     Args:
-        logits: The student's, ``batch classes``.
-        teacher: The teacher's probabilities, ``batch classes``.
+        logits: Logits of the student, of shape ``(batch, classes)``.
+        teacher: Probabilities of the teacher, of shape ``(batch, classes)``.
     """
     return functional.cross_entropy(logits.float(), teacher)
 
 
 def step_macs(graph: WidthGraph, grids: Grids, *, random_subnets: int) -> float:
-    """MACs of one step for one image, as expected over the random subnets.
+    """Return the expected MACs of one step for one image.
 
-    Variables are drawn independently and no layer's cost is of higher degree than one in each,
-    so the expected cost is that of the expected counts.
+    Variables are drawn independently, and the cost of a layer is linear in each of them, so the
+    expected cost is the cost of the expected counts.
     """
     narrowest = {name: grid[0] for name, grid in grids.items()}
     mean = {name: sum(grid) / len(grid) for name, grid in grids.items()}
@@ -187,17 +189,17 @@ def step_macs(graph: WidthGraph, grids: Grids, *, random_subnets: int) -> float:
 def check_budget(
     graph: WidthGraph, grids: Grids, least_macs: int, budget_macs: int, *, enlarge: float
 ) -> None:
-    """Raise unless a search can end between these MACs, which are the budget and its tolerance.
+    """Check that the budget is between the narrowest and the widest subnet.
 
     Args:
-        graph: The supernet's.
-        grids: What each variable may have.
-        least_macs: The budget, or what is close enough to it from below.
+        graph: The graph of the supernet.
+        grids: Channel counts of each variable.
+        least_macs: The budget less its tolerance.
         budget_macs: The budget.
-        enlarge: What made the supernet, for the message: the budget is not as it was typed.
+        enlarge: Factor of the supernet, for the message.
 
     Raises:
-        InputError: It lies below the narrowest subnet or not below the widest.
+        InputError: The budget is below the narrowest subnet, or not below the widest.
     """
     narrowest = graph.macs({name: grid[0] for name, grid in grids.items()})
     widest = graph.macs()
@@ -213,20 +215,20 @@ def check_budget(
 def prepare_supernet(
     blueprint: Blueprint, context: SearchContext, *, enlarge: float, batch_size: int
 ) -> tuple[Supernet, Runtime]:
-    """A supernet on its device with fresh weights, and the runtime that it is fastest under.
+    """Return a supernet with fresh weights on its device, and the runtime in which it is fastest.
 
-    What the runtime leaves open (how subnets run, the memory format) is timed once and kept in
-    the folder, so that a search that is resumed goes on in the same way; of several processes
-    the first decides. The trial's few passes are no part of the search's overhead.
+    Settings that the runtime leaves open (backend, memory format) are chosen by a short timing
+    trial. The choice is stored in the folder, so a resumed search runs in the same way; rank 0
+    decides for all ranks. The passes of the trial do not count as overhead.
 
     Args:
         blueprint: The network.
-        context: What the search runs under.
+        context: Context of the search.
         enlarge: Factor on the channels of the searchable variables.
         batch_size: Images in one pass.
 
     Raises:
-        InputError: Switching channels off by BatchNorm does not remove them from this network.
+        InputError: Masking channels with BatchNorm does not remove them from this network.
     """
     runtime = context.runtime
     seed = derived_seed(context.seed, "search weights")
@@ -252,14 +254,14 @@ def prepare_supernet(
 
 
 class _Way(NamedTuple):
-    """How a supernet runs: the memory format, whether convolutions mix formats, the back-end."""
+    """A way to run a supernet: memory format, whether convolutions mix formats, and backend."""
 
     memory_format: str
     mixed: bool
     backend: Backend
 
     def apply(self, supernet: Supernet, runtime: Runtime) -> Runtime:
-        """Let the supernet run this way; the runtime that says so."""
+        """Configure the supernet, and return the runtime with these settings."""
         supernet.backend, supernet.mixed = self.backend, self.mixed
         last = self.memory_format == "channels_last"
         runtime = replace(
@@ -272,7 +274,7 @@ class _Way(NamedTuple):
 
 
 def _ways(runtime: Runtime, device: torch.device) -> list[_Way]:
-    """The ways that a runtime leaves open, the usual one first."""
+    """Return the ways to run that a runtime leaves open, the default first."""
     last = memory_format(runtime, device) == torch.channels_last
     usual = "channels_last" if last else "contiguous"
     formats = [(usual, False)]
@@ -287,10 +289,9 @@ def _ways(runtime: Runtime, device: torch.device) -> list[_Way]:
 
 
 def _stored_trial(folder: Path, runtime: Runtime) -> _Way | None:
-    """What an earlier trial came to; None without one, or where it is not open any more."""
+    """Return the result of an earlier trial, or None if the runtime no longer allows it."""
     try:
-        found = json.loads((folder / TRIAL).read_text("utf-8"))
-        way = _Way(**found)
+        way = _Way(**json.loads((folder / TRIAL).read_text("utf-8")))
     except (OSError, TypeError, ValueError):
         return None
     device = resolve_device(runtime)
@@ -300,7 +301,7 @@ def _stored_trial(folder: Path, runtime: Runtime) -> _Way | None:
 def _fastest(
     supernet: Supernet, images: Tensor, channels: Mapping[str, int], runtime: Runtime
 ) -> _Way:
-    """The usual way, or one that is clearly faster in turns with the others."""
+    """Time all ways in turns; return the default, or one that is clearly faster."""
     ways = _ways(runtime, images.device)
     if len(ways) == 1:
         return ways[0]
@@ -308,12 +309,12 @@ def _fastest(
     for _ in range(1 + TRIAL_ROUNDS):
         seconds = []
         for way in ways:
-            taken = way.apply(supernet, runtime)
-            seconds.append(_pass_seconds(supernet, images, channels, taken))
+            applied = way.apply(supernet, runtime)
+            seconds.append(_pass_seconds(supernet, images, channels, applied))
         rounds.append(seconds)
     for parameter in supernet.model.parameters():
         parameter.grad = None
-    # The fastest pass of each: what else the machine does can only slow one down.
+    # The minimum, because other load on the machine can only slow a pass down.
     least = [min(times) for times in zip(*rounds[1:], strict=True)]
     best = min(range(len(ways)), key=least.__getitem__)
     chosen = best if least[best] < CLEARLY_FASTER * least[0] else 0
@@ -326,7 +327,7 @@ def _fastest(
 def _pass_seconds(
     supernet: Supernet, images: Tensor, channels: Mapping[str, int], runtime: Runtime
 ) -> float:
-    """Seconds of a full pass and two passes of a subnet, forward and backward."""
+    """Return the seconds of a full pass and two passes of a subnet, forward and backward."""
     device = images.device
     images = images.contiguous(memory_format=memory_format(runtime, device))
     started = time.perf_counter()

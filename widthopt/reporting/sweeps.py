@@ -65,7 +65,7 @@ def draw(root: Path, sweeps: Sequence[Manifest], *, only: Collection[str] = ()) 
         only: The names of the figures to draw, without a page and without tracking; all figures
             if it is empty.
     """
-    store = Store(root / "stages")
+    store = Store.below(root)
     store.check(write=False)
     figures: dict[str, Mapping[str, Any]] = {}
     missing: dict[str, dict[str, str]] = {}
@@ -147,7 +147,7 @@ def show(root: Path, sweeps: Sequence[Manifest]) -> None:
     Raises:
         InputError: None of their points is done.
     """
-    store = Store(root / "stages")
+    store = Store.below(root)
     store.check(write=False)
     groups: dict[str, RecordGroup] = {}
     for sweep in sweeps:
@@ -192,7 +192,7 @@ def status(
         sweeps: The output of `load_manifests`.
         live: The jobs that wait or run in a queue.
     """
-    store = Store(root / "stages")
+    store = Store.below(root)
     store.check(write=False)
     result = []
     for sweep in sweeps:
