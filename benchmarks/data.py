@@ -69,13 +69,13 @@ class Held(DatasetChoice):
         return self.images
 
 
-def held(name: str, images: ArrayImages) -> Dataset:
+def in_memory(name: str, images: ArrayImages) -> Dataset:
     """These images with what ``conf/dataset`` says of others like them."""
     conf: Any = OmegaConf.load(REPOSITORY / "conf" / "dataset" / f"{name}.yaml")
     return Held(images=images, **{field.name: conf[field.name] for field in fields(DatasetChoice)})
 
 
-def made(height: int, width: int, classes: int) -> ArrayImages:
+def noise_images(height: int, width: int, classes: int) -> ArrayImages:
     """Noise; what it shows costs no step of the loader anything."""
     draws = np.random.default_rng(0)
     pixels = draws.integers(0, 256, (IMAGES, height, width, 3), dtype=np.uint8)
@@ -87,7 +87,7 @@ def cifar100() -> tuple[Dataset, str]:
     """CIFAR-100, or noise of its size, and which of the two."""
     script = SHARED / "unpack_cifar100.py"
     if not script.is_file():
-        return held("cifar100", made(32, 32, 100)), "made up"
+        return in_memory("cifar100", noise_images(32, 32, 100)), "made up"
     spec = importlib.util.spec_from_file_location("unpack_cifar100", script)
     assert spec is not None
     assert spec.loader is not None
@@ -96,14 +96,14 @@ def cifar100() -> tuple[Dataset, str]:
     pixels, labels, *_ = module.load(SHARED / "cifar100", "train", IMAGES)
     names = tuple(map(str, range(100)))
     images = ArrayImages(np.asarray(labels, dtype=np.int64), names, np.ascontiguousarray(pixels))
-    return held("cifar100", images), "real"
+    return in_memory("cifar100", images), "real"
 
 
 def photos(folder: str) -> tuple[Dataset, str]:
     """Photographs at their own sizes, or noise of one such size, and which of the two."""
     archive = SHARED / "photos" / "caltech101-subset.zip"
     if not archive.is_file():
-        return held("image_folder", made(200, 300, 46)), "made up"
+        return in_memory("image_folder", noise_images(200, 300, 46)), "made up"
     with zipfile.ZipFile(archive) as file:
         file.extractall(folder)
     conf = OmegaConf.load(REPOSITORY / "conf" / "dataset" / "image_folder.yaml")

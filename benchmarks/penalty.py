@@ -72,7 +72,7 @@ class Pruning(Objective):
         self._penalty.add_gradient(1.0)
 
 
-def penalised(name: str) -> tuple[nn.Module, Penalty]:
+def build_penalty(name: str) -> tuple[nn.Module, Penalty]:
     """A network on the device, and its penalty."""
     model = TorchvisionNetwork(name).build(depth=1, classes=CLASSES)
     graph = trace(model, RESOLUTION)
@@ -82,7 +82,7 @@ def penalised(name: str) -> tuple[nn.Module, Penalty]:
 
 def operations(name: str) -> int:
     """Tensor operations of one call, once every scale has a gradient to add to."""
-    _, penalty = penalised(name)
+    _, penalty = build_penalty(name)
     penalty.add_gradient(1.0)
     dispatched = Dispatched()
     with dispatched:
@@ -120,8 +120,8 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
     size = RECIPE.batch_size
     images = torch.randn(size, 3, RESOLUTION, RESOLUTION, generator=draws).to(device)
     labels = torch.randint(CLASSES, (size,), generator=draws).to(device)
-    plain, _ = penalised(name)
-    model, penalty = penalised(name)
+    plain, _ = build_penalty(name)
+    model, penalty = build_penalty(name)
     with_penalty, without, runs = alternating(
         stepping(model, images, labels, penalty),
         stepping(plain, images, labels, None),

@@ -199,16 +199,16 @@ def killed_at(name, folder, rename):
     """The same in a process that kills itself as it is about to rename a file."""
     numbers, ours = itertools.count(1), os.rename
 
-    def renamed(*args, **kwargs):
+    def count_and_rename(*args, **kwargs):
         if next(numbers) == rename:
             os.kill(os.getpid(), signal.SIGKILL)
         return ours(*args, **kwargs)
 
-    os.rename = os.replace = renamed
+    os.rename = os.replace = count_and_rename
     search(name, folder)
 
 
-def forked(function, *arguments, kill_after=None):
+def run_in_fork(function, *arguments, kill_after=None):
     """How a process of its own ends."""
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     with warnings.catch_warnings():  # the child never touches the threads of this process
@@ -227,15 +227,15 @@ def test_a_search_that_is_killed_again_and_again_ends_the_same(name, when, tmp_p
     """At one of the second to sixth renames of each process, or from outside."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    assert forked(search, name, tmp_path / "whole") == 0
+    assert run_in_fork(search, name, tmp_path / "whole") == 0
     draws, kills = random.Random(0), 0  # noqa: S311 (nothing here is a secret)
     while not (tmp_path / "killed" / "found.json").exists():
         assert kills < 60
         if when == "at any time":
             wait = draws.uniform(0.1, 0.3) + 0.05 * kills
-            code = forked(search, name, tmp_path / "killed", kill_after=wait)
+            code = run_in_fork(search, name, tmp_path / "killed", kill_after=wait)
         else:
-            code = forked(killed_at, name, tmp_path / "killed", draws.randint(2, 6))
+            code = run_in_fork(killed_at, name, tmp_path / "killed", draws.randint(2, 6))
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
     assert kills > 0

@@ -184,7 +184,7 @@ def test_where_there_are_no_sweeps_commands_say_so(tmp_path):
 HEAVY = ("torch", "torchvision", "numpy", "matplotlib", "sklearn", "wandb")
 
 
-def said_and_loaded(folder, *words):
+def output_and_imports(folder, *words):
     """What a command prints, and which of the modules that take long to import it has imported."""
     script = (
         f"import sys\nsys.argv = ['widthopt', *{words!r}]\n"
@@ -201,7 +201,7 @@ def said_and_loaded(folder, *words):
 
 
 def test_help_says_what_there_is_without_loading_torch(tmp_path):
-    message, loaded = said_and_loaded(tmp_path, "--help")
+    message, loaded = output_and_imports(tmp_path, "--help")
     assert loaded == []
     for word in ("widthopt plan", "widthopt macs", "network: ", "resnet18", "seeds:", "morphnet"):
         assert word in message
@@ -210,7 +210,7 @@ def test_help_says_what_there_is_without_loading_torch(tmp_path):
 
 def test_a_network_of_ones_own_is_planned_without_loading_torchvision(tmp_path):
     (tmp_path / "my_network.py").write_text(NETWORK)
-    _, loaded = said_and_loaded(tmp_path, "plan", *TINY)
+    _, loaded = output_and_imports(tmp_path, "plan", *TINY)
     assert "torch" in loaded
     assert not {"torchvision", "wandb"} & set(loaded)
 

@@ -103,7 +103,7 @@ def photos(tmp_path):
     return make
 
 
-def refused(*overrides, point=False):
+def refusal(*overrides, point=False):
     """The one line that these overrides earn; ``point`` goes on to sizes and images."""
     with pytest.raises(InputError) as caught:
         SizedRequest(compose([*TINY, *overrides])) if point else compose(overrides)
@@ -304,7 +304,7 @@ def test_what_merely_runs_is_no_part_of_the_fields():
     ],
 )
 def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
-    assert refused(override) == line
+    assert refusal(override) == line
 
 
 # Types.
@@ -354,11 +354,11 @@ def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
     ],
 )
 def test_a_value_of_another_type_is_refused(override, line):
-    assert refused(override) == line
+    assert refusal(override) == line
 
 
 def test_a_table_is_wanted_where_there_is_one():
-    assert refused("network=custom", "network.factory=a.b", "network.arguments=[1]") == (
+    assert refusal("network=custom", "network.factory=a.b", "network.arguments=[1]") == (
         "network.arguments is [1], but it replaces a value of another kind (a mapping, a list or a "
         "single value); see widthopt --help"
     )
@@ -392,12 +392,12 @@ def test_a_table_is_wanted_where_there_is_one():
     ],
 )
 def test_keys_are_those_of_the_choice_that_was_made(overrides, line):
-    assert refused(*overrides) == line
+    assert refusal(*overrides) == line
 
 
 def test_a_networks_own_arguments_are_added_one_by_one():
     network = ("network=custom", "network.factory=a.b")
-    assert refused(*network, "network.arguments={scale: 1}") == (
+    assert refusal(*network, "network.arguments={scale: 1}") == (
         "network.arguments is a mapping, but its keys are added one by one; write "
         "+network.arguments.NAME=VALUE"
     )
@@ -406,7 +406,7 @@ def test_a_networks_own_arguments_are_added_one_by_one():
 
 
 def test_a_setting_from_elsewhere_that_is_not_there_is_named():
-    line = refused("root=${oc.env:WIDTHOPT_NOT_SET}")
+    line = refusal("root=${oc.env:WIDTHOPT_NOT_SET}")
     assert line.startswith("root cannot be read (")
     assert "WIDTHOPT_NOT_SET" in line
 
@@ -416,7 +416,7 @@ def test_a_setting_from_elsewhere_that_is_not_there_is_named():
 
 @pytest.mark.parametrize("fraction", ["0", "-0.1", "1.01", "nan"])
 def test_a_fraction_lies_above_0_and_at_most_1(fraction):
-    assert refused(f"projection.fraction={fraction}") == (
+    assert refusal(f"projection.fraction={fraction}") == (
         f"projection.fraction is {fraction}, but it is a part of the training images, above 0 and "
         "at most 1; 0.1 is 10 per cent"
     )
@@ -511,7 +511,7 @@ def test_a_fraction_lies_above_0_and_at_most_1(fraction):
     ],
 )
 def test_a_value_out_of_range_is_refused(override, line):
-    assert refused(override) == line
+    assert refusal(override) == line
 
 
 # Networks that cannot be.
@@ -522,7 +522,7 @@ def test_a_value_out_of_range_is_refused(override, line):
     [("target.width=0.001", "target"), ("projection.width=0.001", "projection")],
 )
 def test_a_width_that_rounds_a_variable_to_0_is_refused_with_one_that_does_not(override, key):
-    line = refused(override, point=True)
+    line = refusal(override, point=True)
     assert line == (
         f"{key}.width is 0.001, but it rounds the 64 channels of `conv1` to 0; use 0.008 or more"
     )
@@ -537,7 +537,7 @@ def test_a_width_that_rounds_a_variable_to_0_is_refused_with_one_that_does_not(o
     ],
 )
 def test_a_resolution_below_what_strides_allow_is_refused(custom, overrides, key):
-    line = refused(
+    line = refusal(
         *custom(Small), "target.width=1", "projection.width=null", *overrides, point=True
     )
     # 16 pixels leave 4 behind the stem, too few for a 5x5 convolution.
@@ -555,11 +555,11 @@ def test_the_least_resolution_is_accepted(custom):
 
 def test_a_depth_that_the_builder_cannot_make_is_refused(custom):
     network = ("network=torchvision", "network.name=squeezenet1_1")
-    assert refused(*network, "target.depth=2", point=True) == (
+    assert refusal(*network, "target.depth=2", point=True) == (
         "target.depth is 2, but torchvision's builder of squeezenet1_1 takes no depths; use depth "
         "1, or a ResNet, RegNet, EfficientNet, ConvNeXt, DenseNet or mobilenet_v2"
     )
-    line = refused(*custom(Small), "target.width=1", "projection.depth=2", point=True)
+    line = refusal(*custom(Small), "target.width=1", "projection.depth=2", point=True)
     assert line == (
         "projection.depth is 2, but networks_of_this_test.Small takes no argument `depth`; add "
         "the argument, or use depth 1"
@@ -567,14 +567,14 @@ def test_a_depth_that_the_builder_cannot_make_is_refused(custom):
 
 
 def test_a_proxy_deeper_than_its_target_is_refused():
-    assert refused("projection.depth=2", point=True) == (
+    assert refusal("projection.depth=2", point=True) == (
         "projection.depth is too large: stage `layer1` has 4 blocks in the proxy, but 2 in the "
         "target; use a proxy that is at most as deep as its target"
     )
 
 
 def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
-    line = refused(*custom(Small), "target.width=1", "budget_macs=500", point=True)
+    line = refusal(*custom(Small), "target.width=1", "budget_macs=500", point=True)
     # One channel each: 8 x 8 positions of 9 x 9 x 3, 4 x 4 positions of 5 x 5, 10 classes.
     least = 64 * 243 + 16 * 25 + 10
     assert line == (
@@ -597,7 +597,7 @@ def test_a_budget_that_no_search_meets_is_not_told_as_if_it_had_been_typed(algor
 
 
 def test_a_network_whose_way_depends_on_its_images_is_refused(custom):
-    assert refused(*custom(Branching), "target.width=1", point=True) == (
+    assert refusal(*custom(Branching), "target.width=1", point=True) == (
         "network is Branching, but torch.fx cannot trace it (symbolically traced variables cannot "
         "be used as inputs to control flow); move the code that depends on values into a separate "
         "module and add a rule for it"
@@ -605,7 +605,7 @@ def test_a_network_whose_way_depends_on_its_images_is_refused(custom):
 
 
 def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
-    line = refused(*custom(Sorting), "target.width=1", point=True)
+    line = refusal(*custom(Sorting), "target.width=1", point=True)
     assert line.startswith(
         "network operation is `sort` (node `sort` in the forward of the network), but no rule "
         "describes what it does to channels; add "
@@ -648,11 +648,11 @@ def test_a_factory_that_makes_no_network_is_refused(factory, line, monkeypatch):
     if factory == "builtins.dict":  # has no signature to look at
         monkeypatch.setattr("builtins.table", lambda num_classes: {"n": num_classes}, raising=False)
         factory, line = "builtins.table", line.replace("builtins.dict", "builtins.table")
-    assert refused("network=custom", f"network.factory={factory}", point=True) == line
+    assert refusal("network=custom", f"network.factory={factory}", point=True) == line
 
 
 def test_a_device_that_is_not_there_is_refused(custom):
-    line = refused(*custom(Small), "target.width=1", "runtime.device=abacus", point=True)
+    line = refusal(*custom(Small), "target.width=1", "runtime.device=abacus", point=True)
     assert line.startswith("runtime.device is abacus, but this machine has no such device; use one")
 
 
@@ -661,11 +661,11 @@ def test_a_device_that_is_not_there_is_refused(custom):
 
 def test_a_missing_folder_is_refused(tmp_path):
     gone = tmp_path / "gone"
-    assert refused("dataset=image_folder", f"dataset.root={gone}", point=True) == (
+    assert refusal("dataset=image_folder", f"dataset.root={gone}", point=True) == (
         f"dataset.root is {gone}, but there is no such folder; use the folder that "
         "contains train/<class> and val/<class>"
     )
-    assert refused("dataset=cifar10", f"dataset.root={gone}", point=True) == (
+    assert refusal("dataset=cifar10", f"dataset.root={gone}", point=True) == (
         f"dataset.root is {gone}, but torchvision finds no complete CIFAR10 in it (dataset not "
         "found or corrupted); download it with dataset.download=true, or set dataset.root to the "
         "folder that contains it"
@@ -676,7 +676,7 @@ def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path
     chosen = (*photos(ant=4, bee=4), *custom(Small), "target.width=1")
     for name in ("ant/1.png", "bee/3.png"):
         (tmp_path / "photos" / "train" / name).write_bytes(b"no image")
-    line = refused(*chosen, point=True)
+    line = refusal(*chosen, point=True)
     assert line == (
         f"dataset.root is {tmp_path / 'photos'}, but 2 of 8 images cannot be read "
         "(train/ant/1.png, train/bee/3.png); replace or remove them "
@@ -688,7 +688,7 @@ def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path
 
 
 def test_two_classes_are_the_least(photos, tmp_path):
-    assert refused(*photos(ant=4), point=True) == (
+    assert refusal(*photos(ant=4), point=True) == (
         f"dataset.root is {tmp_path / 'photos'}, but it has fewer than two classes (ant) and "
         "a classifier needs two; use a data set of two classes or more"
     )
@@ -696,7 +696,7 @@ def test_two_classes_are_the_least(photos, tmp_path):
 
 def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_more(photos, custom):
     chosen = (*photos(ant=20, bee=10), *custom(Small), "target.width=1")
-    assert refused(*chosen, "projection.fraction=0.1", point=True) == (
+    assert refusal(*chosen, "projection.fraction=0.1", point=True) == (
         "projection.fraction is 0.1, but it leaves class bee 1 image of 10 and a class needs 2, "
         "one of them for validation; use at least 0.15"
     )

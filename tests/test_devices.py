@@ -29,7 +29,7 @@ def check(gradient, expected, tolerance):
     assert error < tolerance, (gradient.shape, float(error))
 
 
-def moved():
+def check_moved():
     """Check strided convolutions, 1x1 and larger, after `to_device`."""
     last = make_runtime(memory_format="channels_last")
     for channels in NARROW:
@@ -47,7 +47,7 @@ def moved():
                 check(model.weight.grad, exact.weight.grad, 1e-4)
 
 
-def mixed():
+def check_mixed():
     """Check subnets of a ResNet whose shortcuts read few channels, in mixed formats."""
     plan = Blueprint(make_setting("resnet18", classes=5, width=0.25, resolution=64))
     supernet, exact = (Supernet(plan, enlarge=1.0, seed=0) for _ in range(2))

@@ -176,7 +176,7 @@ def test_slices_and_masks_move_the_chains_alike():
 def test_chains_act_where_they_are_told_to():
     """It makes a difference to ReLU6 alone, and only where that clips."""
 
-    def moved(network, site, scale):
+    def move_chains(network, site, scale):
         objective = architecture(network=network, budget=10**7, scale_site=site)
         for module in objective.supernet.model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -191,7 +191,7 @@ def test_chains_act_where_they_are_told_to():
         (TorchvisionNetwork("mobilenet_v2"), 0.1, True),
         (TorchvisionNetwork("resnet18"), 5.0, True),
     ):
-        there, behind = (moved(network, site, scale) for site in ("norm", "activation"))
+        there, behind = (move_chains(network, site, scale) for site in ("norm", "activation"))
         assert torch.allclose(there, behind, rtol=1e-9, atol=1e-12) == same
 
 

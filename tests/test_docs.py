@@ -39,7 +39,7 @@ def anchors(path):
     return {first or second for first, second in ANCHOR.findall(path.read_text("utf-8"))}
 
 
-def cited(text):
+def citations(text):
     """The pages and entries that a text cites, such as ``docs/algorithms/dmcp.md, D2 and D12``."""
     joined = re.sub(r"\s*\n\s*(?:#\s*)?", " ", text)
     return [(page, ID.findall(entries)) for page, entries in CITATION.findall(joined)]
@@ -50,14 +50,14 @@ def test_citations_are_read_as_they_are_written():
     # See docs/algorithms/dmcp.md, D2,
     # 1.4 and T13, which docs/algorithms/morphnet.md lists; docs/algorithms/greedy.md, P1-P3.
     """
-    assert cited(text) == [
+    assert citations(text) == [
         ("dmcp", ["D2", "1.4", "T13"]), ("morphnet", []), ("greedy", ["P1", "P3"])
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_decision_that_is_cited_has_its_entry(path):
-    for page, entries in cited(path.read_text("utf-8")):
+    for page, entries in citations(path.read_text("utf-8")):
         target = DOCS / "algorithms" / f"{page}.md"
         assert target.is_file(), page
         missing = [entry for entry in entries if entry not in anchors(target)]
@@ -73,14 +73,16 @@ def test_every_link_file_and_name_on_a_page_exists(path):
         if anchor and target.suffix == ".md":
             headings = re.findall(r"^#+ (.*)", target.read_text("utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w]+", "-", head.lower()).strip("-") for head in headings}
-            assert anchor in slugs | anchors(target) | generated(target), f"{link}#{anchor}"
+            assert anchor in slugs | anchors(target) | generated_sections(target), (
+                f"{link}#{anchor}"
+            )
     for name in set(FILE.findall(text)) - YOURS:
         assert list(ROOT.glob(name.rstrip("/"))), name
     for name in set(NAME.findall(text)):
         assert exists(name), name
 
 
-def generated(path):
+def generated_sections(path):
     """The sections that the configuration reference has beside those in its file."""
     return set(configuration().GROUPS) if path.name == "configuration.md" else set()
 

@@ -73,7 +73,7 @@ def point(*overrides):
     return SizedRequest(compose([*BASE, *overrides]))
 
 
-def unsearched(*overrides):
+def without_search(*overrides):
     """The same with an algorithm that finds nothing, quickly."""
     base = [item for item in BASE if not item.startswith("algorithm")]
     return SizedRequest(compose([*base, "algorithm=uniform", *overrides]))
@@ -244,7 +244,7 @@ def test_the_same_seed_gives_the_same_record_anywhere(ran, tmp_path):
 
 def test_a_training_is_named_before_its_channels_are_known(tmp_path):
     """By where they come from; two ways to the same channels are two trainings, and alike."""
-    item = unsearched(f"root={tmp_path}", "recipe.epochs=1")
+    item = without_search(f"root={tmp_path}", "recipe.epochs=1")
     names = [
         item.train_entry(method, 0).folder.name for method in ("uniform", "direct", "transfer")
     ]
@@ -392,7 +392,7 @@ def test_a_budget_that_is_the_targets_own_changes_no_search():
 def test_a_given_budget_is_met_by_all_and_shared_out_to_the_proxy(part, tmp_path):
     full = point()
     budget = round(part * full.budget_macs)
-    item = unsearched(f"root={tmp_path}", f"budget_macs={budget}")
+    item = without_search(f"root={tmp_path}", f"budget_macs={budget}")
     for method in ("uniform", "direct", "transfer"):
         match = search_widths(item.request, method=method)
         assert match.budget_macs == budget

@@ -72,7 +72,7 @@ RECORDS = [record(method, seed) for seed in (0, 1) for method in METHODS]
 ONE_SEED = [record(method, 0) for method in METHODS]
 
 
-def drawn(figure, records=RECORDS):
+def draw_figure(figure, records=RECORDS):
     with mpl.rc_context(RC):
         axes = Figure().subplots()
         figure.draw(axes, records)
@@ -90,14 +90,14 @@ def lines(axes):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_line_of_a_method_is_the_mean_of_its_channels(method):
-    x, y = lines(drawn(channels))[method].get_data()
+    x, y = lines(draw_figure(channels))[method].get_data()
     assert list(x) == [0, 1, 2, 3]
     assert list(y) == list(np.mean([COUNTS[method, 0], COUNTS[method, 1]], axis=0))
 
 
 def test_the_shade_is_one_sample_deviation():
-    shade = drawn(channels).collections[METHODS.index("transfer")]
-    (low, high) = shade.get_datalim(drawn(channels).transData).get_points()[:, 1]
+    shade = draw_figure(channels).collections[METHODS.index("transfer")]
+    (low, high) = shade.get_datalim(draw_figure(channels).transData).get_points()[:, 1]
     # At the narrowest 10 +- sqrt(2), at the widest 90 +- sqrt(200).
     vertices = shade.get_paths()[0].vertices[:, 1]
     assert vertices.min() == pytest.approx(10 - 2**0.5)
@@ -106,7 +106,7 @@ def test_the_shade_is_one_sample_deviation():
 
 
 def test_every_width_variable_is_named_in_forward_order():
-    axes = drawn(channels)
+    axes = draw_figure(channels)
     assert [label.get_text() for label in axes.get_xticklabels()] == list(NAMES)
     assert axes.get_xlabel() == "width variable, in forward order"
     assert axes.get_ylabel() == "channels"
@@ -123,7 +123,7 @@ def test_every_width_variable_is_named_in_forward_order():
     [("direct", 0.0, 94.0, 2 / 2**0.5), ("transfer", 80.0, 94.0, 4 / 2**0.5)],
 )
 def test_a_searched_method_is_a_point_with_its_deviation(method, saved, top1, deviation):
-    point, _, (bar,) = lines(drawn(savings))[f"morphnet, {method}"]
+    point, _, (bar,) = lines(draw_figure(savings))[f"morphnet, {method}"]
     assert point.get_xdata() == pytest.approx([saved])
     assert point.get_ydata() == pytest.approx([top1])
     ((_, low), (_, high)) = bar.get_segments()[0]
@@ -131,7 +131,7 @@ def test_a_searched_method_is_a_point_with_its_deviation(method, saved, top1, de
 
 
 def test_the_baseline_is_a_line_at_its_accuracy_with_a_shade():
-    axes = drawn(savings)
+    axes = draw_figure(savings)
     assert list(lines(axes)["uniform"].get_ydata()) == [90.5, 90.5]
     shade = axes.patches[0].get_extents().transformed(axes.transData.inverted())
     deviation = 1 / 2**0.5
@@ -139,7 +139,7 @@ def test_the_baseline_is_a_line_at_its_accuracy_with_a_shade():
 
 
 def test_all_that_can_be_saved_is_on_the_axis():
-    axes = drawn(savings)
+    axes = draw_figure(savings)
     low, high = axes.get_xlim()
     assert low < 0
     assert high > 100
@@ -155,20 +155,20 @@ def test_what_cost_more_than_a_direct_search_is_in_the_picture():
         else item
         for item in RECORDS
     ]
-    axes = drawn(savings, dear)
+    axes = draw_figure(savings, dear)
     point, _, _ = lines(axes)["morphnet, transfer"]
     assert point.get_xdata() == pytest.approx([-200.0])
     assert axes.get_xlim()[0] < -200
 
 
 def test_one_seed_has_no_bars():
-    _, caps, bars = lines(drawn(savings, ONE_SEED))["morphnet, transfer"]
+    _, caps, bars = lines(draw_figure(savings, ONE_SEED))["morphnet, transfer"]
     assert len(caps) == len(bars) == 0
 
 
 def test_several_algorithms_stand_side_by_side_and_share_one_baseline():
     another = [replace(item, algorithm="dmcp") for item in RECORDS]
-    drawn_lines = lines(drawn(savings, [*RECORDS, *another]))
+    drawn_lines = lines(draw_figure(savings, [*RECORDS, *another]))
     assert sorted(drawn_lines) == sorted(
         ["uniform", *(f"{a}, {m}" for a in ("morphnet", "dmcp") for m in ("direct", "transfer"))]
     )
@@ -185,7 +185,7 @@ def test_several_algorithms_stand_side_by_side_and_share_one_baseline():
 @pytest.mark.parametrize("figure", [channels, savings])
 @pytest.mark.parametrize("records", [RECORDS, ONE_SEED, RECORDS[:1], RECORDS[1:3]])
 def test_all_methods_there_are_stand_in_the_legend(figure, records):
-    axes = drawn(figure, records)
+    axes = draw_figure(figure, records)
     labels = [text.get_text().split(", ")[-1] for text in axes.get_legend().get_texts()]
     present = {item.found.method for item in records}
     assert sorted(labels) == sorted(present)
@@ -194,7 +194,7 @@ def test_all_methods_there_are_stand_in_the_legend(figure, records):
 def test_methods_can_be_told_apart_without_colour():
     assert set(COLOURS) == set(MARKERS) == set(METHODS)
     assert len(set(MARKERS.values())) == len(METHODS)
-    handles = lines(drawn(channels))
+    handles = lines(draw_figure(channels))
     assert {handles[method].get_marker() for method in METHODS} == set(MARKERS.values())
     assert {to_hex(handles[method].get_color()) for method in METHODS} == set(COLOURS.values())
 
@@ -245,7 +245,7 @@ def test_the_baseline_is_shown_whichever_algorithm_it_came_with():
         ("-", "uniform"), ("dmcp", "direct"), ("morphnet", "direct"),
     ]  # fmt: skip
     assert found[0]["top-1 %"] == "90.5±0.7"  # of two seeds, each with another algorithm
-    axes = drawn(savings, [second, uniform, record("direct", 0)])
+    axes = draw_figure(savings, [second, uniform, record("direct", 0)])
     assert "uniform" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
@@ -362,8 +362,8 @@ def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(
     diagnostics = {"unchanged": True}
     bad = [replace(item, found=replace(item.found, diagnostics=diagnostics)) for item in OPTIMISED]
     folders = [
-        run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
-        run_folder(tmp_path, "b", kept(bad, "b"), **STRONG),
+        run_folder(tmp_path, "a", in_store(OPTIMISED, "a")),
+        run_folder(tmp_path, "b", in_store(bad, "b"), **STRONG),
     ]
     compare(folders, into=tmp_path / "report")
     message = [line for line in capsys.readouterr().out.splitlines() if "pruned" in line]
@@ -388,14 +388,14 @@ def run_folder(tmp_path, name, records, **config):
     return tmp_path / name
 
 
-def kept(records, name):
+def in_store(records, name):
     """Records with store entries of their own; the baselines share theirs by seed."""
     return [
         replace(item, stages={"train": f"{name}{number}"}) for number, item in enumerate(records)
     ]
 
 
-def reported(message):
+def table_rows(message):
     """The rows of all tables: the algorithm if it is named, the method, and the other cells."""
     for line in map(str.strip, message.splitlines()):
         found = re.fullmatch(rf"(?:(.*\S) +)?({'|'.join(METHODS)}) +([-\d].*)", line)
@@ -408,14 +408,14 @@ STRONG = {"algorithm": {"name": "morphnet", "strength": 7.0, "floor": 2}}
 
 
 def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_name(tmp_path, capsys):
-    uniform = kept([item for item in RECORDS if item.found.method == "uniform"], "u")
+    uniform = in_store([item for item in RECORDS if item.found.method == "uniform"], "u")
     folders = [
-        run_folder(tmp_path, "a", [*uniform, *kept(OPTIMISED, "a")]),
-        run_folder(tmp_path, "b", [*uniform, *kept(OPTIMISED, "b")], **STRONG),
-        run_folder(tmp_path, "c", kept(OPTIMISED, "a")),
+        run_folder(tmp_path, "a", [*uniform, *in_store(OPTIMISED, "a")]),
+        run_folder(tmp_path, "b", [*uniform, *in_store(OPTIMISED, "b")], **STRONG),
+        run_folder(tmp_path, "c", in_store(OPTIMISED, "a")),
     ]
     compare(folders, into=tmp_path / "report")
-    found = list(reported(capsys.readouterr().out))
+    found = list(table_rows(capsys.readouterr().out))
     names = ["morphnet strength 1", "morphnet strength 7"]
     first, second = found[:5], found[5:]
     assert [item[:2] for item in first] == [
@@ -432,11 +432,11 @@ def test_runs_that_differ_in_their_proxy_are_named_by_it_and_compared_with_one_d
     moved = [item for item in RECORDS if item.found.method == "transfer"]
     narrow = [replace(item, proxy={**item.proxy, "width": 0.25}) for item in moved]
     folders = [
-        run_folder(tmp_path, "a", kept(OPTIMISED, "a")),
-        run_folder(tmp_path, "b", kept(narrow, "b"), projection={"width": 0.25}),
+        run_folder(tmp_path, "a", in_store(OPTIMISED, "a")),
+        run_folder(tmp_path, "b", in_store(narrow, "b"), projection={"width": 0.25}),
     ]
     compare(folders, into=tmp_path / "report")
-    found = list(reported(capsys.readouterr().out))[3:]
+    found = list(table_rows(capsys.readouterr().out))[3:]
     assert [item[:2] for item in found] == [
         ("morphnet", "direct"),
         ("morphnet 0.5-1-24-1", "transfer"),
@@ -449,21 +449,21 @@ def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
     first, second = record("transfer", 0), record("transfer", 1)
     narrow = replace(second, proxy={**second.proxy, "width": 0.25})
     folders = [
-        run_folder(tmp_path, "a", kept([first], "a")),
-        run_folder(tmp_path, "b", kept([narrow], "b"), projection={"width": 0.25}),
+        run_folder(tmp_path, "a", in_store([first], "a")),
+        run_folder(tmp_path, "b", in_store([narrow], "b"), projection={"width": 0.25}),
     ]
     compare(folders, into=tmp_path / "report")
-    tops = [item[2][-2] for item in reported(capsys.readouterr().out) if "+" in item[2][-1]]
+    tops = [item[2][-2] for item in table_rows(capsys.readouterr().out) if "+" in item[2][-1]]
     assert tops == ["92.0", "96.0"]  # and not 94.0±2.8
 
 
 def test_seeds_of_two_runs_belong_together(tmp_path, capsys):
     folders = [
-        run_folder(tmp_path, name, kept([item], name), seeds=[item.found.seed])
+        run_folder(tmp_path, name, in_store([item], name), seeds=[item.found.seed])
         for name, item in (("a", record("transfer", 0)), ("b", record("transfer", 1)))
     ]
     compare(folders, into=tmp_path / "report")
-    found = [item for item in reported(capsys.readouterr().out) if "+" in item[2][-1]]
+    found = [item for item in table_rows(capsys.readouterr().out) if "+" in item[2][-1]]
     assert [(item[1], item[2][-2]) for item in found] == [("transfer", "94.0±2.8")]
 
 
@@ -471,19 +471,21 @@ def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path
     longer = {"recipe": {"epochs": 6, "search_epochs": 2, "learning_rate": 0.1}}
     searched = {"recipe": {"epochs": 3, "search_epochs": 9, "learning_rate": 0.1}}
     folders = [
-        run_folder(tmp_path, "a", kept(ONE_SEED, "a")),
-        run_folder(tmp_path, "b", kept([record(method, 1) for method in METHODS], "b"), **longer),
-        run_folder(tmp_path, "c", kept(ONE_SEED[1:], "c"), **searched),
+        run_folder(tmp_path, "a", in_store(ONE_SEED, "a")),
+        run_folder(
+            tmp_path, "b", in_store([record(method, 1) for method in METHODS], "b"), **longer
+        ),
+        run_folder(tmp_path, "c", in_store(ONE_SEED[1:], "c"), **searched),
     ]
     compare(folders, into=tmp_path / "report")
     out = capsys.readouterr().out
     before, _, after = out.partition("\nepochs 6\n")
     assert before.startswith("epochs 3\n")
-    assert {item[0] for item in reported(before)} == {
+    assert {item[0] for item in table_rows(before)} == {
         "-", "morphnet search_epochs 2", "morphnet search_epochs 9"
     }  # fmt: skip
-    assert {item[0] for item in reported(after)} == {None, "morphnet"}  # there is one algorithm
-    assert [item[2][-2] for item in reported(after) if "+" in item[2][-1]] == [
+    assert {item[0] for item in table_rows(after)} == {None, "morphnet"}  # there is one algorithm
+    assert [item[2][-2] for item in table_rows(after) if "+" in item[2][-1]] == [
         "91.0",
         "95.0",
         "96.0",
@@ -498,11 +500,13 @@ def test_names_have_no_more_values_than_tell_them_apart(tmp_path, capsys):
         for strength, floor, tie in ((1.0, 2, "max"), (2.0, 2, "l2"), (1.0, 4, "max"))
     ]
     folders = [
-        run_folder(tmp_path, str(number), kept([record("direct", 0)], str(number)), algorithm=item)
+        run_folder(
+            tmp_path, str(number), in_store([record("direct", 0)], str(number)), algorithm=item
+        )
         for number, item in enumerate(several)
     ]
     compare(folders, into=tmp_path / "report")
-    assert {item[0] for item in reported(capsys.readouterr().out)} == {
+    assert {item[0] for item in table_rows(capsys.readouterr().out)} == {
         "morphnet strength 1 floor 2", "morphnet strength 2 floor 2", "morphnet strength 1 floor 4"
     }  # fmt: skip
 
@@ -511,20 +515,20 @@ def test_values_that_read_alike_are_told_apart_nevertheless(tmp_path, capsys):
     names = [f"a_module_with_a_rather_long_name.{end}" for end in ("One", "Other", "One")]
     folders = [
         run_folder(
-            tmp_path, str(number), kept([record("direct", number % 2)], str(number)),
+            tmp_path, str(number), in_store([record("direct", number % 2)], str(number)),
             algorithm={"name": "morphnet", "how": name},
         )
         for number, name in enumerate(names)
     ]  # fmt: skip
     compare(folders, into=tmp_path / "report")
-    assert {item[0] for item in reported(capsys.readouterr().out)} == {
+    assert {item[0] for item in table_rows(capsys.readouterr().out)} == {
         "morphnet how a_module_with_a_rather_l 1", "morphnet how a_module_with_a_rather_l 2"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["- a", "recipe: 3", "a: [", "\tx", "{recipe: ${"])
 def test_a_configuration_that_was_broken_is_one_line(tmp_path, text):
-    folder = run_folder(tmp_path, "a", kept(ONE_SEED, "a"))
+    folder = run_folder(tmp_path, "a", in_store(ONE_SEED, "a"))
     (folder / "config.yaml").write_text(text)
     with pytest.raises(InputError) as error:
         compare([folder], into=tmp_path / "report")

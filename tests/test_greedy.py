@@ -47,7 +47,7 @@ def blueprint(network, *, width=1.0, resolution=9):
     return Blueprint(make_setting(network, classes=CLASSES, width=width, resolution=resolution))
 
 
-def made(network, *, width=1.0, resolution=9, seed=0, dtype=torch.double):
+def build_supernet(network, *, width=1.0, resolution=9, seed=0, dtype=torch.double):
     """A supernet with its norms in disorder; double, so that rounding decides nothing."""
     supernet = Supernet(
         blueprint(network, width=width, resolution=resolution), enlarge=1.5, seed=seed
@@ -81,7 +81,7 @@ def least(supernet, grids):
     return supernet.graph.macs({name: grid[0] for name, grid in grids.items()})
 
 
-def searched(supernet, grids=None, chunks=None, *, budgets=None, **options):
+def run_slim(supernet, grids=None, chunks=None, *, budgets=None, **options):
     grids = grids or grids_of(supernet)
     resolution = supernet.graph.resolution
     chunks = chunks or [images_and_labels(resolution=resolution)]
@@ -110,7 +110,7 @@ def mistakes_of_a_standalone_network(supernet, channels, images, labels, calibra
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_the_path_is_that_of_networks_built_for_every_candidate(engine, labels, calibrated):
     """14, 2: with constant labels, which the network never says, every candidate is as bad."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     grids = grids_of(supernet)
     images, truth = images_and_labels()
     if labels == "constant":
@@ -120,7 +120,7 @@ def test_the_path_is_that_of_networks_built_for_every_candidate(engine, labels, 
     chunks = (
         [(images, truth)] if not calibrated else [(images[:7], truth[:7]), (images[7:], truth[7:])]
     )
-    found = searched(supernet, grids, chunks, engine=engine, calibration=calibration)
+    found = run_slim(supernet, grids, chunks, engine=engine, calibration=calibration)
     channels = dict(supernet.graph.channels)
     order = list(supernet.graph.free)
     assert order != sorted(order)
@@ -250,10 +250,10 @@ NETWORKS = {
 def test_the_fast_engine_counts_what_the_naive_one_does(name):
     """15: the whole path, and every count of it."""
     network, width, resolution = NETWORKS[name]
-    supernet = made(network, width=width, resolution=resolution)
+    supernet = build_supernet(network, width=width, resolution=resolution)
     grids = grids_of(supernet, 2 if isinstance(network, str) else 3)
     chunks = [images_and_labels(200 if resolution == 9 else 24, resolution)]
-    fast, naive = (searched(supernet, grids, chunks, engine=engine) for engine in ("fast", "naive"))
+    fast, naive = (run_slim(supernet, grids, chunks, engine=engine) for engine in ("fast", "naive"))
     assert fast.moves == naive.moves
     assert fast.solutions == naive.solutions
     assert len({count for move in fast.moves for count in move.errors.values()}) > 3
@@ -267,15 +267,15 @@ def test_single_precision_counts_the_same_with_and_without_what_was_kept(name):
     rounding matter, and 3 of 600 counts of MobileNetV2 would differ by one.
     """
     network, width, resolution = NETWORKS[name]
-    supernet = made(network, width=width, resolution=resolution, dtype=torch.float32)
+    supernet = build_supernet(network, width=width, resolution=resolution, dtype=torch.float32)
     for module in supernet.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 0.1
     images, labels = images_and_labels(32, resolution)
     given = (grids_of(supernet, 2), [(images.float(), labels)])
-    naive = searched(supernet, *given, engine="naive")
-    assert searched(supernet, *given, cache_bytes=0).moves == naive.moves
-    assert searched(supernet, *given).moves == naive.moves
+    naive = run_slim(supernet, *given, engine="naive")
+    assert run_slim(supernet, *given, cache_bytes=0).moves == naive.moves
+    assert run_slim(supernet, *given).moves == naive.moves
     assert len({count for move in naive.moves for count in move.errors.values()}) > 3
 
 
@@ -283,13 +283,13 @@ def test_single_precision_counts_the_same_with_and_without_what_was_kept(name):
 def test_the_fast_engine_counts_what_the_naive_one_does_in_large_networks(name):
     """15, for a few variables spread over a network with excitation, branches or shuffles."""
     width = 1.0 if name == "shufflenet_v2_x0_5" else 0.2
-    supernet = made(name, width=width, resolution=32)
+    supernet = build_supernet(name, width=width, resolution=32)
     every = grids_of(supernet, 2)
     step = math.ceil(len(every) / 8)
     moved = list(itertools.islice(every, 0, None, step))
     grids = {name: grid if name in moved else grid[-1:] for name, grid in every.items()}
     chunks = [images_and_labels(16, 32)]
-    fast, naive = (searched(supernet, grids, chunks, engine=engine) for engine in ("fast", "naive"))
+    fast, naive = (run_slim(supernet, grids, chunks, engine=engine) for engine in ("fast", "naive"))
     assert fast.moves == naive.moves
     assert len(fast.moves) == len(moved)
     assert fast.macs < naive.macs
@@ -305,9 +305,9 @@ class Dropping(Tiny):
 
 
 def test_nothing_is_drawn_though_the_supernet_was_in_training():
-    supernet = made(Dropping)
+    supernet = build_supernet(Dropping)
     first, again, naive = (
-        searched(supernet, engine=engine)
+        run_slim(supernet, engine=engine)
         for engine in ("fast", "fast", "naive")
         if supernet.model.train()
     )
@@ -318,12 +318,12 @@ def test_nothing_is_drawn_though_the_supernet_was_in_training():
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("network", [Tiny, Overwriting, small_densenet])
 def test_little_memory_changes_the_work_and_not_the_counts(limit, chunks, network):
-    supernet = made(network, resolution=9 if network is not small_densenet else 16)
+    supernet = build_supernet(network, resolution=9 if network is not small_densenet else 16)
     parts = [
         images_and_labels(40 // chunks, supernet.graph.resolution, seed) for seed in range(chunks)
     ]
-    enough = searched(supernet, chunks=parts)
-    little = searched(supernet, chunks=parts, cache_bytes=limit)
+    enough = run_slim(supernet, chunks=parts)
+    little = run_slim(supernet, chunks=parts, cache_bytes=limit)
     assert little.moves == enough.moves
     assert little.macs >= enough.macs
     assert (little.macs > enough.macs) or limit
@@ -331,21 +331,21 @@ def test_little_memory_changes_the_work_and_not_the_counts(limit, chunks, networ
 
 def test_the_order_in_which_grids_are_given_changes_nothing():
     """17."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     grids = grids_of(supernet)
     turned = dict(reversed(grids.items()))
-    assert searched(supernet, turned).moves == searched(supernet, grids).moves
+    assert run_slim(supernet, turned).moves == run_slim(supernet, grids).moves
 
 
 @pytest.mark.parametrize("engine", ["fast", "naive"])
 def test_mistakes_of_chunks_add_up_in_any_order(engine):
     """17 and 22."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     chunks = [images_and_labels(count, seed=count) for count in (12, 20, 31)]
     budget = [supernet.graph.macs() - 1]
-    together = searched(supernet, chunks=chunks, budgets=budget, engine=engine)
-    turned = searched(supernet, chunks=chunks[::-1], budgets=budget, engine=engine)
-    alone = [searched(supernet, chunks=[chunk], budgets=budget, engine=engine) for chunk in chunks]
+    together = run_slim(supernet, chunks=chunks, budgets=budget, engine=engine)
+    turned = run_slim(supernet, chunks=chunks[::-1], budgets=budget, engine=engine)
+    alone = [run_slim(supernet, chunks=[chunk], budgets=budget, engine=engine) for chunk in chunks]
     sums = {
         name: sum(item.moves[0].errors[name] for item in alone) for name in together.moves[0].errors
     }
@@ -354,7 +354,7 @@ def test_mistakes_of_chunks_add_up_in_any_order(engine):
 
 def test_images_sorted_by_class_are_judged_otherwise():
     """22: why the order of the images matters where BatchNorm sees their batch."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     images, _ = images_and_labels(60)
     images += torch.arange(60)[:, None, None, None] / 20
     labels = torch.arange(60) // 12
@@ -362,7 +362,7 @@ def test_images_sorted_by_class_are_judged_otherwise():
 
     def first(order):
         pairs = list(zip(images[order].split(12), labels[order].split(12), strict=True))
-        return searched(supernet, chunks=pairs, budgets=budget).moves[0].errors
+        return run_slim(supernet, chunks=pairs, budgets=budget).moves[0].errors
 
     mixed = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     assert first(torch.arange(60)) != first(mixed)
@@ -388,7 +388,7 @@ def attributes(model):
 @pytest.mark.parametrize("calibration", [None, images_and_labels(8, 32)[0]])
 def test_a_search_leaves_the_supernet_as_it_was(engine, calibration):
     """18."""
-    supernet = made("shufflenet_v2_x0_5", resolution=32)
+    supernet = build_supernet("shufflenet_v2_x0_5", resolution=32)
     model = supernet.model
     model.train()
     model.conv1.eval()
@@ -399,7 +399,7 @@ def test_a_search_leaves_the_supernet_as_it_was(engine, calibration):
     kept, buffers = attributes(model), dict(model.named_buffers())
     every = grids_of(supernet, 2)
     grids = {item: every[item][-1 - (place % 8 == 0) :] for place, item in enumerate(every)}
-    searched(
+    run_slim(
         supernet, grids, [(images, labels)],
         budgets=[supernet.graph.macs() - 1], engine=engine, calibration=calibration,
     )  # fmt: skip
@@ -413,13 +413,13 @@ def test_a_search_leaves_the_supernet_as_it_was(engine, calibration):
 
 def test_one_pass_serves_all_budgets():
     """19: and each solution is the first of the path that meets its budget."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     widest = supernet.graph.macs()
     budgets = [widest * 4 // 10, widest * 9 // 10, widest * 6 // 10]
-    found = searched(supernet, budgets=budgets)
+    found = run_slim(supernet, budgets=budgets)
     assert [item.budget_macs for item in found.solutions] == sorted(budgets, reverse=True)
     for solution in found.solutions:
-        alone = searched(supernet, budgets=[solution.budget_macs])
+        alone = run_slim(supernet, budgets=[solution.budget_macs])
         assert alone.solutions == (solution,)
         assert alone.moves == found.moves[: len(alone.moves)]
         assert alone.moves[-1].macs <= solution.budget_macs
@@ -429,22 +429,22 @@ def test_one_pass_serves_all_budgets():
 
 
 def test_a_budget_that_is_met_exactly_is_met():
-    supernet = made(Tiny)
-    path = searched(supernet).moves
-    found = searched(supernet, budgets=[path[2].macs])
+    supernet = build_supernet(Tiny)
+    path = run_slim(supernet).moves
+    found = run_slim(supernet, budgets=[path[2].macs])
     assert found.moves == path[:3]
 
 
 def test_channels_that_nothing_reads_go_first():
     """20: the labels are the supernet's own, so without them it makes no mistake."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     grids = grids_of(supernet)
     name = "inner.0"
     supernet.model.back[0].weight.data[:, grids[name][0] :] = 0
     images, _ = images_and_labels(400)
     with torch.no_grad():
         labels = supernet.full(images).argmax(1)
-    first, second, third, *_ = searched(supernet, grids, [(images, labels)]).moves
+    first, second, third, *_ = run_slim(supernet, grids, [(images, labels)]).moves
     for move in (first, second):
         assert (move.variable, move.errors[name]) == (name, 0)
         assert all(count > 0 for error, count in move.errors.items() if error != name)
@@ -453,9 +453,9 @@ def test_channels_that_nothing_reads_go_first():
 
 def test_the_narrowest_is_reached_and_never_stepped_below():
     """21."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     grids = {**grids_of(supernet), "a.0": [supernet.graph.channels["a.0"]]}
-    found = searched(supernet, grids)
+    found = run_slim(supernet, grids)
     assert found.solutions[0].channels == {name: grid[0] for name, grid in grids.items()}
     assert all("a.0" not in move.errors for move in found.moves)
     assert len(found.moves) == sum(len(grid) - 1 for grid in grids.values())
@@ -474,13 +474,13 @@ def test_the_narrowest_is_reached_and_never_stepped_below():
 )
 def test_a_budget_out_of_reach_is_refused_before_any_work(function, budget, message):
     """21."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     grids = grids_of(supernet)
     narrowest = least(supernet, grids)
     request = budget(supernet.graph.macs(), narrowest)
     supernet.model = None  # there is nothing that could run
     ask = {
-        "slim": lambda: searched(supernet, grids, budgets=[narrowest, request]),
+        "slim": lambda: run_slim(supernet, grids, budgets=[narrowest, request]),
         "assumed_path": lambda: assumed_path(supernet.graph, grids, request),
     }[function]
     with pytest.raises(InputError, match=re.escape(message.format(request, narrowest))):
@@ -493,7 +493,7 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(function, budget, mess
 def test_the_macs_are_those_of_every_convolution_that_ran(monkeypatch, engine, name, limit):
     """24: counted where torch computes."""
     network, width, resolution = NETWORKS[name]
-    supernet = made(network, width=width, resolution=resolution)
+    supernet = build_supernet(network, width=width, resolution=resolution)
     grids = grids_of(supernet, 2)
     ran = 0
 
@@ -518,7 +518,7 @@ def test_the_macs_are_those_of_every_convolution_that_ran(monkeypatch, engine, n
     budgets = [round(0.9 * supernet.graph.macs())]
     for used, calibration in ((chunks, None), (chunks[:1], None), (chunks, chunks[0][0][:8])):
         ran = 0
-        found = searched(
+        found = run_slim(
             supernet, grids, used,
             budgets=budgets, engine=engine, cache_bytes=limit, calibration=calibration,
         )  # fmt: skip
@@ -526,26 +526,26 @@ def test_the_macs_are_those_of_every_convolution_that_ran(monkeypatch, engine, n
 
 
 def test_a_logit_that_is_not_a_number_is_a_mistake():
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     images, labels = images_and_labels()
     labels[:] = 2
     supernet.model.fc.bias.data[2] = 1e6
     budget = [supernet.graph.macs() - 1]
     assert set(
-        searched(supernet, chunks=[(images, labels)], budgets=budget).moves[0].errors.values()
+        run_slim(supernet, chunks=[(images, labels)], budgets=budget).moves[0].errors.values()
     ) == {0}
     supernet.model.fc.bias.data[2] = math.nan  # argmax finds it at the label's place
     for engine in ("fast", "naive"):
-        found = searched(supernet, chunks=[(images, labels)], budgets=budget, engine=engine)
+        found = run_slim(supernet, chunks=[(images, labels)], budgets=budget, engine=engine)
         assert set(found.moves[0].errors.values()) == {len(labels)}
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_bin_of_broken_channels_is_worth_losing(broken):
     """Zeros do not silence what is no number; the fast engine has to see that."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     supernet.model.inner[1].bias.data[-1] = broken
-    fast, naive = (searched(supernet, engine=engine) for engine in ("fast", "naive"))
+    fast, naive = (run_slim(supernet, engine=engine) for engine in ("fast", "naive"))
     assert fast.moves == naive.moves
     assert fast.moves[0].variable == "inner.0"
 
@@ -560,10 +560,10 @@ def test_a_search_killed_after_every_move_ends_as_one_that_was_not(
     monkeypatch, tmp_path, written, chunks
 ):
     """16 as well: each move starts without what the one before had kept."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     parts = [images_and_labels(30, seed=seed) for seed in range(chunks)]
     budgets = [supernet.graph.macs() * 8 // 10, least(supernet, grids_of(supernet))]
-    whole = searched(supernet, chunks=parts, budgets=budgets, log=tmp_path / "whole.json")
+    whole = run_slim(supernet, chunks=parts, budgets=budgets, log=tmp_path / "whole.json")
     log = tmp_path / "folder" / "moves.json"
     write, writes = greedy.write_atomically, 0
 
@@ -579,7 +579,7 @@ def test_a_search_killed_after_every_move_ends_as_one_that_was_not(
     kills = 0
     while True:
         try:
-            found = searched(supernet, chunks=parts, budgets=budgets, log=log)
+            found = run_slim(supernet, chunks=parts, budgets=budgets, log=log)
         except KilledError:
             kills += 1
         else:
@@ -592,45 +592,45 @@ def test_a_search_killed_after_every_move_ends_as_one_that_was_not(
 
 
 def test_a_finished_search_is_read_from_its_log_without_a_pass(tmp_path):
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     log = tmp_path / "moves.json"
-    whole = searched(supernet, log=log, identity={"seed": 1})
+    whole = run_slim(supernet, log=log, identity={"seed": 1})
     model, supernet.model = supernet.model, None
-    assert searched(supernet, log=log, identity={"seed": 1}) == whole
+    assert run_slim(supernet, log=log, identity={"seed": 1}) == whole
     higher = [supernet.graph.macs() * 8 // 10]
-    again = searched(supernet, log=log, identity={"seed": 1}, budgets=higher)
+    again = run_slim(supernet, log=log, identity={"seed": 1}, budgets=higher)
     supernet.model = model
-    assert again.solutions == searched(supernet, budgets=higher).solutions
+    assert again.solutions == run_slim(supernet, budgets=higher).solutions
 
 
 def test_a_log_of_another_search_is_refused_in_one_line_that_says_why(tmp_path):
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     log = tmp_path / "moves.json"
     budgets = [supernet.graph.macs() - 1]
-    searched(supernet, log=log, identity={"seed": 1, "data": "x"}, budgets=budgets)
+    run_slim(supernet, log=log, identity={"seed": 1, "data": "x"}, budgets=budgets)
     message = f"log is {log}, but it belongs to another search (seed is 1 there and 2 here); name "
     with pytest.raises(InputError, match=re.escape(message)) as error:
-        searched(supernet, log=log, identity={"seed": 2, "data": "x"}, budgets=budgets)
+        run_slim(supernet, log=log, identity={"seed": 2, "data": "x"}, budgets=budgets)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"\(grids\.[\w.]+ is \[\d.*\] there and \[\d"):
-        searched(supernet, grids_of(supernet, 2), log=log, identity={"seed": 1, "data": "x"})
+        run_slim(supernet, grids_of(supernet, 2), log=log, identity={"seed": 1, "data": "x"})
     chunks = [images_and_labels(20)]
     with pytest.raises(InputError, match=re.escape("(chunks is [40] there and [20] here)")):
-        searched(supernet, chunks=chunks, log=log, identity={"seed": 1, "data": "x"})
+        run_slim(supernet, chunks=chunks, log=log, identity={"seed": 1, "data": "x"})
 
 
 @pytest.mark.parametrize("there", ["another grid", "another network"])
 def test_the_whole_path_of_another_search_is_refused_and_kept(tmp_path, there):
     """The log is no path through these grids. An incomplete log is overwritten."""
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     log = tmp_path / "moves.json"
     if there == "another grid":
-        searched(supernet, grids_of(supernet, 6), log=log)
+        run_slim(supernet, grids_of(supernet, 6), log=log)
     else:
-        searched(made("resnet18", width=0.07, resolution=32), log=log)
+        run_slim(build_supernet("resnet18", width=0.07, resolution=32), log=log)
     text = log.read_text()
     with pytest.raises(InputError, match=r"belongs to another search \(.*grids\.") as error:
-        searched(supernet, log=log)
+        run_slim(supernet, log=log)
     assert len(str(error.value)) < 600
     assert log.read_text() == text
 
@@ -639,11 +639,11 @@ def test_the_whole_path_of_another_search_is_refused_and_kept(tmp_path, there):
     ("grid", "shown"), [([4, 4, 9], "[4, 4, 9]"), ([6, 3, 9], "[6, 3, 9]"), ([3, 6], "[3, 6]")]
 )
 def test_a_grid_that_does_not_ascend_to_the_supernets_count_is_refused(grid, shown):
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     name, count = next((n, c) for n, c in supernet.graph.channels.items() if c == 9)
     message = f"grids is {shown} for {name}, but it must ascend strictly to the supernet's "
     with pytest.raises(InputError, match=f"^{re.escape(message)}{count} channels; "):
-        searched(supernet, grids_of(supernet) | {name: grid}, budgets=[1])
+        run_slim(supernet, grids_of(supernet) | {name: grid}, budgets=[1])
 
 
 def cut_short(text):
@@ -680,13 +680,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_log_counts_as_none_with_a_warning(tmp_path, caplog, damage):
-    supernet = made(Tiny)
+    supernet = build_supernet(Tiny)
     log = tmp_path / "moves.json"
-    whole = searched(supernet, log=log)
+    whole = run_slim(supernet, log=log)
     text = log.read_text()
     log.write_text(DAMAGES[damage](text))
     with caplog.at_level(logging.WARNING, "widthopt"):
-        again = searched(supernet, log=log)
+        again = run_slim(supernet, log=log)
     assert (again.moves, again.macs) == (whole.moves, whole.macs)
     assert f"{log} is incomplete; the search starts again" in caplog.text
     assert json.loads(log.read_text())["moves"][0]["variable"] == whole.moves[0].variable
@@ -717,10 +717,10 @@ def test_the_closed_form_along_the_path_is_what_a_search_runs(name, chunks):
     Three where channels are joined: the other parts of what is stale may not be kept.
     """
     network, width, resolution = NETWORKS[name]
-    supernet = made(network, width=width, resolution=resolution)
+    supernet = build_supernet(network, width=width, resolution=resolution)
     grids = grids_of(supernet)
     parts = [images_and_labels(6, resolution, seed) for seed in range(chunks)]
-    found = searched(supernet, grids, parts)
+    found = run_slim(supernet, grids, parts)
     path = [move.variable for move in found.moves]
     expected = path_macs(supernet.graph, grids, path, images=6 * chunks, chunk=6)
     joined = name == "concatenated" and chunks == 1

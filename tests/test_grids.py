@@ -37,7 +37,7 @@ def wide():
     return model, trace(model, 224)
 
 
-def named(graph, counts):
+def by_variable(graph, counts):
     """The channels of a published list, by width variable."""
     writers = ["features.0.0", "features.1.conv.1"]
     for block in range(2, 18):
@@ -63,7 +63,7 @@ def test_the_network_of_the_published_lists_is_torchvisions(wide):
 def test_a_published_list_costs_what_was_published(wide, name):
     model, graph = wide
     counts, _, macs, parameters = LISTS[name]
-    channels = named(graph, counts)
+    channels = by_variable(graph, counts)
     assert graph.macs(channels) == macs
     resized = resize(model, graph, channels)
     assert sum(parameter.numel() for parameter in resized.parameters()) == parameters
@@ -75,7 +75,7 @@ def test_a_published_list_lies_on_the_step_grid_as_many_moves_down_as_it_took(wi
     counts, moves, _, _ = LISTS[name]
     options = grids(graph, lambda count: bin_grid(count, **PUBLISHED))
     taken = 0
-    for variable, count in named(graph, counts).items():
+    for variable, count in by_variable(graph, counts).items():
         grid = options[variable]
         assert count in grid
         taken += len(grid) - 1 - grid.index(count)

@@ -55,7 +55,7 @@ class Told:
         return [word[1] for word in self.words if word[0] == kind]
 
 
-def pooled(folder, table, *, parallel=2, **options):
+def run_pool(folder, table, *, parallel=2, **options):
     reported = Told()
     Pool("file_workload.run_spec", max_parallel=parallel, threads=1).run(
         FileWork(folder, table, **options), reported
@@ -80,7 +80,7 @@ def most_at_once(folder):
 
 
 def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
-    reported = pooled(tmp_path, CHAIN)
+    reported = run_pool(tmp_path, CHAIN)
     assert sorted(reported.of("finish")) == ["a", "d", "of_a"]
     assert sorted(reported.of("fail")) == ["b", "c"]
     assert sorted(reported.of("block")) == ["of_b", "of_c", "of_of_b"]
@@ -90,14 +90,14 @@ def test_one_failure_stops_nothing_but_what_needs_it(tmp_path):
 
 @pytest.mark.parametrize("order", [("b", "of_b", "of_of_b"), ("of_of_b", "of_b", "b")])
 def test_what_needs_something_that_cannot_be_done_is_not_begun(tmp_path, order):
-    reported = pooled(tmp_path, {name: CHAIN[name] for name in order})
+    reported = run_pool(tmp_path, {name: CHAIN[name] for name in order})
     assert reported.of("start") == ["b"]
     assert sorted(reported.of("block")) == ["of_b", "of_of_b"]
 
 
 def test_what_is_needed_comes_before_what_needs_it(tmp_path):
     table = {"last": (["middle"], "well"), "middle": (["first"], "well"), "first": ([], "well")}
-    pooled(tmp_path, table, parallel=3, seconds=LONGER_THAN_A_TICK)
+    run_pool(tmp_path, table, parallel=3, seconds=LONGER_THAN_A_TICK)
     lines = [line.split()[:2] for line in (tmp_path / "notes").read_text().splitlines()]
     assert [name for word, name in lines if word == "begin"] == ["first", "middle", "last"]
     assert most_at_once(tmp_path) == 1
@@ -106,13 +106,13 @@ def test_what_is_needed_comes_before_what_needs_it(tmp_path):
 @pytest.mark.parametrize("parallel", [1, 2, 3])
 def test_no_more_goes_on_at_once_than_was_said_and_no_less(tmp_path, parallel):
     table = {str(number): ([], "well") for number in range(6)}
-    pooled(tmp_path, table, parallel=parallel, seconds=LONGER_THAN_A_TICK, together=parallel)
+    run_pool(tmp_path, table, parallel=parallel, seconds=LONGER_THAN_A_TICK, together=parallel)
     assert most_at_once(tmp_path) == parallel
 
 
 def test_each_item_has_a_process_of_its_own_and_its_log(tmp_path):
     table = {str(number): ([], "well") for number in range(3)}
-    pooled(tmp_path, table)
+    run_pool(tmp_path, table)
     lines = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
     processes = {line[1]: line[2] for line in lines}
     assert len(set(processes.values())) == 3
@@ -124,12 +124,12 @@ def test_each_item_has_a_process_of_its_own_and_its_log(tmp_path):
 
 
 def test_a_failure_leaves_its_traceback_in_the_log(tmp_path):
-    pooled(tmp_path, {"b": ([], "fails")})
+    run_pool(tmp_path, {"b": ([], "fails")})
     assert "ValueError: it was to fail" in (tmp_path / "b" / "log.txt").read_text()
 
 
 def test_a_process_that_ends_well_without_a_result_has_failed(tmp_path):
-    reported = pooled(tmp_path, {"x": ([], "lies"), "of_x": (["x"], "well")})
+    reported = run_pool(tmp_path, {"x": ([], "lies"), "of_x": (["x"], "well")})
     assert reported.of("fail") == ["x"]
     assert reported.of("block") == ["of_x"]
 
@@ -220,7 +220,7 @@ def test_items_end_with_a_sweep_that_is_killed(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for line in notes.read_text().splitlines():
-        until(functools.partial(gone, line.split()[2]))
+        until(functools.partial(has_ended, line.split()[2]))
     for name in "ab":  # as by Ctrl-C, so that a training saves its state
         assert "KeyboardInterrupt" in (tmp_path / name / "log.txt").read_text()
 
@@ -232,7 +232,7 @@ def until(condition, seconds=30):
         time.sleep(0.05)
 
 
-def gone(number):
+def has_ended(number):
     """Whether a process has ended, be it waited for or not."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

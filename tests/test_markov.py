@@ -69,7 +69,7 @@ def small(module=Plain, least=1):
     return graph, Chains(graph, options, device=CPU), options
 
 
-def randomised(chains, seed=0, size=1.5):
+def randomize(chains, seed=0, size=1.5):
     draws = torch.Generator().manual_seed(seed)
     alpha = size * torch.randn(chains.alpha.shape, generator=draws, dtype=torch.float64)
     chains.alpha.copy_(alpha * chains.real)
@@ -115,7 +115,7 @@ def test_marginals_fall_and_the_law_sums_to_one(alpha):
 
 def test_expected_channels_rise_with_every_alpha():
     _, chains, _ = small()
-    randomised(chains)
+    randomize(chains)
     before = chains.expected_macs()
     for place in chains.real.nonzero().tolist():
         chains.alpha[tuple(place)] += 0.1
@@ -127,7 +127,7 @@ def test_expected_channels_rise_with_every_alpha():
 @pytest.mark.parametrize("module", [Plain, Looped])
 def test_expected_macs_are_the_mean_over_all_networks_there_are(module):
     graph, chains, options = small(module)
-    randomised(chains)
+    randomize(chains)
     laws = []
     for row, (name, grid) in enumerate(options.items()):
         laws.append(
@@ -145,7 +145,7 @@ def test_expected_macs_are_the_mean_over_all_networks_there_are(module):
 
 def test_without_a_layer_on_one_variable_expected_macs_are_those_of_expected_channels():
     graph, chains, _ = small()
-    randomised(chains)
+    randomize(chains)
     assert chains.expected_macs() == pytest.approx(
         graph.macs(chains.expected_channels()), rel=1e-12
     )
@@ -153,7 +153,7 @@ def test_without_a_layer_on_one_variable_expected_macs_are_those_of_expected_cha
 
 def test_with_a_layer_on_one_variable_they_are_more():
     graph, chains, _ = small(Looped)
-    randomised(chains)
+    randomize(chains)
     assert chains.expected_macs() > 1.01 * graph.macs(chains.expected_channels())
 
 
@@ -170,7 +170,7 @@ def test_expected_macs_are_the_mean_of_samples(name):
 
 def test_samples_follow_the_chains_law():
     _, chains, options = small()
-    randomised(chains)
+    randomize(chains)
     random = torch.Generator().manual_seed(1)
     drawn = [chains.sample(random) for _ in range(4000)]
     for row, (name, grid) in enumerate(options.items()):
@@ -203,7 +203,7 @@ def test_certain_chains_cost_what_the_built_network_does(name, seed, traced, cou
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_the_gradient_of_expected_macs_is_that_of_finite_differences(name):
     graph, _ = enlarged_network(name)
-    chains = randomised(Chains(graph, grids(graph, reference), device=CPU))
+    chains = randomize(Chains(graph, grids(graph, reference), device=CPU))
     gradient = chains.alpha_gradient(chains.macs_gradient())
     places = chains.real.nonzero()[
         torch.randperm(int(chains.real.sum()), generator=torch.Generator().manual_seed(0))[:40]
@@ -236,7 +236,7 @@ def test_a_depthwise_layer_alone_costs_in_proportion_to_its_channels():
     graph = trace(Depthwise(), 8)
     assert graph.free == {}  # the image's channels, repeated: nothing to choose
     graph, chains, _ = small()
-    randomised(chains)
+    randomize(chains)
     alone = [layer for layer in graph.layers if layer.kind == "depthwise"]
     assert [layer.coefficient for layer in alone] == [9 * 6 * 6]
     gradient = chains.macs_gradient()[0, 0]
@@ -274,7 +274,7 @@ def test_the_learning_rate_of_the_chains_falls_as_half_a_cosine():
 
 def test_alpha_moves_as_torchs_sgd_moves_it():
     _, chains, _ = small()
-    randomised(chains)
+    randomize(chains)
     parameter = chains.alpha.clone().requires_grad_()
     theirs = torch.optim.SGD([parameter], lr=0.3, momentum=0.9, nesterov=True)
     ours = AlphaSGD(chains, mu=0.9)
@@ -300,7 +300,7 @@ GOLDEN = {
 alpha of 0.975 of the budget: docs/algorithms/dmcp.md, T8 and D12, computed independently."""
 
 
-def pushed(chains, budget, *, steps, until):
+def regularize(chains, budget, *, steps, until):
     """Expected MACs before each of the steps under the regulariser alone."""
     optimiser = AlphaSGD(chains, mu=0.9)
     for step in range(until):
@@ -315,7 +315,7 @@ def test_the_regulariser_alone_moves_expected_macs_as_computed_elsewhere(name):
     graph, budget = enlarged_network(name)
     chains = Chains(graph, grids(graph, reference), device=CPU)
     by_step, entered, rests, _ = GOLDEN[name]
-    path = list(pushed(chains, budget, steps=25_020, until=round(1.15 * entered)))
+    path = list(regularize(chains, budget, steps=25_020, until=round(1.15 * entered)))
     for step, millions in by_step.items():
         assert path[step] / 1e6 == pytest.approx(millions, rel=0.001)
     first = next(step for step, macs in enumerate(path) if macs >= 0.95 * budget)
@@ -328,7 +328,7 @@ def test_from_above_the_regulariser_enters_the_band_within_steps(name, within):
     graph, budget = enlarged_network(name)
     chains = Chains(graph, grids(graph, reference), device=CPU)
     chains.alpha.fill_(3.0).mul_(chains.real)
-    path = list(pushed(chains, budget, steps=25_020, until=within + 1))
+    path = list(regularize(chains, budget, steps=25_020, until=within + 1))
     assert path[0] > 1.2 * budget
     assert path[-1] < budget
 
@@ -351,7 +351,7 @@ def test_rounded_expectations_cost_about_what_is_expected(name, width, within):
     options = grids(graph, reference)
     places = [variable.name for variable in graph.variables]
     for seed in range(5):
-        chains = randomised(Chains(graph, options, device=CPU), seed)
+        chains = randomize(Chains(graph, options, device=CPU), seed)
         expected = chains.expected_channels()
         rounded = {key: round(value) for key, value in expected.items()}
         for key, grid in options.items():
@@ -379,7 +379,7 @@ def test_a_variable_too_narrow_for_groups_keeps_its_channels():
 def test_factors_are_the_marginals_of_each_channels_group():
     graph = trace(Plain(6), 8)
     options = {"one": (2, 4, 6), "two": (1, 4)}
-    chains = randomised(Chains(graph, options, device=CPU))
+    chains = randomize(Chains(graph, options, device=CPU))
     (first, second), (third, _) = chains.marginals().tolist()
     factors = chains.factors(chains.marginals()).tolist()
     wanted = [1, 1, first, first, second, second, 1, third, third, third]

@@ -22,7 +22,7 @@ from widthopt.data import Counts, Sizes, Split, search_counts, search_split
 from widthopt.errors import InputError
 from widthopt.networks import TorchvisionNetwork
 from widthopt.networks.resize import Blueprint
-from widthopt.seeds import derived_seed
+from widthopt.seeds import derive_seed
 from widthopt.tracing import trace
 from widthopt.training import checkpoints
 from widthopt.training.evaluation import evaluate, recalibrate
@@ -87,11 +87,11 @@ def weights(folder):
 def textbook_penalty(model, threshold=0.1):
     """R/F0 of the small network at 8x8 pixels, from docs/algorithms/morphnet.md, 1.4."""
 
-    def tied(*norms):
+    def tie(*norms):
         return torch.stack([norm.weight.abs() for norm in norms]).amax(0)
 
-    stem, inner = tied(model.bn0, model.bn2), tied(model.bn1)
-    down, wide = tied(model.bn3, model.bn4), tied(model.bn5)
+    stem, inner = tie(model.bn0, model.bn2), tie(model.bn1)
+    down, wide = tie(model.bn3, model.bn4), tie(model.bn5)
     total = 64 * 9 * 3 * stem.sum()
     for kappa, first, second in (
         (64 * 9, stem, inner),
@@ -111,7 +111,7 @@ F0 = 64 * 9 * (3 * 8 + 8 * 6 + 6 * 8) + 16 * 9 * (8 * 12 + 12) + 16 * 12 * 10 + 
 def plain_search(recipe, seed=0):
     """The search as a loop written by hand, the penalty a term of the loss."""
     model = Blueprint(setting()).build(
-        {"stem": 8, "inner": 6, "down": 12, "wide": 10}, seed=derived_seed(seed, "search weights")
+        {"stem": 8, "inner": 6, "down": 12, "wide": 10}, seed=derive_seed(seed, "search weights")
     )
     data, epochs = Synthetic(), recipe.search_epochs
     optimizer = torch.optim.SGD(
@@ -165,14 +165,14 @@ def test_without_strength_a_search_is_a_plain_training_bit_for_bit(tmp_path):
     """docs/algorithms/morphnet.md, P11."""
     found = search(tmp_path / "search", strength=0.0)
     model = Blueprint(setting()).build(
-        Blueprint(setting()).graph.channels, seed=derived_seed(0, "search weights")
+        Blueprint(setting()).graph.channels, seed=derive_seed(0, "search weights")
     )
     train(
         model,
         Synthetic(),
         recipe=RECIPE,
         epochs=RECIPE.search_epochs,
-        seed=derived_seed(0, "search"),
+        seed=derive_seed(0, "search"),
         runtime=RUNTIME,
         folder=tmp_path / "train",
     )

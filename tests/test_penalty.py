@@ -72,7 +72,7 @@ class Norms(nn.Module):
         return {name: norm.bias for name, norm in self._norms.items()}
 
 
-def charged(graph, *, threshold=0.01, tie="max", depthwise="double", dtype=torch.float64):
+def build_penalty(graph, *, threshold=0.01, tie="max", depthwise="double", dtype=torch.float64):
     """The norms of a network, in float64 where rounding would hide a fault, and its penalty."""
     norms = Norms(graph, dtype=dtype)
     return norms, Penalty(norms, graph, threshold=threshold, tie=tie, depthwise=depthwise)
@@ -262,7 +262,7 @@ def test_the_penalty_is_the_textbooks_sum_over_layers(book, seed):
     And its gradient: autograd's, through the maxima but not through the counts.
     """
     model, graph, textbook = book
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     scatter(norms, seed)
     value, found = gradients(norms, penalty)
     total, cost, whole = textbook(model, 64, norms.gammas, threshold=0.01)
@@ -279,7 +279,7 @@ def test_the_penalty_is_the_textbooks_sum_over_layers(book, seed):
 def test_the_penalty_at_the_start_is_the_textbooks_and_ties_share_evenly(book):
     """All scales are 1 then, so every member of a class attains its maximum."""
     model, graph, textbook = book
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     value, found = gradients(norms, penalty)
     total, _, whole = textbook(model, 64, norms.gammas, threshold=0.01)
     assert value == pytest.approx(total.item() / whole, rel=1e-12)
@@ -290,7 +290,7 @@ def test_the_penalty_at_the_start_is_the_textbooks_and_ties_share_evenly(book):
 
 def test_the_euclidean_tie_is_the_textbooks(book):
     model, graph, textbook = book
-    norms, penalty = charged(graph, tie="l2")
+    norms, penalty = build_penalty(graph, tie="l2")
     scatter(norms, 2)
     value, found = gradients(norms, penalty)
     total, _, whole = textbook(model, 64, norms.gammas, threshold=0.01, l2=True)
@@ -303,20 +303,20 @@ def test_the_euclidean_tie_is_the_textbooks(book):
 def test_depthwise_layers_can_be_charged_by_their_gradient_alone(traced):
     """docs/algorithms/morphnet.md, P19: twice kappa times the scales by default, once without."""
     model, graph = traced("mobilenet_v2", 64)
-    norms, penalty = charged(graph, depthwise="single")
+    norms, penalty = build_penalty(graph, depthwise="single")
     scatter(norms, 3)
     value, _ = gradients(norms, penalty)
     total, _, whole = TEXTBOOKS["mobilenet_v2"](
         model.to("meta"), 64, norms.gammas, threshold=0.01, double=False
     )
     assert value == pytest.approx(total.item() / whole, rel=1e-12)
-    double = charged(graph)[1]
+    double = build_penalty(graph)[1]
     twice = sum(
         layer.coefficient * graph.length(layer.writes)
         for layer in graph.layers
         if layer.kind == "depthwise"
     )
-    single = charged(graph, depthwise="single")[1]
+    single = build_penalty(graph, depthwise="single")[1]
     difference = double.value_and_gradient()[0] - single.value_and_gradient()[0]
     assert float(difference) == pytest.approx(twice / graph.macs(), rel=1e-12)
 
@@ -446,19 +446,19 @@ def test_scales_of_the_image_are_neither_charged_nor_pruned():
 )
 def test_a_network_has_as_many_slots_and_classes_as_counted_by_hand(traced, name, slots, classes):
     _, graph = traced(name)
-    _, penalty = charged(graph)
+    _, penalty = build_penalty(graph)
     scales = penalty.scales()
     assert (len(scales.flat), len(scales.classes)) == (slots, classes)
 
 
 def test_the_members_of_a_class_are_those_of_the_hand_written_table(traced):
     """Section 1.4: three norms write each stream of ResNet18, MobileNetV2's as it has blocks."""
-    resnet = charged(traced("resnet18")[1])[1].members()
+    resnet = build_penalty(traced("resnet18")[1])[1].members()
     streams = {"conv1": 3, "layer2.0.conv2": 3, "layer3.0.conv2": 3, "layer4.0.conv2": 3}
     assert {name: count for name, count in resnet.items() if count > 1} == streams
     assert len(resnet) == 12
     _, graph = traced("mobilenet_v2")
-    members = charged(graph)[1].members()
+    members = build_penalty(graph)[1].members()
     by_width = defaultdict(list)
     for name, count in members.items():
         by_width[graph.free[name].channels].append(count)
@@ -475,7 +475,7 @@ def test_every_batchnorm_of_a_network_is_in_its_penalty(traced, name):
     And that the penalty at the start lies where a slip of the unit would not put it.
     """
     model, graph = traced(name, 64)
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     affine = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(penalty.scales().flat) == sum(item.num_features for item in affine)
     value, found = gradients(norms, penalty)
@@ -501,7 +501,7 @@ def test_the_penalty_starts_at_twice_the_macs_but_for_one_sided_layers(
     if name == "vgg11_bn":
         lost = share["features.0"] + share["classifier.0"]
         lost += 2 * (share["classifier.3"] + share["classifier.6"])
-    value = float(charged(graph)[1].value_and_gradient()[0])
+    value = float(build_penalty(graph)[1].value_and_gradient()[0])
     assert value == pytest.approx(2 - lost / graph.macs(), rel=1e-9)
     if published:
         assert value == pytest.approx(published, abs=5e-6)
@@ -513,7 +513,7 @@ def test_resnet50_too_starts_at_twice_the_macs_but_for_its_ends(traced):
     _, graph = traced("resnet50", 64)
     ends = [graph.layers[0], graph.layers[-1]]
     lost = sum(end.coefficient * graph.length(end.reads) * graph.length(end.writes) for end in ends)
-    value = float(charged(graph)[1].value_and_gradient()[0])
+    value = float(build_penalty(graph)[1].value_and_gradient()[0])
     assert value == pytest.approx(2 - lost / graph.macs(), rel=1e-9)
 
 
@@ -524,7 +524,7 @@ def test_resnet50_too_starts_at_twice_the_macs_but_for_its_ends(traced):
 def test_the_pressure_on_a_channel_is_that_of_the_table(traced, name, least, median, most):
     """Section 1.5, which gives two digits (5.5528e-3 it cuts off where others are rounded)."""
     _, graph = traced(name)
-    pressure = charged(graph)[1].pressure()
+    pressure = build_penalty(graph)[1].pressure()
     assert min(pressure.values()) == pytest.approx(least, rel=0.02)
     assert statistics.median(pressure.values()) == pytest.approx(median, rel=0.02)
     assert max(pressure.values()) == pytest.approx(most, rel=0.02)
@@ -536,8 +536,8 @@ def test_the_pressure_on_a_channel_is_that_of_the_table(traced, name, least, med
 @pytest.mark.parametrize("resolution", [160, 224, 320])
 def test_the_pressure_hardly_depends_on_the_resolution(traced, resolution):
     """docs/algorithms/morphnet.md, P15."""
-    small = charged(traced("resnet18", 64)[1])[1].pressure()
-    large = charged(traced("resnet18", resolution)[1])[1].pressure()
+    small = build_penalty(traced("resnet18", 64)[1])[1].pressure()
+    large = build_penalty(traced("resnet18", resolution)[1])[1].pressure()
     for name, item in small.items():
         assert large[name] == pytest.approx(item, rel=0.015)
 
@@ -555,10 +555,10 @@ def test_how_far_the_papers_schedule_can_move_a_scale(traced, images, travel, re
     far = sum(rates) / (1 - PAPER.momentum)
     assert far == pytest.approx(travel, rel=1e-3)
     _, graph = traced("mobilenet_v2")
-    last = charged(graph)[1].pressure()["features.18.0"]
+    last = build_penalty(graph)[1].pressure()["features.18.0"]
     assert last * far == pytest.approx(reach, rel=0.02)
     assert (
-        2.2 * max(rates) * max(charged(graph)[1].pressure().values()) < 0.01
+        2.2 * max(rates) * max(build_penalty(graph)[1].pressure().values()) < 0.01
     )  # docs/algorithms/morphnet.md, D9
 
 
@@ -572,7 +572,7 @@ def test_the_gradient_is_the_difference_quotient(traced, name):
     At 60 slots: away from |gamma| = tau, from tied maxima and from 0, R is linear.
     """
     _, graph = traced(name, 64)
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     scatter(norms, 4, dead=0.2)
     _, found = gradients(norms, penalty)
     flat = torch.cat(list(found.values()))
@@ -603,7 +603,7 @@ def test_the_gradient_is_the_difference_quotient(traced, name):
 def test_the_penalty_grows_with_the_scales_and_forgets_signs_and_order(traced, seed, factor):
     """docs/algorithms/morphnet.md, P7."""
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph, threshold=0.0)  # nothing dies as the scales shrink
+    norms, penalty = build_penalty(graph, threshold=0.0)  # nothing dies as the scales shrink
     scatter(norms, seed)
     value = float(penalty.value_and_gradient()[0])
     with torch.no_grad():
@@ -621,7 +621,7 @@ def test_the_penalty_grows_with_the_scales_and_forgets_signs_and_order(traced, s
 def test_a_scale_at_the_threshold_is_dead(traced, threshold):
     """Section 1.3: strictly above."""
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph, threshold=threshold, dtype=torch.float32)
+    norms, penalty = build_penalty(graph, threshold=threshold, dtype=torch.float32)
     with torch.no_grad():
         norms.gammas["layer4.0.bn1"].fill_(threshold)
         norms.gammas["layer4.1.bn1"].fill_(-threshold)
@@ -639,7 +639,7 @@ def test_truncating_zeroes_all_members_of_dead_classes_and_nothing_else(traced, 
     With the classes looked up in the graph slot by slot.
     """
     _, graph = traced(name, 64)
-    norms, penalty = charged(graph, tie=tie)
+    norms, penalty = build_penalty(graph, tie=tie)
     scatter(norms, 6, dead=0.6)
     with torch.no_grad():
         for beta in norms.betas.values():
@@ -679,7 +679,7 @@ def test_one_class_dead_relieves_its_neighbours_and_no_stranger(traced):
     What reads or writes the other side of the same layer, and nothing else.
     """
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     before = penalty.pressure()
     with torch.no_grad():
         norms.gammas["layer2.1.bn1"][7] = 0.001
@@ -700,7 +700,7 @@ def test_a_stream_lives_as_long_as_any_of_its_members(traced):
         ("layer3.0.conv2", ["layer3.0.bn2", "layer3.0.downsample.1", "layer3.1.bn2"]),
     ):
         for survivor in norms_of:
-            norms, penalty = charged(graph)
+            norms, penalty = build_penalty(graph)
             with torch.no_grad():
                 for name in norms_of:
                     norms.gammas[name].fill_(1.0 if name == survivor else 1e-3)
@@ -716,13 +716,13 @@ def test_a_stream_lives_as_long_as_any_of_its_members(traced):
 
 def test_a_scale_of_zero_is_not_pushed(traced):
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     with torch.no_grad():
         norms.gammas["layer4.0.bn1"].zero_()
     _, found = gradients(norms, penalty)
     assert not found["layer4.0.bn1"].any()
     assert all(item.isfinite().all() for item in found.values())
-    norms, penalty = charged(graph, tie="l2")
+    norms, penalty = build_penalty(graph, tie="l2")
     with torch.no_grad():
         norms.gammas["layer4.0.bn1"].zero_()
     _, found = gradients(norms, penalty)
@@ -733,7 +733,7 @@ def test_a_scale_of_zero_is_not_pushed(traced):
 def test_a_layer_at_a_small_scale_is_dead_by_the_absolute_threshold_only(traced):
     """docs/algorithms/morphnet.md, P16."""
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     scatter(norms, 7, dead=0.0)
     counts = penalty.counts(relative=True)
     with torch.no_grad():
@@ -747,7 +747,7 @@ def test_a_layer_at_a_small_scale_is_dead_by_the_absolute_threshold_only(traced)
 def test_a_large_scale_does_not_raise_the_relative_threshold(traced):
     """It is the smaller of 1 and the variable's largest scale that it goes by."""
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     with torch.no_grad():
         norms.gammas["layer3.1.bn1"].fill_(0.02)[0] = 5.0
     assert penalty.counts(relative=True) == penalty.counts()
@@ -767,7 +767,7 @@ def test_the_penalty_alone_kills_in_the_order_of_the_pressure(traced, name, dead
     members. A step that would carry a scale past 0 ends there, which flicker would hide.
     """
     _, graph = traced(name)
-    norms, penalty = charged(graph, dtype=torch.float32)
+    norms, penalty = build_penalty(graph, dtype=torch.float32)
     first, members = penalty.pressure(), penalty.members()
     gammas = [gamma.data for gamma in norms.gammas.values()]
     died = {}
@@ -802,7 +802,7 @@ def spearman(first, second):
 
 def test_the_gradient_is_added_to_what_is_there(traced):
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph)
+    norms, penalty = build_penalty(graph)
     scatter(norms, 8)
     value, once = gradients(norms, penalty)
     for gamma in norms.gammas.values():
@@ -823,7 +823,7 @@ def test_autocast_does_not_touch_the_penalty(traced):
     Steps of a scale are smaller than the spacing of bfloat16 near 1.
     """
     _, graph = traced("resnet18", 64)
-    norms, penalty = charged(graph, dtype=torch.float32)
+    norms, penalty = build_penalty(graph, dtype=torch.float32)
     scatter(norms, 9)
     value, found = gradients(norms, penalty)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -834,8 +834,8 @@ def test_autocast_does_not_touch_the_penalty(traced):
 
 def test_float32_loses_no_more_than_rounding(traced):
     _, graph = traced("mobilenet_v2")
-    exact, wide = charged(graph)
-    norms, narrow = charged(graph, dtype=torch.float32)
+    exact, wide = build_penalty(graph)
+    norms, narrow = build_penalty(graph, dtype=torch.float32)
     scatter(exact, 10)
     scatter(norms, 10)
     assert narrow.counts() == wide.counts()
@@ -859,7 +859,7 @@ class Counted(TorchDispatchMode):
 
 
 def operations(graph):
-    norms, penalty = charged(graph, dtype=torch.float32)
+    norms, penalty = build_penalty(graph, dtype=torch.float32)
     gradients(norms, penalty)
     with Counted() as counted:
         penalty.add_gradient(1.0)
@@ -926,7 +926,7 @@ def test_the_penalty_of_a_real_network_is_that_of_its_norms():
     model = TorchvisionNetwork("resnet18").build(depth=1, classes=10)
     graph = trace(model, 64)
     penalty = Penalty(model, graph, threshold=0.01, tie="max", depthwise="double")
-    norms, alone = charged(graph, dtype=torch.float32)
+    norms, alone = build_penalty(graph, dtype=torch.float32)
     value, found = gradients(norms, alone)
     assert float(penalty.add_gradient(1.0)) == value
     for name, parameter in model.named_parameters():

@@ -305,11 +305,11 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
         points = expand_sweep(loader, ["experiment=fig3_width"])
         compose_one = loader.load_configuration
 
-        def counted(*args, **kwargs):
+        def count(*args, **kwargs):
             calls.append(args)
             return compose_one(*args, **kwargs)
 
-        monkeypatch.setattr(loader, "load_configuration", counted)
+        monkeypatch.setattr(loader, "load_configuration", count)
         assert len(build_requests(loader, points)) == 108
     assert len(calls) == 2 * 3  # networks and algorithms
 

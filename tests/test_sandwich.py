@@ -72,7 +72,7 @@ def by_hand(weights, x, stem, expand, head):
     return x @ weights["classifier.weight"][:, :head].T + weights["classifier.bias"]
 
 
-def smoothed(logits, labels, smoothing):
+def smooth_loss(logits, labels, smoothing):
     """Cross-entropy with label smoothing, written out."""
     logs = logits.log_softmax(1)
     chosen = logs[torch.arange(len(labels)), labels]
@@ -89,7 +89,7 @@ GRIDS = {"stem": (2, 3, 5, 6), "expand": (1, 4, 9), "head": (3, 6, 9, 12)}
 COUNTS = tuple(grid[-1] for grid in GRIDS.values())
 
 
-def made(options=GRIDS, *, dtype=torch.float64, backend="slice", **given):
+def build(options=GRIDS, *, dtype=torch.float64, backend="slice", **given):
     """A supernet, half as wide again as `Small`, and what its steps minimise."""
     supernet = Supernet(BLUEPRINT, enlarge=1.5, seed=0, backend=backend)
     supernet.model.to(dtype)
@@ -151,7 +151,7 @@ def close(first, second, tolerance=1e-5):
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_gradient_of_a_step_is_that_of_its_four_losses_by_hand(backend, reduction):
     """Test 10: four losses of one set of weights, sliced and differentiated by autograd."""
-    supernet, objective = made(backend=backend, reduction=reduction)
+    supernet, objective = build(backend=backend, reduction=reduction)
     found = after_a_step(supernet, objective, step=7)
     drawn = [tuple(objective.draw(7, number).values()) for number in (0, 1)]
     assert len({COUNTS, (2, 1, 3), *drawn}) == 4
@@ -163,7 +163,7 @@ def test_the_gradient_of_a_step_is_that_of_its_four_losses_by_hand(backend, redu
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     logits = by_hand(weights, IMAGES, *COUNTS)
     teacher = logits.detach().softmax(1)
-    losses = [smoothed(logits, LABELS, 0.1)]
+    losses = [smooth_loss(logits, LABELS, 0.1)]
     losses += [soft(by_hand(weights, IMAGES, *item), teacher) for item in [(2, 1, 3), *drawn]]
     for loss in losses:
         for name, item in zip(
@@ -174,38 +174,38 @@ def test_the_gradient_of_a_step_is_that_of_its_four_losses_by_hand(backend, redu
 
 
 def test_the_loss_and_logits_of_a_step_are_the_widests():
-    supernet, objective = made()
+    supernet, objective = build()
     objective.begin_step(0, images=16)
     loss, logits = objective.backward(supernet.model, IMAGES, LABELS, share=1.0)
     weights = dict(supernet.model.named_parameters())
     expected = by_hand(weights, IMAGES, *COUNTS).detach()
     torch.testing.assert_close(logits, expected)
-    assert loss.item() == pytest.approx(smoothed(expected, LABELS, 0.1).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(smooth_loss(expected, LABELS, 0.1).item(), rel=1e-5)
     assert not loss.requires_grad
     assert not logits.requires_grad
 
 
 def test_the_mean_is_a_quarter_of_the_sum():
-    by_reduction = [after_a_step(*made(reduction=item)) for item in ("sum", "mean")]
+    by_reduction = [after_a_step(*build(reduction=item)) for item in ("sum", "mean")]
     close({name: item / 4 for name, item in by_reduction[0].items()}, by_reduction[1], 1e-12)
 
 
 def test_the_mean_is_over_as_many_subnets_as_there_are():
     first, second = (
-        after_a_step(*made(reduction=item, random_subnets=0)) for item in ("sum", "mean")
+        after_a_step(*build(reduction=item, random_subnets=0)) for item in ("sum", "mean")
     )
     close({name: tensor / 2 for name, tensor in first.items()}, second, 1e-12)
 
 
 def test_a_share_of_the_images_has_that_share_of_the_gradient():
-    supernet, objective = made()
+    supernet, objective = build()
     whole = after_a_step(supernet, objective)
     part = after_a_step(supernet, objective, share=0.25)
     close({name: item / 4 for name, item in whole.items()}, part, 1e-12)
 
 
 def test_gradients_are_added_to_those_that_are_there():
-    supernet, objective = made()
+    supernet, objective = build()
     once = after_a_step(supernet, objective)
     objective.backward(supernet.model, IMAGES, LABELS, share=1.0)
     close(gradients(supernet), {name: 2 * item for name, item in once.items()}, 1e-12)
@@ -214,7 +214,7 @@ def test_gradients_are_added_to_those_that_are_there():
 @pytest.mark.parametrize("backend", ["slice", "mask"])
 def test_the_widest_learns_nothing_from_its_students(backend):
     """Channels that only it has get the gradient of its own loss and not a bit more."""
-    supernet, objective = made(random_subnets=0, backend=backend)
+    supernet, objective = build(random_subnets=0, backend=backend)
     found = after_a_step(supernet, objective)
     supernet.model.zero_grad()
     objective.loss(supernet.full(IMAGES), LABELS).backward()
@@ -230,7 +230,7 @@ def test_the_widest_learns_nothing_from_its_students(backend):
 
 def test_other_labels_change_the_widests_part_of_the_gradient_only():
     """docs/algorithms/dmcp.md, T16: the other subnets see no labels."""
-    supernet, objective = made()
+    supernet, objective = build()
     rest = LABELS.flip(0).roll(1)
     assert not torch.equal(rest, LABELS)
     steps = [after_a_step(supernet, objective, labels=item) for item in (LABELS, rest)]
@@ -266,7 +266,7 @@ def test_the_gradient_of_distillation_is_that_of_the_divergence():
 def test_a_student_as_wide_as_its_teacher_learns_nothing():
     """Grids of one entry: all four subnets are the widest, and only its own loss has a slope."""
     single = {name: grid[-1:] for name, grid in GRIDS.items()}
-    supernet, objective = made(single)
+    supernet, objective = build(single)
     found = after_a_step(supernet, objective)
     supernet.model.zero_grad()
     objective.loss(supernet.full(IMAGES), LABELS).backward()
@@ -300,7 +300,7 @@ def updates():
 
 @pytest.mark.parametrize("subnets", [0, 2, 3])
 def test_a_batch_takes_four_passes_and_one_update(updates, subnets):
-    supernet, objective = made(dtype=torch.float32, random_subnets=subnets)
+    supernet, objective = build(dtype=torch.float32, random_subnets=subnets)
     watch = Watch(supernet)
     training = loop(supernet, objective)
     for step in range(3):
@@ -310,7 +310,7 @@ def test_a_batch_takes_four_passes_and_one_update(updates, subnets):
 
 
 def test_the_subnets_of_a_step_are_the_widest_the_narrowest_and_its_draws():
-    supernet, objective = made(dtype=torch.float32)
+    supernet, objective = build(dtype=torch.float32)
     watch = Watch(supernet)
     training = loop(supernet, objective)
     for step in range(3):
@@ -321,7 +321,7 @@ def test_the_subnets_of_a_step_are_the_widest_the_narrowest_and_its_draws():
 
 
 def test_micro_batches_of_a_step_have_the_same_subnets(updates):
-    supernet, objective = made(dtype=torch.float32)
+    supernet, objective = build(dtype=torch.float32)
     watch = Watch(supernet)
     training = loop(supernet, objective, accumulation=2)
     for step in range(2):
@@ -331,7 +331,7 @@ def test_micro_batches_of_a_step_have_the_same_subnets(updates):
     assert third == fourth
     assert first != third
     assert len(updates) == 2
-    one_batch = made(dtype=torch.float32)[1]
+    one_batch = build(dtype=torch.float32)[1]
     one_batch.begin_step(0, images=16)
     one_batch.backward(one_batch.supernet.model, IMAGES.float(), LABELS, share=1.0)
     one_batch.begin_step(1, images=16)
@@ -341,7 +341,7 @@ def test_micro_batches_of_a_step_have_the_same_subnets(updates):
 
 def test_the_gradient_of_micro_batches_is_that_of_each_by_its_share():
     """BatchNorm sees one micro-batch at a time, so they are not one batch."""
-    supernet, objective = made()
+    supernet, objective = build()
     parts = [
         after_a_step(supernet, objective, IMAGES[a:b], LABELS[a:b], share=(b - a) / 16)
         for a, b in ((0, 10), (10, 16))
@@ -376,7 +376,7 @@ def chi_square(observed, cells):
 @pytest.fixture(scope="module")
 def drawn():
     """The random subnets of many steps, one after the other."""
-    _, objective = made()
+    _, objective = build()
     return [objective.draw(step, number) for step in range(DRAWS // 2) for number in (0, 1)]
 
 
@@ -406,20 +406,20 @@ def test_subnets_are_drawn_independently_of_those_before(drawn, lag):
 
 
 def test_a_draw_follows_from_the_seed_and_the_step_alone():
-    _, objective = made()
+    _, objective = build()
     steps = (9, 3, 1000)
     first = {step: [objective.draw(step, n) for n in (0, 1)] for step in steps}
     for seed in (1, 2):
         random.seed(seed)
         torch.manual_seed(seed)
-        _, again = made(backend="mask")
+        _, again = build(backend="mask")
         before = random.getstate(), torch.get_rng_state()
         for step in sorted(steps):
             again.begin_step(step, images=16)
             assert [again.draw(step, n) for n in (0, 1)] == first[step]
         assert random.getstate() == before[0]
         assert torch.equal(torch.get_rng_state(), before[1])
-    _, second = made(seed=1)
+    _, second = build(seed=1)
     assert {step: [second.draw(step, n) for n in (0, 1)] for step in steps} != first
 
 
@@ -442,7 +442,7 @@ class Meter:
 
 def test_the_macs_of_steps_are_three_times_those_of_their_layers():
     """Forward, and twice as much backward; of every image of every pass."""
-    supernet, objective = made(dtype=torch.float32)
+    supernet, objective = build(dtype=torch.float32)
     meter = Meter(supernet.model)
     training = loop(supernet, objective, accumulation=2)
     for step in range(3):
@@ -455,7 +455,7 @@ def test_masks_are_charged_as_slices_are():
     """The overhead is that of the algorithm, not of how it is run."""
     totals = []
     for backend in ("slice", "mask"):
-        supernet, objective = made(backend=backend)
+        supernet, objective = build(backend=backend)
         after_a_step(supernet, objective)
         totals.append(objective.macs)
     assert totals[0] == totals[1] > 0
@@ -470,7 +470,7 @@ def test_the_expected_cost_of_a_step_is_that_of_all_subnets_there_are():
 
     every = [macs(*counts) for counts in itertools.product(*GRIDS.values())]
     assert len(every) == 48
-    graph = made()[0].graph
+    graph = build()[0].graph
     assert graph.macs() == macs(*COUNTS)
     for subnets in (0, 2, 5):
         expected = 3 * (macs(*COUNTS) + macs(2, 1, 3) + subnets * statistics.mean(every))
@@ -503,7 +503,7 @@ def test_the_expected_cost_of_a_step_is_the_mean_of_many(traced):
 
 @pytest.mark.parametrize(("least", "budget"), [(0, 100), (10**9, 10**9), (101, 10**9)])
 def test_a_budget_that_no_search_ends_at_is_refused(least, budget):
-    graph = made()[0].graph
+    graph = build()[0].graph
     narrowest = graph.macs({"stem": 2, "expand": 1, "head": 3})
     with pytest.raises(
         InputError,
@@ -515,7 +515,7 @@ def test_a_budget_that_no_search_ends_at_is_refused(least, budget):
 
 
 def test_a_budget_between_the_narrowest_and_the_widest_is_not_refused():
-    graph = made()[0].graph
+    graph = build()[0].graph
     narrowest = graph.macs({"stem": 2, "expand": 1, "head": 3})
     check_budget(graph, GRIDS, narrowest + 1, graph.macs() - 1, enlarge=1.5)
     with pytest.raises(InputError):
@@ -527,7 +527,7 @@ def test_a_budget_between_the_narrowest_and_the_widest_is_not_refused():
 # --------------------------------------------------------------------------- the training
 
 
-def trained(objective, folder=None, *, epochs=3, data=None):
+def run_training(objective, folder=None, *, epochs=3, data=None):
     return train(
         objective.supernet.model,
         data or Synthetic(),
@@ -545,7 +545,7 @@ def four_losses(supernet, objective):
     data = Synthetic()
     with torch.no_grad():
         logits = supernet.full(data.pixels)
-        losses = [smoothed(logits, data.labels, 0.0).item()]
+        losses = [smooth_loss(logits, data.labels, 0.0).item()]
         students = [
             {name: grid[0] for name, grid in GRIDS.items()},
             *(objective.draw(0, number) for number in (0, 1)),
@@ -559,9 +559,9 @@ def four_losses(supernet, objective):
 
 def test_all_four_losses_fall_on_64_images():
     """Test 13; chance is log 4 = 1.39. The narrowest has a single channel in its block."""
-    supernet, objective = made(dtype=torch.float32)
+    supernet, objective = build(dtype=torch.float32)
     before = four_losses(supernet, objective)
-    trained(objective, epochs=12)
+    run_training(objective, epochs=12)
     after = four_losses(supernet, objective)
     assert min(before) > 1.2
     assert after[0] < 0.3
@@ -578,7 +578,7 @@ def weights(supernet):
 def test_both_ways_train_the_same_network():
     ends = []
     for backend in ("slice", "mask"):
-        supernet, objective = made(backend=backend)
+        supernet, objective = build(backend=backend)
         training = loop(supernet, objective)
         for step in range(4):
             training.step(IMAGES, LABELS, step)
@@ -590,15 +590,15 @@ def test_both_ways_train_the_same_network():
 @pytest.mark.parametrize("backend", ["slice", "mask"])
 def test_a_training_that_was_interrupted_ends_with_the_same_bits(tmp_path, step, backend):
     """Step 4 begins an epoch."""
-    supernet, objective = made(dtype=torch.float32, backend=backend)
-    whole = trained(objective)
-    cut, first = made(dtype=torch.float32, backend=backend)
+    supernet, objective = build(dtype=torch.float32, backend=backend)
+    whole = run_training(objective)
+    cut, first = build(dtype=torch.float32, backend=backend)
     with pytest.raises(Interrupted):
-        trained(first, tmp_path, data=Synthetic(interrupt=step))
+        run_training(first, tmp_path, data=Synthetic(interrupt=step))
     assert 0 < first.macs < objective.macs
     assert not torch.equal(cut.model.stem.weight, supernet.model.stem.weight)
-    resumed, second = made(dtype=torch.float32, backend=backend)
-    again = trained(second, tmp_path)
+    resumed, second = build(dtype=torch.float32, backend=backend)
+    again = run_training(second, tmp_path)
     assert second.macs == objective.macs
     assert dataclasses.replace(again, seconds=0) == dataclasses.replace(whole, seconds=0)
     ours, theirs = weights(resumed), weights(supernet)
@@ -617,11 +617,11 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bits(tmp_path, step,
     ids=["grid", "subnets", "reduction", "many long grids"],
 )
 def test_a_checkpoint_of_another_search_is_refused_in_one_line(tmp_path, second):
-    trained(made(dtype=torch.float32)[1], tmp_path, epochs=1)
+    run_training(build(dtype=torch.float32)[1], tmp_path, epochs=1)
     with pytest.raises(
         InputError, match=r"checkpoints are of another training \(.*\); use"
     ) as info:
-        trained(made(dtype=torch.float32, **second)[1], tmp_path, epochs=1)
+        run_training(build(dtype=torch.float32, **second)[1], tmp_path, epochs=1)
     assert "\n" not in str(info.value)
     assert len(str(info.value)) < 600
 

@@ -398,14 +398,14 @@ def test_a_stage_deleted_while_someone_waits_is_still_worked_on_by_one(tmp_path,
 # Failures and states.
 
 
-def broken():
+def break_lock():
     raise OSError(5, "no such\ndevice")
 
 
 def failing(entry, job=""):
     with entry.claim(job=job):
         try:
-            broken()
+            break_lock()
         except OSError as error:
             entry.fail(error)
 

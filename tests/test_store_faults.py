@@ -235,7 +235,7 @@ class Refusing:
             patch.setattr(os, name, self.call(name, getattr(os, name)))
 
     def call(self, name, call):
-        def counted(*arguments, **options):
+        def count_calls(*arguments, **options):
             if name == "mkdir" and Path(arguments[0]).is_dir():  # says so, however full it is
                 return call(*arguments, **options)
             self.count += 1
@@ -246,7 +246,7 @@ class Refusing:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return call(*arguments, **options)
 
-        return counted
+        return count_calls
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -513,7 +513,7 @@ def full(root):
     return entry, {name: (entry.folder / name).read_bytes() for name in CUT}
 
 
-def alone(entry, name, content):
+def leave_file(entry, name, content):
     """Leave one file of a entry, with this content."""
     for second in CUT:
         (entry.folder / second).unlink(missing_ok=True)
@@ -535,13 +535,13 @@ BELIEVED |= {"submission.json": "queued", "fields.json": "named"}
 def test_a_file_cut_short_anywhere_is_not_believed(tmp_path, name, caplog):
     entry, contents = full(tmp_path)
     whole = contents[name]
-    alone(entry, name, whole)
+    leave_file(entry, name, whole)
     assert state_of(entry, name, {"7"}) == BELIEVED[name]
     assert whole.endswith(b"}\n")
     for length in range(len(whole) - 1):  # but for the line's end, which says nothing
         for content in (whole[:length], whole[:length] + b"\0" * (len(whole) - length)):
             caplog.clear()
-            alone(entry, name, content)
+            leave_file(entry, name, content)
             assert state_of(entry, name, {"7"}) == "missing"
             assert f"{name} is incomplete; it is treated as missing" in caplog.text
             assert (entry.result(), entry.failure()) == (None, None)

@@ -92,7 +92,7 @@ def records(folder):
     return found
 
 
-def epochs_told(folder, kind):
+def logged_epochs(folder, kind):
     """How often each epoch was trained, by stage."""
     return {
         stage.key: re.findall(r"epoch (\d+) of", (stage.folder / "log.txt").read_text())
@@ -108,7 +108,7 @@ def test_a_sweep_does_every_run_once(whole):
     assert len(entries(folder, "search")) == len(entries(folder, "train")) == 6
     assert len(records(folder)) == 6
     for kind, epochs in (("search", ["1", "2"]), ("train", ["1", "2"])):
-        assert set(map(tuple, epochs_told(folder, kind).values())) == {tuple(epochs)}
+        assert set(map(tuple, logged_epochs(folder, kind).values())) == {tuple(epochs)}
     assert "for 6 points" not in done.stdout  # so few runs are listed one by one
     assert done.stdout.count("search, seed 0") == 3
     assert "12 of 12 done" in done.stderr
@@ -123,7 +123,7 @@ def test_the_same_again_starts_nothing(whole):
     assert done.returncode == 0, done.stderr
     assert "done:" not in done.stderr
     assert records(folder) == before
-    assert set(map(tuple, epochs_told(folder, "train").values())) == {("1", "2")}
+    assert set(map(tuple, logged_epochs(folder, "train").values())) == {("1", "2")}
 
 
 def test_a_sweep_ends_with_its_figures_and_a_page(whole):
@@ -284,7 +284,7 @@ def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, laun
     again = widthopt(*words, folder=folder)
     assert again.returncode == 1
     assert "0 of 5 runs are done, 3 failed" in again.stderr
-    if launcher == "local":  # whose runs are frozen, each for itself
+    if launcher == "local":  # which runs each task from its spec
         failed = next(run["name"] for run in table["runs"] if run["state"] == "failed")
         by_hand = widthopt("run", failed, folder=folder)
         assert by_hand.returncode == 1
@@ -294,7 +294,7 @@ def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, laun
 # ---------------------------------------------------------------------------- interruptions
 
 
-def started(folder, *words):
+def start(folder, *words):
     return subprocess.Popen(  # noqa: S603 (our own words)
         command(*words), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
@@ -316,7 +316,7 @@ def results(folder):
 @pytest.mark.parametrize("done_before", [1, 7])
 def test_a_sweep_that_is_killed_goes_on_to_the_very_same_records(whole, folder, done_before):
     words = (*SWEEP, "hydra/launcher=local")
-    process = started(folder, *words)
+    process = start(folder, *words)
     wait_for(lambda: results(folder) >= done_before)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -335,7 +335,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_very_same_records(whole, folder, 
 @pytest.mark.parametrize("launcher", ["inprocess", "local"])
 def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder, launcher):
     words = (*SWEEP, f"hydra/launcher={launcher}")
-    process = started(folder, *words)
+    process = start(folder, *words)
     wait_for(lambda: results(folder) >= 2)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
@@ -351,13 +351,13 @@ def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder
 @pytest.mark.slow
 def test_two_sweeps_at_once_do_nothing_twice(whole, folder):
     words = (*SWEEP, "hydra/launcher=local")
-    both = [started(folder, *words) for _ in range(2)]
+    both = [start(folder, *words) for _ in range(2)]
     for process in both:
         _, message = process.communicate(timeout=200)
         assert process.returncode == 0, message
     assert records(folder) == records(whole[0])
     for kind in ("search", "train"):
-        assert set(map(tuple, epochs_told(folder, kind).values())) == {("1", "2")}
+        assert set(map(tuple, logged_epochs(folder, kind).values())) == {("1", "2")}
 
 
 # --------------------------------------------------------------------------------- mistakes
@@ -429,7 +429,7 @@ def test_a_record_that_was_edited_by_hand_is_refused(whole, folder):
 
 def test_a_run_that_cannot_even_begin_says_why(folder):
     """Its network is gone by then: no process of its own gets as far as a claim."""
-    process = started(folder, *SWEEP, "hydra/launcher=local")
+    process = start(folder, *SWEEP, "hydra/launcher=local")
     wait_for((folder / "runs" / "sweeps").exists)
     (folder / "my_network.py").rename(folder / "another.py")
     _, message = process.communicate(timeout=120)
@@ -455,7 +455,7 @@ def by_hand(tmp_path_factory):
     return there
 
 
-def forgotten(root):
+def remove_results(root):
     """The names of the runs below a root, searches first, whose results are removed."""
     found = list(Store(root / "stages").entries())
     for stage in found:
@@ -472,7 +472,7 @@ def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, w
     root = by_hand / "runs"
     if moved:
         root = Path(shutil.copytree(root, tmp_path / "moved"))
-    names = forgotten(root)
+    names = remove_results(root)
     for name in words[1:]:
         where = os.path.relpath(root, elsewhere)
         done = widthopt(words[0], name, "--root", where, folder=elsewhere)
@@ -493,7 +493,7 @@ def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, w
 )
 def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, message):
     root = Path(shutil.copytree(by_hand / "runs", tmp_path / "of mine"))
-    _, train = forgotten(root)
+    _, train = remove_results(root)
     (sweep,) = (path.stem for path in root.glob("sweeps/*.json"))
     done = widthopt(*shlex.split(words), "--root", str(root), folder=tmp_path)
     assert done.returncode == 2
@@ -513,7 +513,7 @@ def unanswered(by_hand, tmp_path):
     """Two runs with jobs, of which one began, and no controller; asked by a command."""
     root = Path(shutil.copytree(by_hand / "runs", tmp_path / "runs"))
     (root / "jobs").mkdir()
-    for number, name in enumerate(forgotten(root)):
+    for number, name in enumerate(remove_results(root)):
         (root / "stages" / name / "submission.json").write_text(f'{{"job": "7_{number}"}}')
     (root / "stages" / name / "claim.json").write_text('{"job": "7_1"}')
     for name in ("sbatch", "squeue", "scontrol", "sacct", "scancel"):

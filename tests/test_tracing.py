@@ -254,7 +254,7 @@ def slices(net, images):
     return net.d(torch.cat([net.b(x[:, :2]), net.c(x[:, 2:])], 1))
 
 
-def shuffled(net, images):
+def shuffle(net, images):
     x = net.a(images)
     batch, channels, height, width = x.size()
     x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous()
@@ -262,13 +262,13 @@ def shuffled(net, images):
     return net.d(torch.cat([net.b(first), net.c(second)], 1))
 
 
-def gated(net, images):
+def gate(net, images):
     x = net.a(images)
     gate = torch.sigmoid(net.grow(torch.relu(net.squeeze(x.mean((2, 3), keepdim=True)))))
     return net.c(x * gate)
 
 
-def spatially_gated(net, images):
+def gate_spatially(net, images):
     x = net.a(images)
     return net.c(x * torch.sigmoid(net.gate(x)) * x.mean(1, keepdim=True))
 
@@ -278,7 +278,7 @@ def last_axis(net, images):
     return net.c(torch.relu(net.lin(x)).permute(0, 3, 1, 2))
 
 
-def squeezed(net, images):
+def squeeze(net, images):
     return net.lin(net.pool(net.a(images)).squeeze(-1).squeeze(-1).unsqueeze(1))
 
 
@@ -393,7 +393,7 @@ SMALL = {
         ),
     ),
     "channel shuffle": (
-        Net(shuffled, b=conv(4, 4), c=conv(4, 6), **SPLIT),
+        Net(shuffle, b=conv(4, 4), c=conv(4, 6), **SPLIT),
         {"a": (4, 1, "a"), "a:2": (4, 1, "a"), "b": (4, 1, "b"), "c": (6, 1, "c")},
         lambda n: (
             64
@@ -411,12 +411,12 @@ SMALL = {
         lambda n: 64 * (3 + 5) * n["a"],
     ),
     "gate": (
-        Net(gated, a=conv(3, 8), squeeze=conv(8, 2), grow=conv(2, 8), c=conv(8, 5)),
+        Net(gate, a=conv(3, 8), squeeze=conv(8, 2), grow=conv(2, 8), c=conv(8, 5)),
         {"a": (8, 1, "a grow"), "squeeze": (2, 1, "squeeze")},
         lambda n: 64 * (3 + 5) * n["a"] + 2 * n["a"] * n["squeeze"],
     ),
     "one gate for all channels": (
-        Net(spatially_gated, a=conv(3, 8), gate=conv(8, 1), c=conv(8, 5)),
+        Net(gate_spatially, a=conv(3, 8), gate=conv(8, 1), c=conv(8, 5)),
         {"a": (8, 1, "a")},
         lambda n: 64 * (3 + 1 + 5) * n["a"],
     ),
@@ -531,7 +531,7 @@ SMALL = {
         lambda n: 64 * (3 * n["a"] + n["a"] * n["lin"] + 5 * n["lin"]),
     ),
     "squeeze and unsqueeze": (
-        Net(squeezed, a=conv(3, 8), pool=nn.AdaptiveAvgPool2d(1), lin=nn.Linear(8, 10)),
+        Net(squeeze, a=conv(3, 8), pool=nn.AdaptiveAvgPool2d(1), lin=nn.Linear(8, 10)),
         {"a": (8, 1, "a")},
         lambda n: (64 * 3 + 10) * n["a"],
     ),

@@ -54,7 +54,7 @@ def rows(folder):
     return [row for row, _ in TrackingFiles(folder).rows()]
 
 
-def repeated(folder):
+def rows_without_clock(folder):
     """The rows of a run, without what depends on the clock."""
     return [
         {name: value for name, value in row.items() if name not in NOT_REPEATED}
@@ -62,7 +62,7 @@ def repeated(folder):
     ]
 
 
-def trained(folder, data, log):
+def run_training(folder, data, log):
     torch.manual_seed(0)
     model = Small(4)
     train(
@@ -85,7 +85,7 @@ def found_by(name, folder, log, interrupt=None):
     )
 
 
-def searched(name, folder, interrupt=None, tracking=TRACKING):
+def run_search(name, folder, interrupt=None, tracking=TRACKING):
     """The same, tracked: its rows are in the folder."""
     about = replace(ABOUT, kind="search")
     with open_tracker(tracking, about, folder, interruptions=(Interrupted,)) as log:
@@ -97,7 +97,7 @@ def searched(name, folder, interrupt=None, tracking=TRACKING):
 
 def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
-    trained(tmp_path, Synthetic(), log)
+    run_training(tmp_path, Synthetic(), log)
     result = rows(tmp_path)
     # Four epochs of four steps, and every third step.
     assert [row["step"] for row in result] == [3, 4, 6, 8, 9, 12, 15, 16]
@@ -117,7 +117,7 @@ def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch)
                 yield batch
 
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
-    trained(tmp_path, Slow(), Tracker(TRACKING, ABOUT, tmp_path))
+    run_training(tmp_path, Slow(), Tracker(TRACKING, ABOUT, tmp_path))
     rates = [row["perf/images_per_second"] for row in rows(tmp_path)]
     assert rates == [8.0] * 6 + [16.0] * 2
 
@@ -125,7 +125,7 @@ def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch)
 def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
     """The first step is taken at a rate of zero, so its gradient is that of the fresh network."""
     log = Tracker(replace(TRACKING, log_every_steps=1), ABOUT, tmp_path)
-    trained(tmp_path, Synthetic(), log)
+    run_training(tmp_path, Synthetic(), log)
     first = rows(tmp_path)[0]
     torch.manual_seed(0)
     model = Small(4).train()
@@ -139,8 +139,8 @@ def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
 
 
 def test_a_training_is_the_same_to_the_bit_whether_it_is_tracked_or_not(tmp_path):
-    plain = trained(tmp_path / "plain", Synthetic(), None)
-    logged = trained(tmp_path / "logged", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path))
+    plain = run_training(tmp_path / "plain", Synthetic(), None)
+    logged = run_training(tmp_path / "logged", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path))
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, logged.state_dict()[name]), name
 
@@ -183,7 +183,7 @@ def test_the_accelerators_memory_is_the_peak_since_the_training_began(tmp_path, 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
 def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_path):
-    result = searched(name, tmp_path / "tracked")
+    result = run_search(name, tmp_path / "tracked")
     plain = found_by(name, tmp_path / "plain", None)
     assert plain.multipliers == result.multipliers
     assert plain.overhead_macs == result.overhead_macs
@@ -204,8 +204,8 @@ def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_pat
     ],
 )  # fmt: skip
 def test_a_search_logs_its_diagnostics(name, expected, tmp_path):
-    searched(name, tmp_path)
-    names = {key for row in repeated(tmp_path) for key in row}
+    run_search(name, tmp_path)
+    names = {key for row in rows_without_clock(tmp_path) for key in row}
     assert expected <= names
 
 
@@ -220,10 +220,12 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
 
     monkeypatch.setattr("widthopt.algorithms.autoslim.Sandwich", Watching)
     monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, accumulation=2))
-    searched("autoslim", tmp_path, tracking=replace(TRACKING, log_every_steps=1))
+    run_search("autoslim", tmp_path, tracking=replace(TRACKING, log_every_steps=1))
     # In each micro-batch the widest, the narrowest and two random ones.
     narrowest = [(entry + second) / 2 for entry, second in zip(seen[1::8], seen[5::8], strict=True)]
-    logged = [row["search/loss_narrowest"] for row in repeated(tmp_path) if row["step"] <= 16]
+    logged = [
+        row["search/loss_narrowest"] for row in rows_without_clock(tmp_path) if row["step"] <= 16
+    ]
     assert logged == pytest.approx(narrowest, rel=1e-6)
 
 
@@ -232,21 +234,21 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 15])
 def test_a_training_that_was_interrupted_leaves_the_rows_of_one_that_was_not(step, tmp_path):
-    trained(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
+    run_training(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
     folder = tmp_path / "parts"
     with pytest.raises(Interrupted):
-        trained(folder, Synthetic(interrupt=step), Tracker(TRACKING, ABOUT, folder))
-    trained(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
-    assert repeated(folder) == repeated(tmp_path / "whole")
+        run_training(folder, Synthetic(interrupt=step), Tracker(TRACKING, ABOUT, folder))
+    run_training(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
+    assert rows_without_clock(folder) == rows_without_clock(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
 def test_a_search_that_was_interrupted_leaves_the_rows_of_one_that_was_not(name, tmp_path):
-    searched(name, tmp_path / "whole")
+    run_search(name, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        searched(name, tmp_path / "parts", interrupt=10)
-    searched(name, tmp_path / "parts")
-    assert repeated(tmp_path / "parts") == repeated(tmp_path / "whole")
+        run_search(name, tmp_path / "parts", interrupt=10)
+    run_search(name, tmp_path / "parts")
+    assert rows_without_clock(tmp_path / "parts") == rows_without_clock(tmp_path / "whole")
 
 
 def test_rows_behind_the_checkpoint_of_a_process_that_was_killed_are_written_once(tmp_path):
@@ -259,13 +261,13 @@ def test_rows_behind_the_checkpoint_of_a_process_that_was_killed_are_written_onc
             if step == 15:  # the checkpoint is of step 12
                 raise Killed
 
-    trained(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
+    run_training(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
     folder = tmp_path / "parts"
     with pytest.raises(Killed):
-        trained(folder, Synthetic(), Deadly(TRACKING, ABOUT, folder))
-    assert repeated(folder)[-1]["step"] == 15
-    trained(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
-    assert repeated(folder) == repeated(tmp_path / "whole")
+        run_training(folder, Synthetic(), Deadly(TRACKING, ABOUT, folder))
+    assert rows_without_clock(folder)[-1]["step"] == 15
+    run_training(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
+    assert rows_without_clock(folder) == rows_without_clock(tmp_path / "whole")
 
 
 def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
@@ -278,13 +280,13 @@ def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
             last = rows(tmp_path)[-1]["step"]
             seen.append((last, (tmp_path / "checkpoints" / f"step-{last:08d}").exists()))
 
-    trained(tmp_path, Synthetic(), Watching(TRACKING, ABOUT, tmp_path))
+    run_training(tmp_path, Synthetic(), Watching(TRACKING, ABOUT, tmp_path))
     assert seen == [(4, False), (8, False), (12, False), (16, False)]
 
 
 def test_a_run_that_ended_before_its_training_began_keeps_its_rows(tmp_path):
     with pytest.raises(Interrupted):
-        trained(tmp_path, Synthetic(interrupt=10), Tracker(TRACKING, ABOUT, tmp_path))
+        run_training(tmp_path, Synthetic(interrupt=10), Tracker(TRACKING, ABOUT, tmp_path))
     before = rows(tmp_path)
     with pytest.raises(InputError), open_tracker(TRACKING, ABOUT, tmp_path):
         raise InputError("the images are not there today")

@@ -113,7 +113,7 @@ def child(folder, env, **options):
     )  # fmt: skip
 
 
-def ended(process):
+def finish_stuck(process):
     """What it said, and for how many seconds it waited for W&B at the end."""
     output, wrong = process.communicate(timeout=120)
     assert process.returncode == 0, wrong
@@ -129,11 +129,11 @@ def start(folder, *words, env, prefix=()):
     )  # fmt: skip
 
 
-def synced(folder, server, **others):
+def sync(folder, server, **others):
     return start(folder, "sync", "--pause", "0", env=environment(server, **others))
 
 
-def inspected(segment):
+def inspect_segment(segment):
     """The records of one of W&B's files, as its own tool reads them."""
     done = subprocess.run(  # noqa: S603 (our own words)
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)],
@@ -142,14 +142,14 @@ def inspected(segment):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def logged(folder):
+def read_rows(folder):
     """The rows of a run by their steps, as they are kept."""
     return {row["step"]: row for row, _ in TrackingFiles(folder).rows()}
 
 
 def assert_same_rows(run, folder):
     """Nothing was lost and nothing doubled on the way to a server."""
-    kept = logged(folder)
+    kept = read_rows(folder)
     assert run.steps == sorted(kept)
     for row in run.history:
         received = {name: entry for name, entry in row.items() if not name.startswith("_")}
@@ -205,7 +205,7 @@ LISTENER = textwrap.dedent("""
 """)
 
 
-def names_asked(folder, *words):
+def count_lookups(folder, *words):
     """How often a process asks for a name, where a server for names listens and nothing else."""
     (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     (folder / "listener.py").write_text(LISTENER)
@@ -223,16 +223,16 @@ def names_asked(folder, *words):
 )
 def test_offline_looks_up_no_name_from_the_first_call_to_the_last(tmp_path):
     options = {"folder": str(tmp_path / "stages"), "mode": "offline", "steps": 3}
-    assert names_asked(tmp_path, "-c", CHILD, json.dumps(options)) == 0
+    assert count_lookups(tmp_path, "-c", CHILD, json.dumps(options)) == 0
     # Nor where it goes on behind what was sent, which W&B's own tool is asked for.
     (segment,) = tmp_path.glob("stages/train-x/wandb/offline-run-*/run-*.wandb")
     segment.with_name(f"{segment.name}.synced").touch()
-    assert names_asked(tmp_path, "-c", CHILD, json.dumps({**options, "from": 3, "steps": 9})) == 0
+    assert count_lookups(tmp_path, "-c", CHILD, json.dumps({**options, "from": 3, "steps": 9})) == 0
     # The listener hears what there is to hear.
     ask = (
         "import socket, contextlib\nwith contextlib.suppress(OSError): socket.getaddrinfo('a.b', 1)"
     )
-    assert names_asked(tmp_path, "-c", ask) > 0
+    assert count_lookups(tmp_path, "-c", ask) > 0
 
 
 def test_a_run_offline_reads_back_as_what_it_was(swept):
@@ -241,7 +241,7 @@ def test_a_run_offline_reads_back_as_what_it_was(swept):
     assert sorted(entry.name.partition("-")[0] for entry in done) == ["search"] * 2 + ["train"] * 2
     for stage in done:
         (segment,) = stage.glob("wandb/offline-run-*/run-*.wandb")
-        records = inspected(segment)
+        records = inspect_segment(segment)
         (run,) = [entry["run"] for entry in records if entry["type"] == "run"]
         kind = stage.name.partition("-")[0]
         assert run["run_id"] == stage.name
@@ -254,7 +254,7 @@ def test_a_run_offline_reads_back_as_what_it_was(swept):
         config = run["config"]["update"]
         assert f"seed{config['seed']}" in run["tags"]
         history = [entry["history"]["item"] for entry in records if entry["type"] == "history"]
-        kept = logged(stage)
+        kept = read_rows(stage)
         assert [entry["_step"] for entry in history] == sorted(kept)
         assert [entry.get(f"{kind}/loss") for entry in history] == [
             kept[step].get(f"{kind}/loss") for step in sorted(kept)
@@ -310,7 +310,7 @@ def test_the_file_of_widths_is_not_copied_to_a_folder_of_w_and_bs(swept):
 
 
 def test_a_key_in_the_environment_is_in_no_file_of_a_sweep(swept):
-    """Neither in what is frozen of its runs, nor in W&B's files, nor in its logs."""
+    """Neither in the specs of its runs, nor in W&B's files, nor in its logs."""
     folder, done, _ = swept
     texts = [done.stdout.encode(), done.stderr.encode()]
     texts += [entry.read_bytes() for entry in folder.rglob("*") if entry.is_file()]
@@ -369,7 +369,7 @@ def test_a_sweep_is_sent_whole_and_again_nothing_is(swept, tmp_path):
     folder, _, _ = swept
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     with Server() as server:
-        done = synced(tmp_path, server)
+        done = sync(tmp_path, server)
         assert done.returncode == 0, done.stderr
         assert done.stderr.splitlines()[-1] == "7 sent, 0 had been sent before, 0 still run"
         check_server(server, tmp_path)
@@ -382,7 +382,7 @@ def test_a_sweep_is_sent_whole_and_again_nothing_is(swept, tmp_path):
         alerts = [entry["title"] for entry in server.alerts]
         assert alerts == ["search failed", "search failed"]
         before = list(server.operations)
-        done = synced(tmp_path, server)
+        done = sync(tmp_path, server)
         assert done.stderr.splitlines()[-1] == "0 sent, 7 had been sent before, 0 still run"
         assert server.operations == before
         # Nor does W&B's own tool send it again.
@@ -442,7 +442,7 @@ def test_a_run_that_a_server_refuses_holds_up_no_other(tmp_path):
     waiting_runs(tmp_path, "train-a", "train-b", "train-c")
     with Server() as server:
         server.deleted = {"train-a"}
-        done = synced(tmp_path, server)
+        done = sync(tmp_path, server)
         assert (done.returncode, done.stdout) == (1, "")
         refused, *sent, total, end = done.stderr.splitlines()
         assert refused.startswith("train-a was not sent (")
@@ -461,7 +461,7 @@ def test_a_run_that_works_is_left_for_the_next_time(tmp_path):
         done = start(tmp_path, *words, env=environment(server))
         assert done.stderr.splitlines() == ["0 sent, 0 had been sent before, 1 still run"]
         assert server.requests == []
-        ended(process)
+        finish_stuck(process)
         done = start(tmp_path, *words, env=environment(server))
         assert done.stderr.splitlines()[-1] == "1 sent, 0 had been sent before, 0 still run"
         assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
@@ -473,7 +473,7 @@ def test_a_server_that_refuses_three_runs_in_a_row_is_left_alone(tmp_path):
     waiting_runs(tmp_path, *names)
     with Server() as server:
         server.deleted = set(names)
-        done = synced(tmp_path, server)
+        done = sync(tmp_path, server)
     assert [line.partition(" ")[0] for line in done.stderr.splitlines()[:-2]] == names[:3]
     assert done.stderr.splitlines()[-2] == "0 sent, 0 had been sent before, 0 still run"
 
@@ -488,7 +488,7 @@ def test_figures_are_sent_again_when_they_are_other_ones_and_without_what_is_gon
     (report / "mine.csv").write_text("top1\n71\n")
     files.write_end(End(media={"figures/mine": "../mine.png", "tables/mine": "../mine.csv"}))
     with Server() as server:
-        assert synced(tmp_path, server).returncode == 0
+        assert sync(tmp_path, server).returncode == 0
         (run,) = server.runs.values()
         assert [sorted(entry for entry in row if entry[0] != "_") for row in run.history] == [
             ["tables/mine"]
@@ -496,7 +496,7 @@ def test_figures_are_sent_again_when_they_are_other_ones_and_without_what_is_gon
         assert files.is_fully_synced
         (report / "mine.csv").write_text("top1\n72\n")
         assert not files.is_fully_synced
-        assert synced(tmp_path, server).returncode == 0
+        assert sync(tmp_path, server).returncode == 0
         assert run.steps == [0, 1]
         assert run.complete
 
@@ -511,7 +511,7 @@ def test_a_report_is_tracked_as_the_sweep_was(swept, tmp_path):
         env = environment(server)
         assert start(tmp_path, "report", env=env).returncode == 0
         assert server.requests == []
-        assert synced(tmp_path, server).returncode == 0
+        assert sync(tmp_path, server).returncode == 0
         (figures,) = [
             entry for entry in server.runs.values() if entry.fields["jobType"] == "figures"
         ]
@@ -520,19 +520,19 @@ def test_a_report_is_tracked_as_the_sweep_was(swept, tmp_path):
         # The same figures are not told again, not even by W&B's own tool.
         assert start(tmp_path, "report", env=env).returncode == 0
         assert start_wandb_sync(tmp_path, server).returncode == 0
-        assert synced(tmp_path, server).returncode == 0
+        assert sync(tmp_path, server).returncode == 0
         assert figures.steps == [0]
         # Others are.
         (stage, *_) = tmp_path.glob("runs/stages/train-*/result.json")
         stage.unlink()
         assert start(tmp_path, "report", env=env).returncode == 0
-        assert synced(tmp_path, server).returncode == 0
+        assert sync(tmp_path, server).returncode == 0
         assert figures.steps == [0, 1]
 
 
 @pytest.mark.slow
 def test_a_sync_that_was_killed_and_given_again_doubles_nothing(tmp_path):
-    ended(child(tmp_path, environment(None, key=""), mode="offline", steps=20_000))
+    finish_stuck(child(tmp_path, environment(None, key=""), mode="offline", steps=20_000))
     stage = tmp_path / "stages" / "train-x"
     with Server() as server:
         stream = server.stream
@@ -586,7 +586,7 @@ def network(tmp_path):
 LONG = ("recipe.epochs=20", "recipe.batch_size=16")
 
 
-def interrupted(folder, server, mode, number):
+def interrupt_training(folder, server, mode, number):
     """A training that is ended by a signal in the midst of it."""
     words = (*WORDS, "methods=[uniform]", f"tracking={mode}", *LONG)
     env = {**environment(server), "HOME": str(folder)}
@@ -598,7 +598,7 @@ def interrupted(folder, server, mode, number):
     while time.monotonic() < until:
         (stage,) = list(path.glob("train-*")) or [path / "none"]
         begun = list(stage.glob("wandb/*run-*"))
-        if begun and len(logged(stage)) > 60:
+        if begun and len(read_rows(stage)) > 60:
             break
         time.sleep(0.05)
     process.send_signal(number)
@@ -616,7 +616,7 @@ def is_unlocked(stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_offline_a_requeued_run_is_one_run_with_every_row_once(number, network):
-    stage, code, _ = interrupted(network, None, "offline", number)
+    stage, code, _ = interrupt_training(network, None, "offline", number)
     assert code == (-number if number == signal.SIGKILL else 130)
     done = one_run(network, None, "tracking=offline", *LONG, key="")
     assert done.returncode == 0, done.stderr
@@ -635,7 +635,7 @@ def test_offline_a_requeued_run_is_one_run_with_every_row_once(number, network):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_online_a_requeued_run_is_one_run_with_every_row_once(number, network):
     with Server() as server:
-        stage, _, wrong = interrupted(network, server, "online", number)
+        stage, _, wrong = interrupt_training(network, server, "online", number)
         (run,) = server.runs.values()
         if number == signal.SIGINT:
             assert "tracking" not in wrong
@@ -644,45 +644,45 @@ def test_online_a_requeued_run_is_one_run_with_every_row_once(number, network):
         assert done.returncode == 0, done.stderr
         assert "tracking" not in done.stderr
         assert list(server.runs) == [stage.name]
-        assert run.steps == sorted(logged(stage))
+        assert run.steps == sorted(read_rows(stage))
         assert (run.complete, run.exit_code) == (True, 0)
         assert run.summary["test/top1"] == max(
-            row.get("test/top1", 0) for row in logged(stage).values()
+            row.get("test/top1", 0) for row in read_rows(stage).values()
         )
 
 
 @pytest.mark.slow
 def test_a_run_that_was_synced_while_interrupted_resumes_after_the_rows_of_the_server(network):
-    stage, _, _ = interrupted(network, None, "offline", signal.SIGKILL)
+    stage, _, _ = interrupt_training(network, None, "offline", signal.SIGKILL)
     with Server() as server:
         assert server.wait_for(lambda: is_unlocked(stage))  # W&B's process notices the end
-        assert synced(network, server).returncode == 0
+        assert sync(network, server).returncode == 0
         (run,) = server.runs.values()
         assert (run.exit_code, run.preempting > 0) == (1, True)
         assert len(run.history) > 0
         done = one_run(network, None, "tracking=offline", *LONG, key="")
         assert done.returncode == 0, done.stderr
-        assert synced(network, server).returncode == 0
-        assert run.steps == sorted(logged(stage))
+        assert sync(network, server).returncode == 0
+        assert run.steps == sorted(read_rows(stage))
         assert (run.complete, run.exit_code) == (True, 0)
 
 
 @pytest.mark.slow
 def test_a_run_whose_rest_is_not_tracked_is_whole_with_the_next_sync(network):
-    stage, _, _ = interrupted(network, None, "offline", signal.SIGINT)
+    stage, _, _ = interrupt_training(network, None, "offline", signal.SIGINT)
     done = one_run(network, None, "tracking=disabled", *LONG, key="")
     assert done.returncode == 0, done.stderr
     with Server() as server:
-        assert synced(network, server).returncode == 0
+        assert sync(network, server).returncode == 0
         (run,) = server.runs.values()
-        assert run.steps == sorted(logged(stage))
+        assert run.steps == sorted(read_rows(stage))
         assert (run.complete, run.exit_code) == (True, 0)
 
 
 # A server that fails.
 
 
-def warned(wrong):
+def warnings_in(wrong):
     return [line for line in wrong.splitlines() if line.startswith("WARNING")]
 
 
@@ -703,14 +703,14 @@ def test_a_server_that_is_not_there_is_one_warning_and_the_run_is_well(fault, wh
             del env["WANDB_API_KEY"]
         server.silent = fault == "silent"
         server.refuse = {"UpsertBucket"} if fault == "refuses" else set()
-        wrong, seconds = ended(child(tmp_path, env))
-    (warning,) = warned(wrong)
+        wrong, seconds = finish_stuck(child(tmp_path, env))
+    (warning,) = warnings_in(wrong)
     assert "tracking=online failed" in warning
     assert why in warning or "no end within 4 s" in warning  # on a busy machine
     assert "`widthopt sync` sends them later" in warning
     assert seconds < 15
     stage = tmp_path / "stages" / "train-x"
-    assert sorted(logged(stage)) == list(range(1, 22))
+    assert sorted(read_rows(stage)) == list(range(1, 22))
     with Server() as server:  # and so it is
         done = start(tmp_path, "sync", "--root", ".", env=environment(server))
         assert done.returncode == 0, done.stderr
@@ -746,10 +746,10 @@ def test_a_server_that_fails_in_the_middle_is_one_warning_and_a_bounded_end(faul
         )
         setattr(server, fault, True)
         before = time.monotonic()
-        wrong, seconds = ended(process)
+        wrong, seconds = finish_stuck(process)
         assert time.monotonic() - before < 25
         assert seconds < 15
-        (warning,) = warned(wrong)
+        (warning,) = warnings_in(wrong)
         assert "tracking=online failed" in warning
         setattr(server, fault, False)
         server.silent = False
@@ -767,8 +767,8 @@ def test_a_server_that_hangs_at_the_very_end_is_one_warning_and_a_bounded_end(tm
             lambda: server.runs.get("train-x") and server.runs["train-x"].history
         )
         server.silent = True
-        wrong, seconds = ended(process)
-        (warning,) = warned(wrong)
+        wrong, seconds = finish_stuck(process)
+        (warning,) = warnings_in(wrong)
         assert "tracking=online failed" in warning
         assert seconds < 15
 
@@ -808,12 +808,12 @@ def test_w_and_bs_process_may_die_and_the_runs_after_it_are_tracked(mode, tmp_pa
         for pid, words in descendants(process.pid):
             if "wandb-core" in words:
                 os.kill(pid, signal.SIGKILL)
-        wrong, _ = ended(process)
-        (warning,) = warned(wrong)
+        wrong, _ = finish_stuck(process)
+        (warning,) = warnings_in(wrong)
         assert f"tracking={mode} failed" in warning
         assert wrong.splitlines() == [warning]
         for name in names:
-            assert len(logged(tmp_path / "stages" / name)) == 31
+            assert len(read_rows(tmp_path / "stages" / name)) == 31
         done = start(tmp_path, "sync", "--root", ".", env=environment(server))
         assert done.returncode == 0, done.stderr
         sent = 2 if mode == "offline" else 1
@@ -831,8 +831,8 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_the_one_that_sends(tmp_
         for pid, _ in descendants(process.pid):
             for number in (signal.SIGUSR1, signal.SIGUSR2):
                 os.kill(pid, number)
-        wrong, _ = ended(process)
-        assert warned(wrong) == []
+        wrong, _ = finish_stuck(process)
+        assert warnings_in(wrong) == []
         assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
 
 
@@ -845,7 +845,7 @@ def test_processes_of_w_and_bs_do_not_outlive_a_run_that_had_to_leave_them(tmp_p
         core = [entry for entry in descendants(process.pid) if "wandb-core" in entry[1]]
         assert core
         server.silent = True
-        ended(process)
+        finish_stuck(process)
         for pid, _ in core:
             status = Path(f"/proc/{pid}/status")
             assert not status.exists() or "zombie" in status.read_text()
@@ -882,8 +882,8 @@ def test_a_full_disk_is_one_warning_and_the_run_is_well(tmp_path):
         ["unshare", "-rm", "sh", "-c", words], cwd=tmp_path, env=env, text=True,  # noqa: S607
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    wrong, seconds = ended(process)
-    (warning,) = warned(wrong)
+    wrong, seconds = finish_stuck(process)
+    (warning,) = warnings_in(wrong)
     assert "metrics.jsonl cannot be written (" in warning
     assert seconds < 15
 
@@ -900,8 +900,8 @@ def test_a_run_goes_to_the_server_that_a_person_has_logged_in_to(tmp_path):
         netrc = tmp_path / ".netrc"
         netrc.write_text(f"machine {server.url[7:]}\n  login user\n  password {KEY}\n")
         netrc.chmod(0o600)
-        wrong, _ = ended(child(tmp_path, environment(None, key="")))
-        assert warned(wrong) == []
+        wrong, _ = finish_stuck(child(tmp_path, environment(None, key="")))
+        assert warnings_in(wrong) == []
         assert_same_rows(server.runs["train-x"], tmp_path / "stages" / "train-x")
     # And nothing else is put there.
     local = {
@@ -929,7 +929,7 @@ def test_a_key_reaches_no_file_no_log_and_no_process_list(network):
                 time.sleep(0.2)
             output = process.stdout.read()
         assert process.returncode == 0, output
-        done = synced(network, server)
+        done = sync(network, server)
         assert "wandb-core" in " ".join(seen)
     texts = [output, done.stdout, done.stderr, *seen]
     texts += [
@@ -942,7 +942,7 @@ def test_a_key_reaches_no_file_no_log_and_no_process_list(network):
 def test_what_looks_like_a_key_in_the_configuration_is_hidden_from_w_and_b(tmp_path):
     secret = "f00dfeed" * 5
     fields = {"root": f"/data/{secret}", "api_key": "short", "kept": "value"}
-    ended(child(tmp_path, environment(None, key=""), mode="offline", fields=fields))
+    finish_stuck(child(tmp_path, environment(None, key=""), mode="offline", fields=fields))
     texts = [entry.read_bytes() for entry in tmp_path.rglob("*") if entry.is_file()]
     assert not any(secret.encode() in entry or b"short" in entry for entry in texts)
     assert any(b"kept" in entry for entry in texts)
@@ -991,7 +991,7 @@ def test_without_w_and_b_a_run_is_well_and_says_so_once(tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')")
     env = environment(None, key="")
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
-    wrong, _ = ended(child(tmp_path, env, mode="offline"))
-    (warning,) = warned(wrong)
+    wrong, _ = finish_stuck(child(tmp_path, env, mode="offline"))
+    (warning,) = warnings_in(wrong)
     assert "tracking=offline failed (No module named wandb)" in warning
-    assert len(logged(tmp_path / "stages" / "train-x")) == 21
+    assert len(read_rows(tmp_path / "stages" / "train-x")) == 21

@@ -17,7 +17,7 @@ _requeue(order, rank=int(sys.argv[1]), saving={saving})
 """
 
 
-def warned(rank, *requeue, saving=True, **environment):
+def start_and_warn(rank, *requeue, saving=True, **environment):
     process = subprocess.Popen(  # noqa: S603 (our own words)
         [sys.executable, "-c", PUT_BACK.format(saving=saving), str(rank), *requeue],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -28,7 +28,7 @@ def warned(rank, *requeue, saving=True, **environment):
 
 
 def test_the_first_process_says_that_it_stopped_and_ends():
-    process = warned(0)
+    process = start_and_warn(0)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
     assert message == "widthopt: stopped before its end; start the same sweep again\n"
@@ -36,7 +36,7 @@ def test_the_first_process_says_that_it_stopped_and_ends():
 
 def test_other_processes_wait_for_the_first_to_end_them():
     """It may still save, and srun would end it as soon as another one has ended."""
-    process = warned(1)
+    process = start_and_warn(1)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.terminate()
@@ -46,14 +46,14 @@ def test_other_processes_wait_for_the_first_to_end_them():
 
 def test_where_nothing_is_saved_other_processes_wait_for_seconds_only():
     """The first one may be waiting for this one, where no signal gets at it."""
-    process = warned(1, saving=False)
+    process = start_and_warn(1, saving=False)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
     assert message == "widthopt: stopped before its end; start the same sweep again\n"
 
 
 def test_where_there_is_no_scontrol_the_process_says_so_and_ends(tmp_path):
-    process = warned(0, "requeue", SLURM_JOB_ID="7", PATH=str(tmp_path))
+    process = start_and_warn(0, "requeue", SLURM_JOB_ID="7", PATH=str(tmp_path))
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
     assert message == (

@@ -318,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _received(self, method):
+    def _receive(self, method):
         """The request's path and content; None where it is to have no answer."""
         server, path = self.server_of_runs, urllib.parse.urlparse(self.path).path
         server.requests.append(f"{method} {path}")
@@ -333,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
         return path, content
 
     def do_POST(self):
-        received = self._received("POST")
+        received = self._receive("POST")
         if received is None:
             return
         path, content = received
@@ -365,12 +365,12 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(404, {"error": "unknown"})
 
     def do_PUT(self):
-        received = self._received("PUT")
+        received = self._receive("PUT")
         if received is not None:
             name = urllib.parse.unquote(self.path.split("/storage/", 1)[1])
             self.server_of_runs.blobs[name] = received[1]
             self._answer(200, {})
 
     def do_GET(self):
-        if self._received("GET") is not None:
+        if self._receive("GET") is not None:
             self._answer(404, {"error": "unknown"})

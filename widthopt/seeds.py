@@ -8,7 +8,7 @@ import hashlib
 import random
 
 
-def derived_seed(seed: int, *purpose: str | int) -> int:
+def derive_seed(seed: int, *purpose: str | int) -> int:
     """Return the seed of one purpose and step: an integer in [0, 2**63).
 
     Args:
@@ -24,5 +24,5 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> random.Random:
-    """Return a Python rng for one purpose and step; see `derived_seed`."""
-    return random.Random(derived_seed(seed, *purpose))  # noqa: S311 (not for secrets)
+    """Return a Python rng for one purpose and step; see `derive_seed`."""
+    return random.Random(derive_seed(seed, *purpose))  # noqa: S311 (not for secrets)

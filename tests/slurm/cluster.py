@@ -170,7 +170,7 @@ class Cluster:
             (self.folder / name).mkdir(parents=True, mode=0o755)
         for name in ("munge", "database", "state"):
             (self.folder / name).mkdir(mode=0o700)
-        self._owner = _owned(self.folder)
+        self._owner = _take_ownership(self.folder)
         assert self._owner is not None
         port = _reserve(self.folder, self.nodes)
         for node in self.nodes:
@@ -589,7 +589,7 @@ def _hosts() -> Iterator[list[str]]:
 def _reserve(folder: Path, nodes: list[str]) -> int:
     """Enter a cluster into ``/etc/hosts``; the first port of its block."""
     with _hosts() as lines:
-        taken = {port for _, port in _reserved(lines)}
+        taken = {port for _, port in _parse_reservations(lines)}
         taken |= {port - port % _PORTS.step for port in _listening()}
         free = [port for port in _PORTS if port not in taken]
         if not free:
@@ -598,7 +598,7 @@ def _reserve(folder: Path, nodes: list[str]) -> int:
     return free[0]
 
 
-def _reserved(lines: list[str]) -> list[tuple[Path, int]]:
+def _parse_reservations(lines: list[str]) -> list[tuple[Path, int]]:
     """Folder and first port of each cluster."""
     marked = (line.partition(f" {_MARK} ")[2].split() for line in lines)
     return [(Path(words[0]), int(words[1])) for words in marked if words]
@@ -606,7 +606,7 @@ def _reserved(lines: list[str]) -> list[tuple[Path, int]]:
 
 def _unreserve(folder: Path) -> None:
     with _hosts() as lines:
-        lines[:] = [line for line in lines if folder not in dict(_reserved([line]))]
+        lines[:] = [line for line in lines if folder not in dict(_parse_reservations([line]))]
 
 
 def _listening() -> set[int]:
@@ -621,7 +621,7 @@ def _listening() -> set[int]:
     return ports
 
 
-def _owned(folder: Path) -> IO[str] | None:
+def _take_ownership(folder: Path) -> IO[str] | None:
     """A lock that its owner holds as long as it lives; None if another has it, or it is gone."""
     try:
         file = (folder / "owner").open("a")
@@ -638,11 +638,11 @@ def _owned(folder: Path) -> IO[str] | None:
 def _stop_abandoned() -> None:
     """Stop the clusters whose owners have ended without."""
     with _hosts() as lines:
-        reserved = _reserved(lines)
+        reserved = _parse_reservations(lines)
     for folder, _ in reserved:
         if not (folder / "owner").exists():
             _unreserve(folder)
-        elif owner := _owned(folder):
+        elif owner := _take_ownership(folder):
             cluster = Cluster()
             cluster._folder, cluster._owner = folder, owner  # noqa: SLF001
             cluster.stop()

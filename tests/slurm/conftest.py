@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items):
             task.add_marker(pytest.mark.slurm)
 
 
-def _started(**options):
+def _start(**options):
     if obstacle := Cluster.obstacle():
         pytest.skip(obstacle)
     with Cluster(**options) as cluster:
@@ -24,13 +24,13 @@ def _started(**options):
 @pytest.fixture(scope="session")
 def cluster():
     """Three nodes, with accounting."""
-    yield from _started()
+    yield from _start()
 
 
 @pytest.fixture(scope="session")
 def bare():
     """A node, without accounting."""
-    yield from _started(nodes=1, accounting=False)
+    yield from _start(nodes=1, accounting=False)
 
 
 @pytest.fixture

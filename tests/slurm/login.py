@@ -144,7 +144,7 @@ def _timeless(value):
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
-def done_alone(folder, *words):
+def results_without_cluster(folder, *words):
     """The results of the same points, undisturbed and without a cluster."""
     words = [word for word in words if not word.startswith("hydra")]
     done = folder.widthopt(*words, "root=alone")
@@ -152,14 +152,14 @@ def done_alone(folder, *words):
     return folder.results("alone")
 
 
-def whole(folder, *words):
+def is_complete(folder, *words):
     """All is done, nothing was lost, and it is what comes out undisturbed."""
     assert {row["state"] for row in folder.rows()} == {"done"}
-    assert folder.results() == done_alone(folder, *words)
+    assert folder.results() == results_without_cluster(folder, *words)
     return True
 
 
-def preempted(folder, _row):
+def preempt(folder, _row):
     """Give all GPUs of the cluster to a job of higher priority for a moment."""
     folder.cluster.run(
         "sbatch", "-p", "high", f"-N{len(folder.cluster.nodes)}", "--gpus-per-node=8",
@@ -176,7 +176,7 @@ def start_patched(folder, patch, *words):
     )  # fmt: skip
 
 
-def patched(folder, patch, *words):
+def run_patched(folder, patch, *words):
     """The same to its end."""
     process = start_patched(folder, patch, *words)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)

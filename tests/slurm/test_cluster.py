@@ -37,7 +37,7 @@ def submit(cluster, out, script, *words):
     return done.strip()
 
 
-def printed(out):
+def wait_for_output(out):
     """What a job has printed, as soon as that is something."""
     return until(lambda: out.exists() and out.read_text().split())
 
@@ -85,13 +85,13 @@ def test_all_nodes_are_idle_and_have_eight_gpus(cluster):
 def test_a_job_sees_its_gpus_and_its_nodes_name(cluster, tmp_path):
     out = tmp_path / "out"
     submit(cluster, out, "echo $(hostname) $CUDA_VISIBLE_DEVICES", "-w", "node2", "--gpus=3")
-    assert printed(out) == ["node2", "0,1,2"]
+    assert wait_for_output(out) == ["node2", "0,1,2"]
 
 
 def test_two_jobs_on_a_node_share_its_gpus_out(cluster, tmp_path):
     for name in ("one", "other"):
         submit(cluster, tmp_path / name, "echo $CUDA_VISIBLE_DEVICES; sleep 60", "--gpus=4")
-    seen = {printed(tmp_path / name)[0] for name in ("one", "other")}
+    seen = {wait_for_output(tmp_path / name)[0] for name in ("one", "other")}
     assert seen == {"0,1,2,3", "4,5,6,7"}
 
 
@@ -99,7 +99,7 @@ def test_each_task_of_a_job_on_two_nodes_runs_on_its_node(cluster, tmp_path):
     out = tmp_path / "out"
     submit(cluster, out, "srun hostname", "-N2", "--ntasks-per-node=2")
     until_over(cluster)
-    assert sorted(printed(out)) == ["node1", "node1", "node2", "node2"]
+    assert sorted(wait_for_output(out)) == ["node1", "node1", "node2", "node2"]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_an_array_runs_no_more_at_once_than_it_may(cluster, tmp_path):
     out = tmp_path / "out"
     submit(cluster, out, "date +%s.%N; sleep 1; date +-%s.%N", "--array=0-3%2")
     until_over(cluster)
-    times = sorted((float(word.strip("-")), word[0] == "-") for word in printed(out))
+    times = sorted((float(word.strip("-")), word[0] == "-") for word in wait_for_output(out))
     running = [sum(-1 if ends else 1 for _, ends in times[: end + 1]) for end in range(8)]
     assert max(running) == 2
 
@@ -161,22 +161,22 @@ def test_a_job_that_makes_room_is_warned_and_put_back(cluster, tmp_path):
     out = tmp_path / "out"
     script = "trap 'echo warned; exit 0' USR2; echo starts; sleep 60 & wait"
     submit(cluster, out, script, "-N3", "--gpus-per-node=8", "--signal=B:USR2@10", "--requeue")
-    assert printed(out) == ["starts"]
+    assert wait_for_output(out) == ["starts"]
     submit(cluster, tmp_path / "high", "echo there", "-p", "high", "--gpus=8")
-    assert printed(tmp_path / "high") == ["there"]
-    assert printed(out)[:2] == ["starts", "warned"]
+    assert wait_for_output(tmp_path / "high") == ["there"]
+    assert wait_for_output(out)[:2] == ["starts", "warned"]
 
 
 def test_the_job_of_a_killed_node_starts_again_elsewhere(cluster, tmp_path):
     out = tmp_path / "out"
     submit(cluster, out, "hostname; sleep 60")
-    (first,) = printed(out)
+    (first,) = wait_for_output(out)
     started = time.monotonic()
     cluster.kill_node(first)
-    until(lambda: len(printed(out)) == 2)
+    until(lambda: len(wait_for_output(out)) == 2)
     # With SLURM's own settings this takes two minutes.
     assert time.monotonic() - started < 30
-    assert printed(out)[1] != first
+    assert wait_for_output(out)[1] != first
     cluster.start_node(first)
     assert cluster.states().count("idle") == 2
 
@@ -190,27 +190,27 @@ def test_a_node_can_die_unnoticed(cluster):
 def test_a_job_outlives_the_daemon_of_its_node(cluster, tmp_path):
     out = tmp_path / "out"
     submit(cluster, out, f"hostname; until test -e {tmp_path}/go; do sleep 0.1; done; echo end")
-    (node,) = printed(out)
+    (node,) = wait_for_output(out)
     cluster.kill_daemon_of(node)
     (tmp_path / "go").touch()
-    until(lambda: len(printed(out)) == 2)
+    until(lambda: len(wait_for_output(out)) == 2)
     cluster.start_node(node)
     until_over(cluster)
 
 
 def test_the_controller_restarts_with_its_queue(cluster, tmp_path):
     running = submit(cluster, tmp_path / "out", "echo starts; sleep 60")
-    assert printed(tmp_path / "out") == ["starts"]
+    assert wait_for_output(tmp_path / "out") == ["starts"]
     held = submit(cluster, "/dev/null", "true", "--hold")
     cluster.restart_controller()
     lines = cluster.run("squeue", "-h", "-o", "%A %T").splitlines()
     assert sorted(lines) == [f"{running} RUNNING", f"{held} PENDING"]
-    assert printed(tmp_path / "out") == ["starts"]
+    assert wait_for_output(tmp_path / "out") == ["starts"]
 
 
 def test_cancelling_all_ends_jobs_that_do_not_want_to(cluster, tmp_path):
     submit(cluster, tmp_path / "out", "trap '' TERM; echo starts; while true; do sleep 1; done")
-    printed(tmp_path / "out")
+    wait_for_output(tmp_path / "out")
     cluster.cancel_all()
     assert not cluster.run("squeue", "-h")
 
@@ -227,7 +227,7 @@ def test_what_was_killed_is_repaired(cluster):
 
 def test_only_the_loopback_is_listened_on(cluster, tmp_path):
     submit(cluster, "/dev/null", f"srun sh -c 'echo starts >> {tmp_path}/out; sleep 60'", "-N2")
-    until(lambda: len(printed(tmp_path / "out")) == 2)
+    until(lambda: len(wait_for_output(tmp_path / "out")) == 2)
     found = listeners(processes(cluster.folder))
     # The controller, the database's daemon, three nodes; and srun.
     assert len(found) > 5
@@ -240,7 +240,7 @@ def test_two_clusters_side_by_side_do_not_know_each_other(cluster, bare, tmp_pat
     job = submit(cluster, "/dev/null", "true", "--hold")
     submit(bare, tmp_path / "out", "hostname")
     until_over(bare)
-    assert printed(tmp_path / "out") == ["node1"]
+    assert wait_for_output(tmp_path / "out") == ["node1"]
     bare.cancel_all()
     assert cluster.run("squeue", "-h", "-o", "%A").split() == [job]
     blocks = [
@@ -266,7 +266,7 @@ def test_a_cluster_that_is_stopped_leaves_nothing(tmp_path):
         folder = item.folder
         stubborn = "trap '' TERM; setsid sleep 600 & echo starts; sleep 600"
         submit(item, tmp_path / "out", stubborn)
-        printed(tmp_path / "out")
+        wait_for_output(tmp_path / "out")
         # Four daemons and one that slurmctld starts; slurmd; slurmstepd and three of the job's.
         assert len(processes(folder)) >= 9
         assert str(folder) in HOSTS.read_text()

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from commands import one_line
-from login import EPOCHS, LONG, ONE, SWEEP, Folder, preempted, whole
+from login import EPOCHS, LONG, ONE, SWEEP, Folder, is_complete, preempt
 from PIL import Image
 
 
 LATER = "+hydra.launcher.options.begin=now+600"
 
 
-def reported(folder, kind):
+def job_report(folder, kind):
     """What SLURM knows of the job of a search or a training."""
     return folder.cluster.run("scontrol", "-o", "show", "job", folder.row(kind)["job"])
 
@@ -33,7 +33,7 @@ def test_options_are_sbatchs_own(folder):
         "hydra.launcher.resources.memory_gb=3", submitted=2,
     )  # fmt: skip
     for kind in ("search", "train"):
-        message = reported(folder, kind)
+        message = job_report(folder, kind)
         for words in (
             "Partition=high", "Features=volta32gb", "Account=root", "QOS=normal",
             "OverSubscribe=NO", "MailUser=someone", "Comment=width", "MinMemoryNode=3G",
@@ -47,16 +47,16 @@ def test_resources_are_those_of_each_kind_of_run(folder, way):
         *ONE, f"hydra.launcher.gpus_as={way}", "+resources.search.minutes=7",
         "+resources.train.gpus_per_node=3", LATER,
     )  # fmt: skip
-    assert "TimeLimit=00:07:00" in reported(folder, "search")
-    assert "gpu:3" not in reported(folder, "search")
-    assert "TimeLimit=01:00:00" in reported(folder, "train")
-    assert ("gres:gpu:3" in reported(folder, "train")) == (way != "none")
+    assert "TimeLimit=00:07:00" in job_report(folder, "search")
+    assert "gpu:3" not in job_report(folder, "search")
+    assert "TimeLimit=01:00:00" in job_report(folder, "train")
+    assert ("gres:gpu:3" in job_report(folder, "train")) == (way != "none")
 
 
 def test_gpus_may_have_a_type(folder):
     typed = "+hydra.launcher.options.gres=gpu:v100:8"
     folder.send(*ONE, LATER, "hydra.launcher.gpus_as=none", typed, submitted=2)
-    assert "gres:gpu:v100:8" in reported(folder, "search")
+    assert "gres:gpu:v100:8" in job_report(folder, "search")
 
 
 def test_a_persons_habits_hide_no_job_from_us(folder):
@@ -74,7 +74,7 @@ def test_what_the_launcher_is_given_goes_before_sbatchs_own_variables(folder):
         "SUBMITIT_PREEMPT_SIGNAL": "USR1",
     }  # fmt: skip
     folder.send(*ONE, LATER, "hydra.launcher.options.partition=main", submitted=2)
-    message = reported(folder, "search")
+    message = job_report(folder, "search")
     assert "Partition=main" in message
     assert "TimeLimit=01:00:00" in message
     assert "JobName=widthopt-" in message
@@ -123,7 +123,7 @@ def test_lines_of_shell_and_a_command_around_python(folder):
     setup = 'hydra.launcher.setup=["export MARK=set","false"]'
     folder.send(*ONE, setup, wrapper(folder), "hydra.launcher.options.partition=high", submitted=2)
     folder.until_over()
-    assert whole(folder, *ONE)
+    assert is_complete(folder, *ONE)
     lines = (folder.path / "inside").read_text().split()
     assert lines[1::2] == ["set", "set"]
     assert set(lines[::2]) <= set(folder.cluster.nodes)
@@ -156,7 +156,7 @@ def test_a_warning_that_comes_before_python_can_take_it_ends_nothing(folder):
     folder.until((folder.path / "inside").exists)
     folder.cluster.run("scancel", "--signal=USR2", job)
     folder.until_over()
-    assert whole(folder, *ONE)
+    assert is_complete(folder, *ONE)
 
 
 # ------------------------------------------------------------------------------- where files are
@@ -180,7 +180,7 @@ def test_images_are_copied_to_a_scratch_folder_of_each_node(folder):
     words = (*words, f'hydra.launcher.setup=["{copy}"]')
     folder.send(*words, submitted=2)
     folder.until_over()
-    assert whole(folder, *words)
+    assert is_complete(folder, *words)
 
 
 def test_a_root_in_memory_is_refused(folder):
@@ -316,14 +316,14 @@ def test_the_elements_of_an_array_are_put_back_and_their_trainings_wait(folder):
         for row in searches:
             log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
             folder.until(lambda log=log: log.exists() and ": epoch 3 " in log.read_text())
-        preempted(folder, None)
+        preempt(folder, None)
         for row in searches:
             folder.until_started(row, 2)
     folder.until_over()
     assert {len(folder.attempts(row["name"])) for row in searches} == {2}
     trainings = [row["name"] for row in folder.rows() if row["kind"] == "train"]
     assert {len(folder.attempts(name)) for name in trainings} == {1}
-    assert whole(folder, *words)
+    assert is_complete(folder, *words)
 
 
 def test_a_value_that_is_no_list_is_one_line(folder):
@@ -344,11 +344,11 @@ def test_where_slurm_does_not_warn_a_run_goes_on_from_its_last_epoch(tmp_path):
         with folder.slowly():
             folder.send(*words, submitted=2)
             row = folder.until_running()
-            preempted(folder, row)
+            preempt(folder, row)
             folder.until_started(row, 2)
         folder.until_over()
         assert len(folder.attempts(row["name"])) == 2
         log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
         assert "is requeued and will resume" not in log
         assert log.count(f"epoch 1 of {EPOCHS}") == 1
-        assert whole(folder, *words)
+        assert is_complete(folder, *words)

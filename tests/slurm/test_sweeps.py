@@ -20,10 +20,10 @@ from login import (
     PATIENCE_SECONDS,
     SWEEP,
     Folder,
-    patched,
-    preempted,
+    is_complete,
+    preempt,
+    run_patched,
     start_patched,
-    whole,
 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_commands_know_a_run_from_any_shell(folder):
     assert f"epoch {EPOCHS} of {EPOCHS}" in followed.stdout
     folder.until_over()
     assert len(folder.attempts(search["name"])) == 2
-    assert whole(folder, *ONE, LONG)
+    assert is_complete(folder, *ONE, LONG)
 
 
 def test_what_another_sweep_needs_is_not_cancelled(folder):
@@ -122,7 +122,7 @@ def test_one_run_is_done_by_hand(folder):
     assert one_line(early, 2).startswith(f"{training} is a training that needs {search}, but")
     assert folder.widthopt("run", search).returncode == 0
     assert folder.widthopt("run", training).returncode == 0
-    assert whole(folder, *ONE)
+    assert is_complete(folder, *ONE)
 
 
 def test_a_sweep_waits_for_its_end_if_it_is_to(folder):
@@ -161,7 +161,7 @@ def test_what_a_job_said_before_it_began_is_followed_too(folder):
 def test_arrays_are_no_longer_than_the_cluster_allows(folder):
     words = (*SWEEP, "projection.width=0.5,0.6,0.75,1", "seeds=[0]")
     small = "import hydra_plugins.widthopt_launchers.queue as q; q.array_size = lambda: 3"
-    patched(folder, small, *words, "+hydra.launcher.options.begin=now+600")
+    run_patched(folder, small, *words, "+hydra.launcher.options.begin=now+600")
     jobs = sorted(folder.queue())
     assert len(jobs) == 8
     arrays = {}
@@ -173,24 +173,24 @@ def test_arrays_are_no_longer_than_the_cluster_allows(folder):
 # ------------------------------------------------------------------------------------ disturbed
 
 
-def requeued(folder, row):
+def requeue(folder, row):
     folder.cluster.run("scontrol", "requeue", row["job"])
 
 
-def node_killed(folder, row):
+def kill_node(folder, row):
     node = folder.attempts(row["name"])[-1]["host"]
     folder.cluster.kill_node(node)
     folder.until_started(row, 2)
     folder.cluster.start_node(node)
 
 
-def controller_restarted(folder, _row):
+def restart_controller(folder, _row):
     folder.cluster.restart_controller()
 
 
 @pytest.mark.parametrize(
     ("disturb", "starts"),
-    [(preempted, 2), (requeued, 2), (node_killed, 2), (controller_restarted, 1)],
+    [(preempt, 2), (requeue, 2), (kill_node, 2), (restart_controller, 1)],
 )
 def test_a_search_that_is_disturbed_ends_with_the_very_same_result(folder, disturb, starts):
     words = (*ONE, LONG, "hydra.launcher.resources.gpus_per_node=8")
@@ -204,7 +204,7 @@ def test_a_search_that_is_disturbed_ends_with_the_very_same_result(folder, distu
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
     # It went on from where it was, and did not begin anew.
     assert log.count(f"epoch 1 of {EPOCHS}") == 1, log
-    assert whole(folder, *words)
+    assert is_complete(folder, *words)
 
 
 def test_a_time_limit_is_a_pause(folder):
@@ -216,7 +216,7 @@ def test_a_time_limit_is_a_pause(folder):
         log = folder.path / "runs" / "stages" / row["name"] / "log.txt"
         process = int(log.read_text().splitlines()[0].rpartition(" ")[2])
         os.kill(process, signal.SIGSTOP)
-    folder.until(lambda: _warned(process))
+    folder.until(lambda: _is_warned(process))
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGCONT)
     folder.until_over()
@@ -225,10 +225,10 @@ def test_a_time_limit_is_a_pause(folder):
     assert log.read_text().count(f"epoch 1 of {EPOCHS}") == 1
     done = folder.cluster.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", row["job"])
     assert "TIMEOUT" not in done
-    assert whole(folder, *words)
+    assert is_complete(folder, *words)
 
 
-def _warned(process):
+def _is_warned(process):
     """Whether a process that is stopped has been sent SIGUSR2; SLURM may continue it, too."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
@@ -241,7 +241,7 @@ def _warned(process):
 def test_a_job_that_is_put_back_too_often_is_given_up(folder):
     with folder.slowly():
         folder.send(*ONE, LONG, "hydra.launcher.max_requeues=0", submitted=2)
-        requeued(folder, folder.until_running())
+        requeue(folder, folder.until_running())
         folder.until_over()
     found = folder.row("search")
     assert (found["state"], folder.row("train")["state"]) == ("stale", "stale")
@@ -263,7 +263,7 @@ def test_without_the_right_to_requeue_the_same_command_goes_on(folder):
     folder.until_over()
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
     assert log.count(f"epoch 1 of {EPOCHS}") == 1
-    assert whole(folder, *ONE, LONG)
+    assert is_complete(folder, *ONE, LONG)
 
 
 def test_workers_that_load_images_take_no_warning(folder):
@@ -280,7 +280,7 @@ def test_workers_that_load_images_take_no_warning(folder):
     folder.until_over()
     assert log.read_text().count("is requeued and will resume") == 1
     assert "Traceback" not in log.read_text()
-    assert whole(folder, *words)
+    assert is_complete(folder, *words)
 
 
 def _children(process):
@@ -300,7 +300,7 @@ def test_a_node_whose_slurmd_alone_is_killed_loses_nothing(folder):
     folder.until_over()
     log = (folder.path / "runs" / "stages" / row["name"] / "log.txt").read_text()
     assert log.count(f"epoch 1 of {EPOCHS}") == 1
-    assert whole(folder, *ONE, LONG)
+    assert is_complete(folder, *ONE, LONG)
 
 
 def test_code_that_is_edited_while_it_waits_changes_nothing(folder):
@@ -309,7 +309,7 @@ def test_code_that_is_edited_while_it_waits_changes_nothing(folder):
     folder.network.write_text("raise ValueError('edited')")
     folder.until_over()
     folder.network.write_text(before)
-    assert whole(folder, *ONE)
+    assert is_complete(folder, *ONE)
 
 
 # --------------------------------------------------------------------------------- at submission
@@ -366,7 +366,7 @@ KILLED_AFTER = """
 def test_jobs_whose_submitter_was_killed_before_it_noted_them_are_adopted(folder):
     words = (*SWEEP, LONG, "projection.width=0.5,1", "seeds=[0]")
     with folder.slowly():
-        killed = patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
+        killed = run_patched(folder, KILLED_AFTER.format(name="map_array", kind="Killed"), *words)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert len(folder.queue()) == 2
         rows = folder.rows()
@@ -382,7 +382,7 @@ def test_jobs_whose_submitter_was_killed_before_it_noted_them_are_adopted(folder
 def test_jobs_whose_orders_were_never_put_in_place_are_sent_again(folder):
     words = (*SWEEP, "projection.width=0.5,1", "seeds=[0]")
     patch = KILLED_AFTER.format(name="_submit_command", kind="submitit.SlurmExecutor")
-    killed = patched(folder, patch, *words)
+    killed = run_patched(folder, patch, *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder.send(*words, submitted=2)  # the orphans are in the queue, and known
     folder.until_over()
@@ -526,7 +526,7 @@ def test_processes_that_are_preempted_agree_where_to_stop(folder):
     with folder.slowly():
         folder.send(*words, submitted=2)
         row = folder.until_running()
-        preempted(folder, row)
+        preempt(folder, row)
         folder.until_started(row, 2)
     folder.until_over()
     assert {item["state"] for item in folder.rows()} == {"done"}
@@ -629,7 +629,7 @@ def test_nothing_needs_accounting(tmp_path, bare):
     assert (folder.row("search")["state"], folder.row("train")["state"]) == ("stale", "stale")
     folder.send(*ONE, LONG, submitted=2)
     folder.until_over()
-    assert whole(folder, *ONE, LONG)
+    assert is_complete(folder, *ONE, LONG)
 
 
 # ---------------------------------------------------------------------------------------- doctor

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from login import LONG, ONE, SWEEP, preempted, whole
-from test_wandb import assert_same_rows, inspected, logged
+from login import LONG, ONE, SWEEP, is_complete, preempt
+from test_wandb import assert_same_rows, inspect_segment, read_rows
 from wandb_server import KEY, Server
 
 
@@ -25,7 +25,7 @@ def lasting(stage):
     """What the rows of a stage say, but for what depends on the clock."""
     return {
         step: {k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")}
-        for step, row in logged(stage).items()
+        for step, row in read_rows(stage).items()
     }
 
 
@@ -42,14 +42,14 @@ def test_a_run_that_is_put_back_has_every_row_once(folder):
         searches = [stages[name] for name in stages if name.startswith("search")]
         for stage in searches:
             file = stage / "metrics.jsonl"
-            folder.until(lambda file=file: file.exists() and len(logged(file.parent)) > 5)
-        preempted(folder, None)
+            folder.until(lambda file=file: file.exists() and len(read_rows(file.parent)) > 5)
+        preempt(folder, None)
         for row in rows:
             if row["kind"] == "search":
                 folder.until_started(row, 2)
     folder.until_over()
     assert [len(folder.attempts(stage.name)) for stage in searches] == [2, 2]
-    assert whole(folder, *words)
+    assert is_complete(folder, *words)
     for name, stage in stages.items():
         lines = (stage / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
@@ -58,7 +58,9 @@ def test_a_run_that_is_put_back_has_every_row_once(folder):
         assert lasting(stage) == lasting(folder.path / "alone" / "stages" / name)
         (segment,) = stage.glob("wandb/offline-run-*/run-*.wandb")
         history = [
-            entry["history"]["item"] for entry in inspected(segment) if entry["type"] == "history"
+            entry["history"]["item"]
+            for entry in inspect_segment(segment)
+            if entry["type"] == "history"
         ]
         assert [row["_step"] for row in history] == steps
     with Server() as server:
@@ -114,7 +116,7 @@ def test_a_key_in_the_environment_is_found_nowhere(folder):
     assert [entry[:200] for entry in (*outputs, *lines) if KEY in entry] == []
 
 
-def kept(folder):
+def read_all(folder):
     """Everything below a folder, as far as it is files."""
     return b"".join(entry.read_bytes() for entry in folder.rglob("*") if entry.is_file())
 
@@ -123,7 +125,7 @@ def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_s
     folder.environment["WANDB_API_KEY"] = KEY
     folder.send(*ONE, LONG, "+hydra.launcher.options.begin=now+600", submitted=2)
     state = folder.cluster.folder / "state"
-    assert KEY.encode() in kept(state)  # where only SLURM itself may look
+    assert KEY.encode() in read_all(state)  # where only SLURM itself may look
     folder.widthopt("cancel", "sweep")
     second_key = KEY[::-1]
     folder.environment["WANDB_API_KEY"] = second_key
@@ -134,6 +136,6 @@ def test_a_job_without_its_submitters_environment_leaves_the_key_not_even_with_s
             submitted=2,
         )  # fmt: skip
         folder.until_running()
-        assert second_key.encode() not in kept(folder.cluster.folder)
+        assert second_key.encode() not in read_all(folder.cluster.folder)
     folder.until_over()
-    assert whole(folder, *ONE, LONG)
+    assert is_complete(folder, *ONE, LONG)

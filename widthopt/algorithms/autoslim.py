@@ -32,7 +32,7 @@ from widthopt.data import Counts, Split
 from widthopt.errors import InputError, check_fields
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import enlarge_channels
-from widthopt.seeds import derived_seed
+from widthopt.seeds import derive_seed
 from widthopt.setting import Recipe, Setting
 from widthopt.training import distributed
 from widthopt.training.loop import train
@@ -122,7 +122,7 @@ class AutoSlim:
         supernet, runtime = prepare_supernet(
             blueprint, context, enlarge=self.enlarge, batch_size=data.train.batch_size
         )
-        seed = derived_seed(context.seed, "search")
+        seed = derive_seed(context.seed, "search")
         objective = Sandwich(
             supernet,
             options,
@@ -148,7 +148,7 @@ class AutoSlim:
         sample = data.evaluation.sample(
             images,
             batch_size=min(self.evaluation_batch_size, images),
-            seed=derived_seed(context.seed, "validation"),
+            seed=derive_seed(context.seed, "validation"),
         )
         slimmed = slim(
             supernet,

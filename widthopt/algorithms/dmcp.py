@@ -32,7 +32,7 @@ from widthopt.data import Counts, Split
 from widthopt.errors import check_fields
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import ScaleSite, Supernet, enlarge_channels
-from widthopt.seeds import derived_seed, generator
+from widthopt.seeds import derive_seed, generator
 from widthopt.setting import Recipe, Setting
 from widthopt.training import distributed
 from widthopt.training.loop import train
@@ -143,7 +143,7 @@ class DMCP:
         supernet, runtime = prepare_supernet(
             blueprint, context, enlarge=self.enlarge, batch_size=data.train.batch_size
         )
-        seed = derived_seed(context.seed, "search")
+        seed = derive_seed(context.seed, "search")
         objective = _Architecture(
             self,
             supernet,
@@ -336,7 +336,7 @@ class _Architecture(Sandwich):
         if learning >= 0:
             share = self._algorithm.uniform_share(learning, self.learnt)
             if generator(self.seed, "markov", step, number).random() >= share:
-                seed = derived_seed(self.seed, "chains", step, number)
+                seed = derive_seed(self.seed, "chains", step, number)
                 return self.chains.sample(torch.Generator().manual_seed(seed))
         return super().draw(step, number)
 

@@ -93,7 +93,7 @@ class Flow:
         self._order = {node: place for place, node in enumerate(nodes)}
         graph = supernet.graph
         self.layers = self._layers(nodes, graph)
-        self.overwritten, entangled = self._overwritten(nodes)
+        self.overwritten, entangled = self._find_overwritten(nodes)
         names = {
             index: variable.name for index, variable in enumerate(graph.variables) if variable.free
         }
@@ -208,7 +208,7 @@ class Flow:
             return dims <= behind or dims == {-1, -2}
         return name in _PER_CHANNEL_FUNCTIONS
 
-    def _overwritten(
+    def _find_overwritten(
         self, nodes: Iterable[fx.Node]
     ) -> tuple[dict[fx.Node, AbstractSet[fx.Node]], bool]:
         """Return the nodes that share memory with in-place nodes, and whether one is used later."""

@@ -218,8 +218,8 @@ def slim(
 
 def _sizes(chunks: Sequence[Chunk]) -> list[int]:
     """Return the sizes of the chunks of all processes, interleaved."""
-    of_each = distributed.all_gather([len(images) for images, _ in chunks])
-    return [size for row in zip_longest(*of_each) for size in row if size is not None]
+    sizes = distributed.all_gather([len(images) for images, _ in chunks])
+    return [size for row in zip_longest(*sizes) for size in row if size is not None]
 
 
 def _reduce_counts(

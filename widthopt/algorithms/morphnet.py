@@ -24,7 +24,7 @@ from widthopt.data import Counts, Split
 from widthopt.errors import check_value
 from widthopt.files import write_atomically
 from widthopt.networks.resize import Blueprint
-from widthopt.seeds import derived_seed
+from widthopt.seeds import derive_seed
 from widthopt.setting import Recipe, Setting
 from widthopt.training.devices import to_device
 from widthopt.training.evaluation import evaluate, recalibrate, recalibration_steps
@@ -106,7 +106,7 @@ class MorphNet:
         recipe, runtime = context.recipe, context.runtime
         blueprint = Blueprint(setting)
         graph = blueprint.graph
-        model = blueprint.build(graph.channels, seed=derived_seed(context.seed, "search weights"))
+        model = blueprint.build(graph.channels, seed=derive_seed(context.seed, "search weights"))
         to_device(model, runtime)
         penalty = Penalty(
             model, graph, threshold=self.threshold, tie=self.tie, depthwise=self.depthwise
@@ -118,7 +118,7 @@ class MorphNet:
             data.train,
             recipe=recipe,
             epochs=recipe.search_epochs,
-            seed=derived_seed(context.seed, "search"),
+            seed=derive_seed(context.seed, "search"),
             runtime=runtime,
             objective=objective,
             folder=context.folder,

@@ -26,7 +26,7 @@ from widthopt.errors import InputError
 from widthopt.files import write_atomically, writing
 from widthopt.networks.resize import Blueprint
 from widthopt.networks.supernet import Supernet, check_maskable
-from widthopt.seeds import derived_seed, generator
+from widthopt.seeds import derive_seed, generator
 from widthopt.setting import Backend, Runtime
 from widthopt.training import distributed
 from widthopt.training.devices import autocast, memory_format, resolve_device, to_device
@@ -231,10 +231,10 @@ def prepare_supernet(
         InputError: Masking channels with BatchNorm does not remove them from this network.
     """
     runtime = context.runtime
-    seed = derived_seed(context.seed, "search weights")
+    seed = derive_seed(context.seed, "search weights")
     supernet = Supernet(blueprint, enlarge=enlarge, seed=seed)
     device, _ = to_device(supernet.model, runtime)
-    draws = torch.Generator().manual_seed(derived_seed(context.seed, "trial"))
+    draws = torch.Generator().manual_seed(derive_seed(context.seed, "trial"))
     side, count = supernet.graph.resolution, min(batch_size, TRIAL_IMAGES)
     images = torch.randn(max(2, count), 3, side, side, generator=draws).to(device)
     half = {

@@ -36,7 +36,7 @@ from widthopt.data.dataset import Dataset, classes
 from widthopt.data.images import Images, Integers, Pixels
 from widthopt.data.subsets import Counts, check_fraction, split_validation, stratify
 from widthopt.errors import InputError
-from widthopt.seeds import derived_seed
+from widthopt.seeds import derive_seed
 from widthopt.setting import Recipe, Runtime
 from widthopt.training.devices import memory_format
 
@@ -185,15 +185,13 @@ class TrainBatches:
             InputError: An image cannot be read.
         """
         count = len(self._labels)
-        order = np.random.default_rng(derived_seed(self._seed, "order", epoch)).permutation(count)
+        order = np.random.default_rng(derive_seed(self._seed, "order", epoch)).permutation(count)
         size = self.batch_size
         part = slice(rank * size // ranks, (rank + 1) * size // ranks)
 
         def load(step: int) -> Batch:
             positions = order[step * size : (step + 1) * size]
-            step_seed = derived_seed(
-                self._seed, "augmentation", epoch * self.steps_per_epoch + step
-            )
+            step_seed = derive_seed(self._seed, "augmentation", epoch * self.steps_per_epoch + step)
             images = self._augmented(positions, part=part, seed=step_seed)
             return images, self._labels[positions[part]]
 
@@ -412,7 +410,7 @@ class PaperImages(AugmentedImages):
             return np.stack(
                 [
                     self._augmentation(
-                        self._images(int(positions[index])), seed=derived_seed(seed, index)
+                        self._images(int(positions[index])), seed=derive_seed(seed, index)
                     )
                     for index in range(len(positions))[part]
                 ]

@@ -12,7 +12,7 @@ import numpy as np
 from widthopt.data.dataset import Dataset, classes, origin
 from widthopt.data.images import MAX_NAMED, Integers
 from widthopt.errors import InputError
-from widthopt.seeds import derived_seed
+from widthopt.seeds import derive_seed
 
 
 MIN_CLASS_IMAGES = 2
@@ -26,7 +26,7 @@ def indices_by_class(labels: Integers, classes: int) -> list[Integers]:
 
 def permute(indices: Integers, seed: int, *purpose: str | int) -> Integers:
     """Return the indices in a random order that depends only on seed and purpose."""
-    return np.random.default_rng(derived_seed(seed, *purpose)).permutation(indices)
+    return np.random.default_rng(derive_seed(seed, *purpose)).permutation(indices)
 
 
 def fraction_of(images: int, fraction: float) -> int:

@@ -28,11 +28,11 @@ class Blueprint:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         # A network that is not hashable, such as a custom one with a mapping, is not cached.
-        traced: Any = _traced if _hashable(setting.network) else _traced.__wrapped__
+        traced: Any = _trace_network if _hashable(setting.network) else _trace_network.__wrapped__
         axes = (setting.network, setting.depth, setting.classes, setting.resolution)
-        self._traced: WidthGraph = traced(*axes)
-        self.graph: WidthGraph = self._traced.resize_graph(
-            scale_channels(self._traced, setting.width)
+        self._trace_network: WidthGraph = traced(*axes)
+        self.graph: WidthGraph = self._trace_network.resize_graph(
+            scale_channels(self._trace_network, setting.width)
         )
 
     def build(self, channels: Mapping[str, int], *, seed: int) -> nn.Module:
@@ -40,23 +40,23 @@ class Blueprint:
         setting = self.setting
         # Not cached: a sweep has hundreds of settings, and each network holds its weights.
         model = _build(setting.network, setting.depth, setting.classes)
-        return resize(model, self._traced, channels, seed=seed, rules=setting.network.rules)
+        return resize(model, self._trace_network, channels, seed=seed, rules=setting.network.rules)
 
     def resize_graph(self, channels: Mapping[str, int]) -> WidthGraph:
         """Return the graph of the network that `build` makes at these channel counts."""
-        return self._traced.resize_graph(channels)
+        return self._trace_network.resize_graph(channels)
 
     def parameters(self, channels: Mapping[str, int]) -> int:
         """Return the number of parameters of the network at these channel counts."""
         network = self.setting.network
         shapes: Any = _shapes if _hashable(network) else _shapes.__wrapped__
         model = on_meta(shapes(network, self.setting.depth, self.setting.classes))
-        _Resizer(self._traced, channels, {}).resize(model)
+        _Resizer(self._trace_network, channels, {}).resize(model)
         return sum(parameter.numel() for parameter in model.parameters())
 
 
 @lru_cache(maxsize=64)
-def _traced(network: Network, depth: int, classes: int, resolution: int) -> WidthGraph:
+def _trace_network(network: Network, depth: int, classes: int, resolution: int) -> WidthGraph:
     """Return the graph of a network at width multiplier 1.
 
     Cached, since a plan needs the graphs of a few networks some hundred times.

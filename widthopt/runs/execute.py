@@ -24,7 +24,7 @@ from widthopt.request import Request
 from widthopt.runs.point import SizedRequest, axis_values
 from widthopt.runs.states import current_job
 from widthopt.runs.store import StoreEntry
-from widthopt.seeds import derived_seed
+from widthopt.seeds import derive_seed
 from widthopt.tracking import Tracker, open_tracker
 from widthopt.training import distributed
 from widthopt.training.evaluation import evaluate
@@ -339,13 +339,13 @@ def _train_target(
         runtime=request.runtime,
         device=point.device,
     )
-    model = point.target_blueprint.build(channels, seed=derived_seed(seed, "weights"))
+    model = point.target_blueprint.build(channels, seed=derive_seed(seed, "weights"))
     trained = train(
         model,
         split.train,
         recipe=request.recipe,
         epochs=request.recipe.epochs,
-        seed=derived_seed(seed, "training"),
+        seed=derive_seed(seed, "training"),
         runtime=request.runtime,
         folder=folder,
         label="training",

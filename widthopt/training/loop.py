@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthopt.errors import InputError
 from widthopt.identity import canonical, differences
-from widthopt.seeds import derived_seed
+from widthopt.seeds import derive_seed
 from widthopt.setting import Recipe, Runtime
 from widthopt.training import checkpoints, distributed
 from widthopt.training.devices import autocast, memory_format, resolve_device, to_device
@@ -468,7 +468,7 @@ class Loop:
         Ranks draw different numbers because they have different images.
         """
         rank = distributed.rank()
-        seed = derived_seed(self._seed, "model", step, *([rank] if rank else []))
+        seed = derive_seed(self._seed, "model", step, *([rank] if rank else []))
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
