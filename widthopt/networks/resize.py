@@ -30,9 +30,9 @@ class Blueprint:
         # A network that is not hashable, such as a custom one with a mapping, is not cached.
         traced: Any = _trace_network if _hashable(setting.network) else _trace_network.__wrapped__
         axes = (setting.network, setting.depth, setting.classes, setting.resolution)
-        self._trace_network: WidthGraph = traced(*axes)
-        self.graph: WidthGraph = self._trace_network.resize_graph(
-            scale_channels(self._trace_network, setting.width)
+        self._graph: WidthGraph = traced(*axes)
+        self.graph: WidthGraph = self._graph.resize_graph(
+            scale_channels(self._graph, setting.width)
         )
 
     def build(self, channels: Mapping[str, int], *, seed: int) -> nn.Module:
@@ -40,18 +40,18 @@ class Blueprint:
         setting = self.setting
         # Not cached: a sweep has hundreds of settings, and each network holds its weights.
         model = _build(setting.network, setting.depth, setting.classes)
-        return resize(model, self._trace_network, channels, seed=seed, rules=setting.network.rules)
+        return resize(model, self._graph, channels, seed=seed, rules=setting.network.rules)
 
     def resize_graph(self, channels: Mapping[str, int]) -> WidthGraph:
         """Return the graph of the network that `build` makes at these channel counts."""
-        return self._trace_network.resize_graph(channels)
+        return self._graph.resize_graph(channels)
 
     def parameters(self, channels: Mapping[str, int]) -> int:
         """Return the number of parameters of the network at these channel counts."""
         network = self.setting.network
         shapes: Any = _shapes if _hashable(network) else _shapes.__wrapped__
         model = on_meta(shapes(network, self.setting.depth, self.setting.classes))
-        _Resizer(self._trace_network, channels, {}).resize(model)
+        _Resizer(self._graph, channels, {}).resize(model)
         return sum(parameter.numel() for parameter in model.parameters())
 
 
