@@ -146,6 +146,7 @@ def test_no_algorithm_knows_a_networks_name():
 # ------------------------------------------------------------------- one file and one conf file
 
 
+@pytest.mark.slow
 def test_a_third_party_adds_an_algorithm_by_one_file_and_one_conf_file(tmp_path):
     """The README's recipe: the code below is the one that stands there."""
     readme = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -221,6 +222,7 @@ def run_in_fork(function, *arguments, kill_after=None):
     return process.exitcode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({name.partition("_")[0] for name in SEARCHES}))
 @pytest.mark.parametrize("when", ["as it renames a file", "at any time"])
 def test_a_search_that_is_killed_again_and_again_ends_the_same(name, when, tmp_path):

@@ -235,6 +235,7 @@ def test_the_workspace_is_built_without_a_server_and_reads_back(paper):
     assert '"shouldAutoGeneratePanels":true' in text  # W&B's own panels of all that is logged
 
 
+@pytest.mark.slow
 @LIBRARY
 def test_a_dashboard_that_cannot_be_sent_is_one_line(tmp_path):
     with Server() as server:
@@ -266,6 +267,7 @@ def refuse(*_, **__):
     raise ConnectionError("no")
 
 
+@pytest.mark.slow
 @LIBRARY
 def test_a_dashboard_that_is_sent_again_changes_the_one_that_is_there(tmp_path):
     with Server() as server:

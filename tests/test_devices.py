@@ -69,8 +69,9 @@ def check_mixed():
             check(gradient, expected, 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threads", "instructions"), [(1, "AVX2"), (2, "DEFAULT")])
-@pytest.mark.parametrize("case", ["moved", "mixed"])
+@pytest.mark.parametrize("case", ["check_moved", "check_mixed"])
 def test_gradients_of_narrow_layers_are_correct_in_channels_last(case, threads, instructions):
     """oneDNN's gradients of strided 1x1 convolutions are wrong in channels last.
 

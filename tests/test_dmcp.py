@@ -350,6 +350,7 @@ def test_the_simulation_of_the_start_moves_nothing_and_ends_where_the_regularise
     assert 0.95 < end < 1.0
 
 
+@pytest.mark.slow
 def test_a_search_reaches_its_budget_and_says_so(tmp_path):
     recipe = dataclasses.replace(RECIPE, search_epochs=40)
     totals = []
@@ -511,6 +512,7 @@ def test_the_overhead_is_what_the_layers_did(tmp_path, backend):
         assert instrument.total == 64 * 4 * (4 * 3 + 1) * found.details["searched_macs"]
 
 
+@pytest.mark.slow
 def test_the_overhead_is_that_of_the_closed_form_within_a_hundredth(tmp_path):
     recipe = dataclasses.replace(RECIPE, batch_size=8, search_epochs=12)
     dataset, where = digits(), make_setting(classes=10, width=2.0, fraction=0.6)

@@ -709,6 +709,7 @@ def test_the_expected_macs_are_those_of_the_documentation(name, passes):
     assert macs / (3 * budget) == pytest.approx(passes, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "concatenated", "squeezing"])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_the_closed_form_along_the_path_is_what_a_search_runs(name, chunks):

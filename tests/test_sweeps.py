@@ -184,6 +184,7 @@ def test_the_same_records_give_the_same_files(whole):
     assert {path.name: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_figure_is_drawn_alone_by_its_name(whole):
     folder, _ = whole
     report = folder / "runs" / "report"
@@ -228,6 +229,7 @@ def test_the_status_is_that_of_the_files(whole):
     assert one_line(widthopt("status", "other", folder=folder), 2).startswith("no sweep 'other'")
 
 
+@pytest.mark.slow
 def test_what_a_sweep_varies_names_its_rows_and_is_never_averaged_over(folder):
     varied = ("algorithm.strength=4,5", "recipe.epochs=1,2", "seeds=[0],[1]")
     words = [word for word in TINY if not word.startswith("algorithm.strength")]
@@ -399,6 +401,7 @@ def test_a_mistake_in_a_sweep_is_one_line_and_starts_nothing(folder, words, mess
     ]
 
 
+@pytest.mark.slow
 def test_a_root_of_another_version_is_refused(folder):
     (folder / "runs" / "stages").mkdir(parents=True)
     (folder / "runs" / "stages" / "store.json").write_text('{"format": 1}')
@@ -414,6 +417,7 @@ def test_a_root_that_cannot_be_written_is_refused(folder):
     assert "it cannot be written" in one_line(widthopt(*SWEEP, folder=folder), 2)
 
 
+@pytest.mark.slow
 def test_a_record_that_was_edited_by_hand_is_refused(whole, folder):
     (folder / "runs").symlink_to(whole[0] / "runs")
     path = next((folder / "runs" / "stages").glob("train-*/result.json"))
@@ -463,6 +467,7 @@ def remove_results(root):
     return [stage.folder.name for stage in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("run", "search", "train"), ("retry", "sweep")])
 @pytest.mark.parametrize("moved", [False, True])
 def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, words, moved):

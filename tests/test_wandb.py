@@ -365,6 +365,7 @@ def check_server(server, folder):
     assert server.unknown == []
 
 
+@pytest.mark.slow
 def test_a_sweep_is_sent_whole_and_again_nothing_is(swept, tmp_path):
     folder, _, _ = swept
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)

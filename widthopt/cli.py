@@ -388,6 +388,13 @@ def _dashboard(words: Sequence[str]) -> None:
     from widthopt.request import FigureSpec  # noqa: PLC0415
     from widthopt.tracking.secrets import error_line  # noqa: PLC0415
 
+    tracking = compose([]).tracking
+    project: str = arguments.project or tracking.project
+    entity: str | None = arguments.entity or tracking.entity
+    if arguments.what == "push" and entity is None:
+        raise InputError(
+            "--entity is missing, but a dashboard belongs to a user or team; add --entity=..."
+        )
     experiments = arguments.experiments or PAPER
     figures: dict[str, FigureSpec] = {}
     for name in experiments:
@@ -395,18 +402,11 @@ def _dashboard(words: Sequence[str]) -> None:
         for figure in request.figures:
             figures.setdefault(figure.name, figure)
     shown = dashboard.sections(figures.values())
-    tracking = compose([]).tracking
-    project: str = arguments.project or tracking.project
-    entity: str | None = arguments.entity or tracking.entity
-    if arguments.what == "show":
+    if entity is None or arguments.what == "show":
         sys.stdout.write(
             dashboard.as_json(dashboard.workspace(shown, project=project, entity=entity)) + "\n"
         )
         return
-    if entity is None:
-        raise InputError(
-            "--entity is missing, but a dashboard belongs to a user or team; add --entity=..."
-        )
     sent = arguments.root / "dashboard.json"
     try:
         urls = dashboard.push(shown, project=project, entity=entity, sent=sent)

@@ -1,1 +1,1 @@
-"""What a person sees: tables, figures, and one page of them."""
+"""Output for users: tables, figures, comparisons, states and the dashboard."""

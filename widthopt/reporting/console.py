@@ -28,7 +28,7 @@ from widthopt.runs.states import State
 
 
 def run_and_report(request: Request) -> Path:
-    """Print the cost of a run, run it, and print its results.
+    """Print the cost of a run, start it, and print its results.
 
     Returns:
         The folder of the run.
@@ -166,7 +166,7 @@ def show_plan(
         result.add_section()
         result.add_row("remaining", short(cost.macs_left), "")
     else:
-        for name in ("runs", "all", "done", "left", "MACs left"):
+        for name in ("runs", "all", "done", "remaining", "remaining MACs"):
             result.add_column(name, justify="left" if name == "runs" else "right")
         for kind, word in (("search", "searches"), ("train", "trainings")):
             runs_of_kind = [run for run in plan.runs.values() if run.kind == kind]

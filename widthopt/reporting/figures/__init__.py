@@ -1,1 +1,1 @@
-"""Figures and tables, drawn from records alone: one file for each kind."""
+"""Figures and tables, drawn only from records. Each kind has its own module."""

@@ -1,4 +1,4 @@
-"""Average optimised channels, variable by variable: the paper's figure A1."""
+"""Average optimised channels of each width variable: the paper's figure A1."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,22 +14,22 @@ from widthopt.reporting.figures.style import COLOURS, PRINTED_INCHES, RC, SERIES
 
 
 MOST_NAMES = 44
-"""Width variables whose names fit below one panel; of more, every second or third is named."""
+"""Number of tick labels that fit below one panel. With more variables some labels are omitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class AverageWidths:
-    """Figure A1: where do the channels go, on average over everything that was found?
+    """Figure A1: the channels of each width variable, averaged over all searches.
 
     Attributes:
-        name: Stem of the files' names.
-        title: What a reader sees above the figure.
-        panels: The paper's label of each network's panel.
+        name: The stem of the file names.
+        title: The title of the figure.
+        panels: The paper's label of the panel of each network.
         paper_last: Channels of the last layer in the paper, by network.
-        last: The width variable of the last layer, by network; where it is not given, the last
-            one in forward order. A residual stream is named after its first layer: ResNet18's
-            last layer has that of ``layer4.0.conv2``.
-        claim: What the paper says, in a sentence.
+        last: The width variable of the last layer, by network. The default is the last variable
+            in forward order. A residual stream is named after its first layer, so the last layer
+            of ResNet18 belongs to ``layer4.0.conv2``.
+        claim: The claim of the paper, in one sentence.
 
     Source: paper section 4.1 and appendix B.
     """
@@ -42,9 +42,9 @@ class AverageWidths:
     claim: str = ""
 
     def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """One figure, a panel for each network: mean channels, and a deviation as a shade.
+        """Draw one panel for each network: mean channels, and one standard deviation as a shade.
 
-        The vertical axis is logarithmic: widths differ by more than ten times in a network.
+        The vertical axis is logarithmic, since widths within a network differ more than tenfold.
         """
         shown = panels(records, self.panels)
         with mpl.rc_context(RC):
@@ -93,7 +93,7 @@ class AverageWidths:
         axes.legend(loc="upper left", fontsize=SMALL)
 
     def table(self, records: Sequence[Record]) -> TextTable:
-        """A row for each width variable, and the last layer beside the paper's."""
+        """Return a row for each width variable; notes compare the last layer with the paper."""
         shown = panels(records, self.panels)
         rows: list[tuple[str, ...]] = []
         notes = [self.claim] if self.claim else []
@@ -122,13 +122,13 @@ class AverageWidths:
         return TextTable(self.title, columns, tuple(rows), (*notes, *clash_notes(shown)))
 
     def _last(self, network: str, counts: Mapping[str, Summary]) -> str | None:
-        """The variable of the last layer; None where the records have none of that name."""
+        """Return the width variable of the last layer, or None if the records do not have it."""
         name = self.last.get(network, list(counts)[-1])
         return name if name in counts else None
 
 
 def _counts(group: Group) -> dict[str, Summary]:
-    """Channels of each variable over all that was found; each search counts once."""
+    """Return the channels of each variable over all searches; each search counts once."""
     return {
         name: Summary.of(record.found.channels[name] for record in group.searched)
         for name in group.searched[0].found.channels
@@ -136,7 +136,7 @@ def _counts(group: Group) -> dict[str, Summary]:
 
 
 def _uniform(group: Group) -> dict[str, float]:
-    """Un-optimised channels: those of the baseline, or what multipliers are relative to."""
+    """Return the channels of the baseline, or without records of it the reference of multipliers."""
     if group.uniform:
         return dict(group.uniform[0].found.channels)
     found = group.searched[0].found

@@ -1,4 +1,4 @@
-"""Channels by layer for each method: the form of the paper's figure A1."""
+"""Channels by layer for each method, in the form of the paper's figure A1."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from widthopt.reporting.figures.style import COLOURS, MARKERS
 def draw(axes: Axes, records: Sequence[Record]) -> None:
     """Draw the channel count of each width variable, in forward order.
 
-    The mean over seeds as a line, one standard deviation as a shade. The vertical axis is
-    logarithmic: widths differ by more than ten times within one network.
+    Lines are means over seeds, and shades are one standard deviation. The vertical axis is
+    logarithmic, since widths within a network differ more than tenfold.
     """
     names = list(records[0].found.channels)
     places = range(len(names))

@@ -1,4 +1,4 @@
-"""How alike the widths of all searches are: the paper's figure A2."""
+"""Pairwise similarity of the widths of all searches: the paper's figure A2."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,20 +18,20 @@ from widthopt.widths import cosine
 
 
 MOST_VALUES = 12
-"""Rows of a map whose cells have room for their values."""
+"""Largest number of rows of a map whose cells show their values."""
 
 LETTER_INCHES = 0.065
-"""Width of a letter of a source's name."""
+"""Width of one letter in the label of a source."""
 
 MOST_INCHES = 4.0
-"""Side of a map that stands alone."""
+"""Largest side of a map."""
 
 COLOUR_MAP = "viridis"
-"""Perceptually uniform, and legible in grey."""
+"""Perceptually uniform, and readable in greyscale."""
 
 
 class Entry(NamedTuple):
-    """One row and column of a map: the records of an algorithm and a source."""
+    """One row and column of a map: the records of one algorithm and source."""
 
     algorithm: str
     source: str
@@ -40,17 +40,17 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PairwiseCosine:
-    """Figure A2: are optimised widths alike, within an algorithm and between them?
+    """Figure A2: similarity of optimised widths within and between algorithms.
 
-    Similarity is that of the multipliers of the target, after extrapolation, as a mean over the
-    seeds that both sides have.
+    The similarity is the cosine of the target's multipliers, after extrapolation. It is averaged
+    over the seeds that both sides have.
 
     Attributes:
-        name: Stem of the files' names.
-        title: What a reader sees above the figure.
-        axis: What differs between sources and target.
-        panels: The paper's label of each network's panel.
-        claim: What the paper says, in a sentence.
+        name: The stem of the file names.
+        title: The title of the figure.
+        axis: The axis on which sources and target differ.
+        panels: The paper's label of the panel of each network.
+        claim: The claim of the paper, in one sentence.
 
     Source: paper appendix D.
     """
@@ -62,7 +62,7 @@ class PairwiseCosine:
     claim: str = ""
 
     def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """One figure, a map for each network, all with the same scale."""
+        """Draw one map for each network, all with the same scale."""
         shown = panels(records, self.panels, self.axis)
         entries = [self._entries(group) for _, _, group in shown]
         matrices = [_matrix(entry) for entry in entries]
@@ -114,7 +114,7 @@ class PairwiseCosine:
     def table(self, records: Sequence[Record]) -> TextTable:
         """Return the numbers of the maps, and the similarity of each setting to uniform widths.
 
-        A column stands for the same algorithm and source in each network.
+        A column has the same algorithm and source in all rows.
         """
         shown = panels(records, self.panels, self.axis)
         names: dict[tuple[str, str], None] = {}
@@ -152,9 +152,9 @@ class PairwiseCosine:
 
 
 def mean_cosine(first: Sequence[Record], second: Sequence[Record]) -> float:
-    """Mean cosine similarity over the seeds that both have; NaN where there is none.
+    """Return the mean cosine similarity over shared seeds, or NaN if there are none.
 
-    Widths over other variables cannot be compared, and count as not there.
+    Pairs of records with different width variables are left out.
     """
     by_seed = {record.found.seed: record.found.multipliers for record in second}
     return _mean(
@@ -182,7 +182,7 @@ def _format(value: float) -> str:
 
 
 def _matrix(entries: Sequence[Entry]) -> list[list[float]]:
-    """Similarities of all pairs; symmetric, so each is computed once."""
+    """Return the similarities of all pairs; each is computed once, since the matrix is symmetric."""
     size = range(len(entries))
     half = {
         (row, column): mean_cosine(entries[row].records, entries[column].records)
@@ -196,7 +196,7 @@ def _matrix(entries: Sequence[Entry]) -> list[list[float]]:
 def _map(
     axes: Axes, entries: Sequence[Entry], matrix: Sequence[Sequence[float]], least: float
 ) -> Any:
-    """Draw a map; what the colour bar needs."""
+    """Draw a map and return its image, which the colour bar needs."""
     image = axes.imshow(matrix, cmap=COLOUR_MAP, vmin=least, vmax=1.0)
     sources = [entry.source for entry in entries]
     axes.set_xticks(range(len(entries)), sources, rotation=90, fontsize=SMALL)
@@ -241,5 +241,5 @@ def _map(
 
 
 def _short(value: float) -> str:
-    """Two digits that fit a cell: ``.96``, and ``1`` for what rounds to it."""
+    """Return a value with two digits, short enough for a cell: ``.96``, or ``1`` if it rounds to 1."""
     return f"{value:.2f}".removeprefix("0").removesuffix(".00")

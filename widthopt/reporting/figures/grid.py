@@ -1,4 +1,4 @@
-"""A table as plain text cells, written as CSV, Markdown or HTML."""
+"""Tables of text cells, written as CSV, Markdown or HTML."""
 
 import csv
 import html
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 NOTHING = "-"
-"""The cell of a number that there is not."""
+"""The content of a cell without a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +16,10 @@ class TextTable:
     """A table of text cells.
 
     Attributes:
-        title: What the table is of.
-        columns: Heads of the columns.
-        rows: Cells, as many in each row as there are columns.
-        notes: Sentences below the table; not part of the CSV form, which is data alone.
+        title: The title of the table.
+        columns: The column names.
+        rows: The cells; each row has one cell for each column.
+        notes: Sentences below the table. The CSV form does not contain them.
     """
 
     title: str
@@ -31,13 +31,13 @@ class TextTable:
         assert all(len(row) == len(self.columns) for row in self.rows)
 
     def csv(self) -> str:
-        """Columns and rows as CSV text, a line each."""
+        """Return the column names and the rows as CSV text."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
         return text.getvalue()
 
     def markdown(self) -> str:
-        """Title, table and notes as Markdown; a cell never ends its column or opens a tag."""
+        """Return title, table and notes as Markdown; text in cells is escaped."""
         lines = [
             f"**{_escape(self.title)}**",
             "",
@@ -50,10 +50,10 @@ class TextTable:
         return "\n".join(lines) + "\n"
 
     def html(self, *, omit: str = "") -> str:
-        """Title, table and notes as an HTML fragment; all text is escaped.
+        """Return title, table and notes as an HTML fragment; all text is escaped.
 
         Args:
-            omit: A note to leave out, because the page shows it elsewhere.
+            omit: A note to leave out, since the page shows it elsewhere.
         """
         rows = [
             "<tr>" + "".join(f"<td{_kind(cell)}>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -82,11 +82,11 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text so that Markdown shows it unchanged, in one line."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _kind(cell: str) -> str:
-    """Numbers stand to the right, so that their digits are below one another."""
+    """Return the class attribute that aligns numbers on the right; empty for other cells."""
     number = cell == NOTHING or cell.lstrip("+-")[:1].isdigit()
     return ' class="number"' if number else ""

@@ -1,7 +1,7 @@
-"""Which records belong together in a panel, a series and a point of the paper's figures.
+"""Groups records by panel, series and point of the paper's figures.
 
-A *source* is the setting that was searched, as its values on the axis that a figure is about; a
-*series* is one line of a panel: an algorithm, or a strategy of extrapolation.
+A *source* is the searched setting, given by its values on the axis of the figure. A *series* is one
+line of a panel: an algorithm or an extrapolation strategy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ By = Literal["algorithm", "extrapolation"]
 Source = tuple[float, ...]
 
 AXES = ("width", "depth", "resolution", "fraction")
-"""What a setting consists of, in the paper's order."""
+"""The axes of a setting, in the order of the paper."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Records of one network, data set and target: what a panel shows.
+    """The records of one panel: one network, data set and target.
 
     Attributes:
         dataset: The data set's name.
@@ -38,10 +38,11 @@ class Group:
     clashes: int
 
     def series(self, axis: Axis, by: By) -> dict[str, dict[Source, list[Record]]]:
-        """Records by series and source, in the order of their names and from the target down.
+        """Return the records by series and source.
 
-        What needed no extrapolation belongs to each strategy of its algorithm. Strategies are
-        never mixed in a series: where an algorithm has several, each is a series of its own.
+        Series are sorted by name, and sources in descending order. A record that needed no
+        extrapolation belongs to all strategies of its algorithm. Each strategy of an algorithm is
+        a separate series.
         """
         result = {}
         algorithms = sorted({record.algorithm for record in self.searched})
@@ -63,22 +64,22 @@ class Group:
         return result
 
     def direct(self, axis: Axis) -> Source:
-        """The source that is the target."""
+        """Return the source that equals the target."""
         return _values(self.target, axis)
 
 
 def is_direct(record: Record) -> bool:
-    """Whether the target itself was searched."""
+    """Return whether the target itself was searched."""
     return record.found.method == "direct" or not _differing(record)
 
 
 def source_of(record: Record, axis: Axis) -> Source:
-    """The searched setting's values on an axis; all four for the compound projection."""
+    """Return the searched setting on an axis; for the compound projection on all four axes."""
     return _values(record.target if is_direct(record) else record.proxy, axis)
 
 
 def source_words(source: Source, axis: Axis) -> str:
-    """A source as a reader sees it: ``0.312``, ``5%`` or ``0.312, 1, 64, 5%``."""
+    """Return a source as text: ``0.312``, ``5%`` or ``0.312, 1, 64, 5%``."""
     names = AXES if axis == "compound" else (axis,)
     words = [
         f"{100 * value:g}%" if name == "fraction" else f"{value:g}"
@@ -88,20 +89,20 @@ def source_words(source: Source, axis: Axis) -> str:
 
 
 def groups(records: Sequence[Record], *, network: str, axis: Axis | None = None) -> list[Group]:
-    """The panels of a network, by data set and target in the order they come.
+    """Return the panels of a network, by data set and target in the order of the records.
 
-    Where the records are of several figures, only what was projected along the axis is kept, and
-    only targets that something was transferred to; until there is such a one, all targets.
+    The records may belong to several figures. Only searches that are projected along the axis are
+    kept, and only targets with such a search; if there are none, all targets.
 
     Args:
-        records: Of any networks, in any order, with repetitions.
-        network: The network's name.
-        axis: What the figure is about; None keeps every search.
+        records: Records of any networks, in any order; they may repeat.
+        network: The name of the network.
+        axis: The axis of the figure; None keeps all searches.
     """
-    found = _by_target(records, network)
-    wanted = [group for group in found if any(_is_about(record, axis) for record in group)]
-    searched = [group for group in found if any(_is_searched(record) for record in group)]
-    result = [_group(items, axis) for items in wanted or searched or found]
+    targets = _by_target(records, network)
+    wanted = [group for group in targets if any(_is_about(record, axis) for record in group)]
+    searched = [group for group in targets if any(_is_searched(record) for record in group)]
+    result = [_group(items, axis) for items in wanted or searched or targets]
     return [group for group in result if group.uniform or group.searched]
 
 
@@ -112,13 +113,13 @@ def direct_groups(records: Sequence[Record], *, network: str) -> list[Group]:
 
 
 def _by_target(records: Sequence[Record], network: str) -> list[list[Record]]:
-    """A network's records by data set and target, in the order they come."""
-    found: dict[tuple[object, ...], list[Record]] = {}
+    """Return the records of a network by data set and target, in their order."""
+    targets: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         if record.network == network:
             key = (record.dataset, *sorted(record.target.items()))
-            found.setdefault(key, []).append(record)
-    return list(found.values())
+            targets.setdefault(key, []).append(record)
+    return list(targets.values())
 
 
 def _group(records: Sequence[Record], axis: Axis | None) -> Group:
@@ -146,7 +147,7 @@ def _is_searched(record: Record) -> bool:
 
 
 def _is_about(record: Record, axis: Axis | None) -> bool:
-    """Whether a record says that its target belongs to a figure about an axis."""
+    """Return whether the target of a record belongs to the figure of an axis."""
     if axis is None or not _is_searched(record):
         return _is_searched(record)
     if is_direct(record):
@@ -163,7 +164,7 @@ def _values(setting: Mapping[str, float], axis: Axis) -> Source:
 
 
 def panel_title(label: str, network: str, group: Group | None, *, alone: bool) -> str:
-    """``(3a) resnet18``, and with several groups of a network the data set and target too."""
+    """Return a title such as ``(3a) resnet18``, with data set and target unless it is the only group."""
     name = f"({label}) {network}" if label else network
     if group is None or alone:
         return name
@@ -174,19 +175,19 @@ def panel_title(label: str, network: str, group: Group | None, *, alone: bool) -
 def panels(
     records: Sequence[Record], labels: Mapping[str, str], axis: Axis | None = None
 ) -> list[tuple[str, str, Group | None]]:
-    """Network, title and group of each panel; no group where a network has no records yet."""
+    """Return network, title and group of each panel; None for a network without records."""
     result: list[tuple[str, str, Group | None]] = []
     for network, label in labels.items():
-        found: Sequence[Group | None] = groups(records, network=network, axis=axis) or [None]
-        alone = len(found) == 1
+        items: Sequence[Group | None] = groups(records, network=network, axis=axis) or [None]
+        alone = len(items) == 1
         result += [
-            (network, panel_title(label, network, item, alone=alone), item) for item in found
+            (network, panel_title(label, network, item, alone=alone), item) for item in items
         ]
     return result
 
 
 def clash_notes(shown: Sequence[tuple[str, str, Group | None]]) -> list[str]:
-    """A sentence for each panel that left records out."""
+    """Return a sentence for each panel that leaves records out."""
     return [
         f"{title}: records that repeat a point and seed with another result: {group.clashes}; "
         "the first is shown."

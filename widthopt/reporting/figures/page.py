@@ -1,4 +1,4 @@
-"""One HTML page with all figures and tables; needs no network, no script and no other file."""
+"""One self-contained HTML page with all figures and tables, without scripts or other files."""
 
 import base64
 import html
@@ -45,12 +45,12 @@ class Section(NamedTuple):
     """A figure or table on the page.
 
     Attributes:
-        name: Stem of its files' names; the address of the section on the page.
-        title: Its heading.
-        claim: What the paper says about it; may be empty.
-        images: Pictures as PNG files' bytes.
-        grids: Tables.
-        missing: Names of points that there are no records of.
+        name: The stem of the file names; also the id of the section on the page.
+        title: The heading.
+        claim: The claim of the paper; may be empty.
+        images: The pictures, as the contents of PNG files.
+        grids: The tables.
+        missing: The names of points without records.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Section(NamedTuple):
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The page as HTML text, with a table of contents; all that it shows is inside it."""
+    """Return the page as HTML text, with a table of contents; pictures are embedded."""
     contents = "\n".join(
         f'<li><a href="#{_address(section)}">{html.escape(section.title)}</a>{_count(section)}</li>'
         for section in sections
@@ -96,9 +96,9 @@ def _section(section: Section) -> str:
     for number, image in enumerate(section.images, 1):
         data = base64.b64encode(image).decode("ascii")
         more = f", picture {number}" if len(section.images) > 1 else ""
-        words = html.escape(section.title + more)
-        lines.append(f'<img src="data:image/png;base64,{data}" alt="{words}">')
-    # The claim is a note of a table by itself, but here it has been said.
+        alternative = html.escape(section.title + more)
+        lines.append(f'<img src="data:image/png;base64,{data}" alt="{alternative}">')
+    # The claim is also a note of the table; the page shows it once.
     lines += [grid.html(omit=section.claim) for grid in section.grids]
     if section.missing:
         points = "".join(f"<li>{html.escape(item)}</li>" for item in section.missing)
@@ -118,5 +118,5 @@ def _count(section: Section) -> str:
 
 
 def _address(section: Section) -> str:
-    """A name that may stand in an address: all other signs become dashes."""
+    """Return the id of a section; characters that an id may not have become dashes."""
     return re.sub(r"[^\w.-]+", "-", section.name)

@@ -1,4 +1,4 @@
-"""Accuracy against the overhead that was saved: the form of the paper's figures 3 to 6."""
+"""Accuracy against saved overhead, in the form of the paper's figures 3 to 6."""
 
 from collections.abc import Sequence
 
@@ -9,21 +9,21 @@ from widthopt.reporting.figures.style import COLOURS, MARKERS, SERIES
 
 
 LEAST_SPAN = 2.0
-"""Points of accuracy that the vertical axis shows at least, so that noise looks small."""
+"""Smallest range of the vertical axis in per cent, so that noise looks small."""
 
 
 APART = 1.2
-"""Per cent that points of several algorithms are moved apart, for most direct ones save 0."""
+"""Horizontal offset between algorithms in per cent, since all direct searches save 0."""
 
 
 def draw(axes: Axes, records: Sequence[Record]) -> None:
     """Draw one point for each searched setting, and the baseline as a line.
 
-    Methods differ by marker, and by colour too where there is one algorithm. Several are drawn
-    a little to the left and right of where they are, so that they do not hide one another.
+    Methods differ by marker, and with one algorithm also by colour. Points of several algorithms
+    are moved apart horizontally, so that they do not overlap.
 
-    Bars and the shade are one sample standard deviation over seeds. The overhead is that
-    counted, relative to a search on the target itself, so its unit cancels.
+    Bars and the shade are one sample standard deviation over seeds. The overhead is counted and
+    relative to a search on the target itself, so its unit cancels.
     """
     groups = by_algorithm(records)
     if plain := baseline(records):
@@ -61,7 +61,7 @@ def draw(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _baseline(axes: Axes, top1: Summary) -> None:
-    """Return the records of the baseline, which all algorithms share."""
+    """Draw the accuracy of the baseline as a line, with its deviation as a shade."""
     colour = COLOURS["uniform"]
     axes.axhline(top1.mean, color=colour, linestyle="--", label="uniform")
     low, high = top1.mean - top1.std, top1.mean + top1.std

@@ -1,4 +1,4 @@
-"""How alike the widths are that were found: the form of the paper's table 1 and figure A2."""
+"""Similarity of widths in numbers, as in the paper's table 1 and figure A2."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -13,9 +13,9 @@ from widthopt.widths import cosine
 def table(records: Sequence[Record]) -> Table:
     """Return the cosine similarities of the target's multipliers, by algorithm and method.
 
-    ``seeds`` compares pairs of seeds of one method, ``direct`` the direct search at the same seed,
-    and ``uniform`` the baseline. Cells have the mean, and the minimum in brackets. ``budget`` is
-    the number of searches that reached their budget.
+    ``seeds`` compares pairs of seeds of one method. ``direct`` compares with the direct search at
+    the same seed, and ``uniform`` with the baseline. Cells have the mean, and the minimum in
+    brackets. ``budget`` is the number of searches that reached their budget.
 
     Source: paper appendix D.
     """
@@ -58,10 +58,14 @@ def table(records: Sequence[Record]) -> Table:
 def _direct(
     algorithm: str, groups: Mapping[str, Mapping[str, Sequence[Record]]]
 ) -> Sequence[Record]:
-    """The direct searches of an algorithm; those that several proxies share have but its name."""
+    """Return the direct searches of an algorithm.
+
+    The label of an algorithm may end with a proxy. Direct searches that several proxies share are
+    labelled without it.
+    """
     names = [name for name in groups if f"{algorithm} ".startswith(f"{name} ")]
-    found = [groups[name]["direct"] for name in sorted(names, key=len) if "direct" in groups[name]]
-    return found[-1] if found else ()
+    direct = [groups[name]["direct"] for name in sorted(names, key=len) if "direct" in groups[name]]
+    return direct[-1] if direct else ()
 
 
 def _uniform_multipliers(record: Record) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How all figures look: colours that the colour-blind can tell apart, sizes for print."""
+"""Style of all figures: colour-blind safe colours, markers, line styles and print sizes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ COLOURS: Mapping[str, str] = {"uniform": "#555555", "direct": "#0072b2", "transf
 """One colour for each method (Okabe and Ito, 2008)."""
 
 SERIES: Sequence[str] = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Colours of several algorithms in one figure, in their order (Okabe and Ito, 2008)."""
+"""Colours of the series of a figure, in order (Okabe and Ito, 2008)."""
 
 MARKERS: Mapping[str, str] = {"uniform": "s", "direct": "o", "transfer": "^"}
 
@@ -21,26 +21,26 @@ RC: dict[Any, Any] = {
     "font.size": 9,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text
+    "pdf.fonttype": 42,  # embeds fonts, so that text stays selectable
     "savefig.bbox": "tight",
 }
-"""matplotlib's settings for every figure."""
+"""Matplotlib settings of all figures."""
 
 SMALL = 8
-"""The smallest type, in points; figures are made as wide as they are printed."""
+"""Smallest font size in points; figures have the size at which they are printed."""
 
 PRINTED_INCHES = 7.0
-"""Width of a figure across a page."""
+"""Width of a figure, which is that of a page."""
 
 SERIES_MARKERS: Sequence[str] = ("o", "^", "D", "v", "P", "X")
-"""Markers of several series, so that they can be told apart in black and white."""
+"""Markers of the series of a figure, which distinguish them in black and white."""
 
 SERIES_LINES: Sequence[Any] = ("-", (0, (5, 1)), "-.", (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)), "-")
-"""Line styles likewise; the baseline's own is ``--``."""
+"""Line styles of the series of a figure; the baseline has ``--``."""
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """Colour, marker and line style of a figure's series, by its number from 0."""
+    """Return colour, marker and line style of a series, by its number from 0."""
     return {
         "color": SERIES[number % len(SERIES)],
         "marker": SERIES_MARKERS[number % len(SERIES_MARKERS)],

@@ -1,4 +1,4 @@
-"""The table at the end of a run: what each method found, cost and reached."""
+"""The table at the end of a run: widths, cost and accuracy of each method."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from widthopt.records import Record, Summary, baseline, by_algorithm, by_method
 
 
 def table(records: Sequence[Record]) -> Table:
-    """One row for each method, with means over seeds; fits a terminal of 80 columns.
+    """Return a row for each method, with means over seeds; it fits a terminal of 80 columns.
 
-    ``channels`` are the least and the most of all seeds. ``overhead`` is in
-    MACs as counted, ``nominal`` the idealised law's saving factor; ``saved`` is relative to a
-    search on the target itself. Seconds are those of search and final training. Records of
-    several algorithms have a row for each of them, and less in it.
+    ``channels`` is the range over layers and seeds. ``overhead`` is in counted MACs, ``nominal`` is
+    the saving factor of the idealised law, and ``saved`` is relative to a search on the target
+    itself. ``seconds`` are those of search and final training. With several algorithms each has its
+    own rows, and the table has fewer columns.
     """
     groups = by_algorithm(records)
     several = len(groups) > 1
@@ -27,18 +27,18 @@ def table(records: Sequence[Record]) -> Table:
         left = name in {"algorithm", "method", "channels"}
         result.add_column(name, justify="left" if left else "right", no_wrap=True)
     plain = baseline(records)
-    found = [("-", "uniform", plain)] if plain else []
+    rows = [("-", "uniform", plain)] if plain else []
     for algorithm, group in groups.items():
         of_methods = by_method(group).items()
-        found += [(algorithm, method, items) for method, items in of_methods if method != "uniform"]
-    for algorithm, method, item in found:
-        cells = {"algorithm": algorithm, **_cells(method, item)}
+        rows += [(algorithm, method, items) for method, items in of_methods if method != "uniform"]
+    for algorithm, method, items in rows:
+        cells = {"algorithm": algorithm, **_cells(method, items)}
         result.add_row(*(cells[name] for name in names))
     return result
 
 
 def new_table(records: Sequence[Record]) -> Table:
-    """A table that says which network, data and how many seeds it is of."""
+    """Return an empty table whose title has the network, the data set and the number of seeds."""
     first = records[0]
     seeds = len({record.found.seed for record in records})
     return Table(
@@ -51,7 +51,7 @@ def new_table(records: Sequence[Record]) -> Table:
 
 
 def _cells(method: str, records: Sequence[Record]) -> dict[str, str]:
-    """A row by column: one method of one algorithm over seeds."""
+    """Return the cells of one method of one algorithm, by column name."""
     found = [record.found for record in records]
     search = Summary.of(item.search_seconds for item in found).mean
     train = Summary.of(record.train_seconds for record in records).mean
@@ -71,13 +71,13 @@ def _cells(method: str, records: Sequence[Record]) -> dict[str, str]:
 
 
 def channels(records: Sequence[Record]) -> str:
-    """The least and the most channels of any layer in these records."""
+    """Return the smallest and the largest number of channels in the records, as text."""
     counts = [count for record in records for count in record.found.channels.values()]
     return f"{min(counts)}-{max(counts)}"
 
 
 def short(count: float) -> str:
-    """A count with a unit prefix: 1.81G."""
+    """Return a count with a unit prefix: ``1.81G``."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{prefix}"

@@ -1,4 +1,4 @@
-"""Accuracy and similarity on two data sets, configuration by configuration: the paper's table 1."""
+"""Accuracy and similarity on two data sets by configuration: the paper's table 1."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from widthopt.reporting.figures.style import (
 
 
 Configuration = tuple[float, float]
-"""Depth and width multiplier of a target, which is the order that the paper shows them in."""
+"""Depth and width multiplier of a target; sorting gives the order of the paper."""
 
 PAPER_CONFIGURATIONS: Mapping[Configuration, str] = {
     (1, 0.312): "0.3w,1d",
@@ -58,7 +58,7 @@ PAPER: Mapping[tuple[str, str], Sequence[float]] = {
 
 
 class Row(NamedTuple):
-    """Records of one data set and one way to find widths, by configuration."""
+    """Records of one data set and one algorithm or the baseline, by configuration."""
 
     dataset: str
     widths: str
@@ -67,16 +67,16 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table1:
-    """Table 1: are widths that were found on two data sets alike, and do they help on both?
+    """Table 1: similarity and accuracy of widths that are searched on two data sets.
 
     Only the baseline and direct searches are used.
 
     Attributes:
-        name: Stem of the files' names.
-        title: What a reader sees above the table.
-        datasets: Data sets by name, with their labels in the paper.
-        network: The network's name.
-        claim: What the paper says, in a sentence.
+        name: The stem of the file names.
+        title: The title of the table.
+        datasets: The paper's label of each data set.
+        network: The name of the network.
+        claim: The claim of the paper, in one sentence.
 
     Source: paper appendix C, table 1.
     """
@@ -88,9 +88,9 @@ class Table1:
     claim: str = ""
 
     def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """One figure, a panel for each data set: accuracy of each configuration.
+        """Draw one panel for each data set: the accuracy of each configuration.
 
-        Hollow markers are the paper's numbers.
+        Hollow markers are the numbers of the paper.
         """
         rows, _ = self._rows(records)
         configurations = _configurations(rows)
@@ -118,8 +118,8 @@ class Table1:
                 axes.set(
                     xlabel="width and depth multiplier of the target", ylabel="top-1 accuracy (%)"
                 )
-                drawn, message = axes.get_legend_handles_labels()
-                handles.update(zip(message, drawn, strict=True))
+                drawn, labels = axes.get_legend_handles_labels()
+                handles.update(zip(labels, drawn, strict=True))
             names = [name for item in ("uniform", *order) for name in (item, f"{item}, paper")]
             names = [name for name in names if name in handles]
             if names:
@@ -135,17 +135,17 @@ class Table1:
     def _line(
         self, axes: Axes, row: Row, configurations: Sequence[Configuration], number: int
     ) -> None:
-        """One row's accuracy with deviations, and the paper's beside it."""
+        """Draw the accuracy of a row with deviations, and the numbers of the paper."""
         style: dict[str, Any] = {
             "color": COLOURS["uniform"],
             "marker": MARKERS["uniform"],
             "linestyle": "--",
         }
         style = style if number < 0 else series_style(number)
-        there = [configuration for configuration in configurations if configuration in row.records]
-        top1 = [Summary.of(record.top1 for record in row.records[place]) for place in there]
+        done = [configuration for configuration in configurations if configuration in row.records]
+        top1 = [Summary.of(record.top1 for record in row.records[place]) for place in done]
         axes.errorbar(
-            [configurations.index(item) for item in there],
+            [configurations.index(item) for item in done],
             [summary.mean for summary in top1],
             yerr=[summary.std for summary in top1]
             if any(summary.seeds > 1 for summary in top1)
@@ -171,7 +171,7 @@ class Table1:
             )
 
     def table(self, records: Sequence[Record]) -> TextTable:
-        """The paper's rows and columns: accuracies by data set, then similarities of widths."""
+        """Return the rows and columns of the paper: accuracies, then similarities of widths."""
         rows, notes = self._rows(records)
         configurations = _configurations(rows)
         lines: list[tuple[str, ...]] = []
@@ -188,7 +188,8 @@ class Table1:
             paper = self._paper(what, widths)
             if any(configuration in paper for configuration in configurations):
                 cells = (
-                    f"{paper[o]:.{digits}f}" if o in paper else NOTHING for o in configurations
+                    f"{paper[place]:.{digits}f}" if place in paper else NOTHING
+                    for place in configurations
                 )
                 lines.append((what, widths, "paper", *cells))
 
@@ -218,7 +219,7 @@ class Table1:
         return TextTable(self.title, columns, tuple(lines), tuple(notes))
 
     def _paper(self, what: str, widths: str) -> dict[Configuration, float]:
-        """The paper's numbers of a row; none where it has no such row or network."""
+        """Return the numbers of the paper for a row; empty if it has no such row."""
         numbers = PAPER.get((what, widths)) if self.network == PAPER_NETWORK else None
         return dict(zip(PAPER_CONFIGURATIONS, numbers, strict=True)) if numbers else {}
 
@@ -235,12 +236,12 @@ class Table1:
             if not by_resolution:
                 notes.append(f"{label}: no records yet.")
                 continue
-            most = max(by_resolution, key=lambda resolution: len(by_resolution[resolution]))
-            rest = sorted(by_resolution.keys() - {most})
+            chosen = max(by_resolution, key=lambda resolution: len(by_resolution[resolution]))
+            rest = sorted(by_resolution.keys() - {chosen})
             if rest:
                 left_out = ", ".join(f"{item:g}" for item in rest)
-                notes.append(f"{label}: at {most:g} pixels; left out: {left_out}.")
-            members = by_resolution[most]
+                notes.append(f"{label}: at {chosen:g} pixels; left out: {left_out}.")
+            members = by_resolution[chosen]
             rows.append(
                 Row(label, "uniform", {place: member.uniform for place, member in members.items()})
             )
@@ -256,11 +257,11 @@ class Table1:
                 (dataset, f"{label}, {_column(place)}", member) for place, member in members.items()
             ]
             notes += clash_notes(shown)
-        there = [
+        filled = [
             row._replace(records={place: record for place, record in row.records.items() if record})
             for row in rows
         ]
-        return [row for row in there if row.records], notes
+        return [row for row in filled if row.records], notes
 
 
 def _configurations(rows: Sequence[Row]) -> list[Configuration]:

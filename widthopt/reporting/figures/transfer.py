@@ -1,6 +1,6 @@
-"""Accuracy against the saved overhead, source by source: the paper's figures 3 to 6.
+"""Accuracy against saved overhead for each source: the paper's figures 3 to 6.
 
-*Saved* is the part of the direct search's overhead, as counted; *direct* is the point whose source
+*Saved* is relative to the counted overhead of the direct search. *Direct* is the point whose source
 is the target itself.
 """
 
@@ -29,31 +29,31 @@ from widthopt.reporting.figures.style import COLOURS, PRINTED_INCHES, RC, SMALL,
 
 
 BASELINE = "uniform (not optimised)"
-"""How the legend calls the baseline."""
+"""Name of the baseline in the legend."""
 
 APART_POINTS = 2.5
-"""Points of type that neighbouring series are drawn apart, so that bars do not hide bars."""
+"""Horizontal offset between neighbouring series in points, so that bars do not overlap."""
 
 LEGEND_LETTERS = 75
-"""Letters of a legend that fit beside one another."""
+"""Number of letters that fit in one line of a legend."""
 
 TILTED_POINTS = 3.7
-"""Height of a letter's place in a tilted name, in points of type."""
+"""Height that each letter adds to a tilted label, in points."""
 
 LABEL_GAP = 7.0
-"""Per cent of the horizontal axis between two labels of sources, at least."""
+"""Smallest distance between two labels of sources, in per cent of the horizontal axis."""
 
 POINTS_PER_PERCENT = 1.8
-"""Width of a panel in points of type by per cent of its axis, roughly; places labels only."""
+"""Approximate width of one per cent of the horizontal axis, in points; only for labels."""
 
 
 class Point(NamedTuple):
-    """What the seeds of one source came to.
+    """The results of one source over seeds.
 
     Attributes:
-        saved: Per cent of the direct overhead that was saved, as counted; the seeds' mean.
+        saved: Saved part of the counted direct overhead, in per cent; the mean over seeds.
         top1: Top-1 accuracy over seeds, in per cent.
-        records: One for each seed.
+        records: The records, one for each seed.
     """
 
     saved: float
@@ -63,16 +63,16 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Figures 3a-d, 4, 5a-d and 6: does accuracy stay when widths come from a cheaper search?
+    """Figures 3a-d, 4, 5a-d and 6: accuracy of widths that a cheaper search found.
 
     Attributes:
-        name: Stem of the files' names.
-        title: What a reader sees above the figure.
-        axis: What differs between sources and target.
-        series: What a line is: an algorithm, or a strategy of extrapolation (figure 4).
-        panels: The paper's label of each network's panel.
-        claim: What the paper says, in a sentence.
-        paper_saved: Per cent of the overhead that the paper says can be saved, by network.
+        name: The stem of the file names.
+        title: The title of the figure.
+        axis: The axis on which sources and target differ.
+        series: The meaning of a line: an algorithm, or an extrapolation strategy (figure 4).
+        panels: The paper's label of the panel of each network.
+        claim: The claim of the paper, in one sentence.
+        paper_saved: Overhead that the paper saves at most, in per cent, by network.
 
     Source: paper section 4, figures 3 to 6.
     """
@@ -86,10 +86,10 @@ class Transfer:
     paper_saved: Mapping[str, float]
 
     def draw(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """One figure, a panel for each network: accuracy against what was saved.
+        """Draw one panel for each network: accuracy against saved overhead.
 
-        Bars and the baseline's shade are one sample standard deviation over seeds. Series are
-        drawn a little apart sideways; their data are not moved.
+        Bars and the shade of the baseline are one sample standard deviation over seeds. Series are
+        drawn with a small horizontal offset; their data are unchanged.
         """
         shown = panels(records, self.panels, self.axis)
         curves = [self._curves(group) for _, _, group in shown]
@@ -129,7 +129,7 @@ class Transfer:
         return "width, depth, resolution, fraction" if self.axis == "compound" else self.axis
 
     def _curves(self, group: Group | None) -> dict[str, dict[Source, Point]]:
-        """Points of each series, from the target's own down."""
+        """Return the points of each series, by source in descending order."""
         if group is None:
             return {}
         return {
@@ -168,11 +168,12 @@ class Transfer:
         _label_sources(axes, {source_words(place, self.axis): x for place, x in places.items()})
 
     def table(self, records: Sequence[Record]) -> TextTable:
-        """A row for each point of each series, and the paper's number beside ours.
+        """Return a row for each point of each series; notes compare with the paper.
 
         Differences are between means, in points of accuracy. *Still above uniform* is the
-        largest saving whose mean accuracy is above uniform's mean; *as good as direct* the
-        largest whose mean is at most one of direct's deviations below direct's mean.
+        largest saving whose mean accuracy is above that of the baseline. *Within a deviation of
+        direct or better* is the largest saving whose mean accuracy is at least that of the direct
+        search minus its standard deviation.
         """
         shown = panels(records, self.panels, self.axis)
         rows: list[tuple[str, ...]] = []
@@ -188,7 +189,7 @@ class Transfer:
             uniform = Summary.of(record.top1 for record in group.uniform) if group.uniform else None
             if uniform is not None:
                 rows.append(_baseline_row(name, uniform))
-            above, alike = [], []
+            above, matching = [], []
             for series, points in self._curves(group).items():
                 direct = points.get(group.direct(self.axis))
                 rows += [
@@ -201,11 +202,11 @@ class Transfer:
                     if point is not direct
                 }
                 above.append(f"{series} {_above(proxies, uniform)}")
-                alike.append(f"{series} {_matching(proxies, direct)}")
+                matching.append(f"{series} {_matching(proxies, direct)}")
             if above:
                 notes.append(f"{name}: saved, still above uniform: {'; '.join(above)}.")
                 notes.append(
-                    f"{name}: saved, within a deviation of direct or better: {'; '.join(alike)}."
+                    f"{name}: saved, within a deviation of direct or better: {'; '.join(matching)}."
                 )
         columns = (
             "network", "series", f"source {self.axis}", "seeds", "saved %", "nominal",
@@ -227,7 +228,7 @@ def _baseline(axes: Axes, top1: Summary) -> None:
 
 
 def _curve(axes: Axes, points: Sequence[Point], *, name: str, number: int, of: int) -> None:
-    """A line through the means, and a bar where there are seeds enough for a deviation."""
+    """Draw a line through the means, with bars if there is more than one seed."""
     ordered = sorted(points, key=lambda point: point.saved)
     inches = APART_POINTS * (number - (of - 1) / 2) / 72
     figure = axes.get_figure()
@@ -249,7 +250,7 @@ def _curve(axes: Axes, points: Sequence[Point], *, name: str, number: int, of: i
 
 
 def _limits(heights: Sequence[Summary]) -> tuple[float, float]:
-    """The vertical axis: all that is drawn with its deviations, and some room."""
+    """Return the limits of the vertical axis: all points with their deviations, and a margin."""
     low = min(height.mean - height.std for height in heights)
     high = max(height.mean + height.std for height in heights)
     slack = max(0.08 * (high - low), (LEAST_SPAN - (high - low)) / 2)
@@ -257,9 +258,9 @@ def _limits(heights: Sequence[Summary]) -> tuple[float, float]:
 
 
 def _label_sources(axes: Axes, words: Mapping[str, float]) -> None:
-    """Name each source above the panel, where it saves; a thin line leads to a moved name.
+    """Label each source above the panel at its saving; a thin line connects a label that was moved.
 
-    Names lean towards the panel's middle, so that long ones stay above it.
+    Labels are tilted towards the middle of the panel, so that long labels stay above it.
     """
     spread = _spread(list(words.values()), gap=LABEL_GAP)
     for (text, place), moved in zip(words.items(), spread, strict=True):
@@ -291,7 +292,7 @@ def _label_sources(axes: Axes, words: Mapping[str, float]) -> None:
 
 
 def _spread(places: Sequence[float], *, gap: float) -> list[float]:
-    """Places at least a gap apart, in the same order, near to where they were."""
+    """Return places in the same order, at least a gap apart and close to the given ones."""
     order = sorted(range(len(places)), key=lambda number: places[number])
     runs: list[tuple[float, list[int]]] = []  # centre and members of labels that touch
     for number in order:
@@ -317,7 +318,7 @@ def _baseline_row(name: str, top1: Summary) -> tuple[str, ...]:
 
 
 def _cells(point: Point, uniform: Summary | None, direct: Point | None) -> tuple[str, ...]:
-    """From ``seeds`` to ``flags``."""
+    """Return the cells of a point, from ``seeds`` to ``flags``."""
     return (
         str(point.top1.seeds),
         f"{point.saved:z.2f}",
@@ -331,9 +332,9 @@ def _cells(point: Point, uniform: Summary | None, direct: Point | None) -> tuple
 
 
 def _saved_seconds_text(point: Point, direct: Point | None) -> str:
-    """In wall-clock time, where a proxy may save less than it does in MACs."""
-    whole = _seconds(direct) if direct else 0.0
-    return f"{100 * (1 - _seconds(point) / whole):z.1f}" if whole > 0 else NOTHING
+    """Return the saved wall-clock time, which may be less than the saving in MACs."""
+    reference = _seconds(direct) if direct else 0.0
+    return f"{100 * (1 - _seconds(point) / reference):z.1f}" if reference > 0 else NOTHING
 
 
 def _seconds(point: Point) -> float:
@@ -349,7 +350,7 @@ def _difference(top1: Summary, second: Summary | None) -> str:
 
 
 def _flags(records: Sequence[Record]) -> str:
-    """How many searches say of themselves that they went well, and what went wrong in others."""
+    """Return how many searches were valid and reached their budget, and the problems of others."""
     diagnostics, seeds = [record.found.diagnostics for record in records], len(records)
     words = []
     for name, message in (("valid", "valid"), ("budget_reached", "budget reached")):
@@ -373,7 +374,7 @@ def _above(proxies: Mapping[str, Point], uniform: Summary | None) -> str:
 
 
 def _matching(proxies: Mapping[str, Point], direct: Point | None) -> str:
-    """The largest saving that is within a deviation of the direct search, or better."""
+    """Return the largest saving that is within a deviation of the direct search, or better."""
     if direct is None or direct.top1.seeds == 1:
         return "unknown (no direct search)" if direct is None else "unknown (one seed)"
     bound = direct.top1.mean - direct.top1.std
