@@ -233,8 +233,8 @@ class Cluster:
         """End a node as if its power went: its slurmd, and all processes of jobs on it.
 
         Args:
-            name: Of the node.
-            told: Whether the controller is told; otherwise it finds out after 30 seconds or more.
+            name: Name of the node.
+            reported: Whether to tell the controller; otherwise it notices after 30 seconds or more.
         """
         assert name in self.nodes, name
         self._kill(lambda process: process.node == name)
@@ -384,6 +384,7 @@ class Cluster:
             "[mariadbd]",
             "user=root",
             f"datadir={self.folder}/database",
+            f"tmpdir={self.folder}/run",  # two servers that start at once share names in /tmp
             f"socket={listens}",
             f"pid-file={self.folder}/run/mariadbd.pid",
             f"log-error={self.folder}/log/mariadbd.log",

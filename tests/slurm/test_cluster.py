@@ -182,7 +182,7 @@ def test_the_job_of_a_killed_node_starts_again_elsewhere(cluster, tmp_path):
 
 
 def test_a_node_can_die_unnoticed(cluster):
-    cluster.kill_node("node3", told=False)
+    cluster.kill_node("node3", reported=False)
     assert cluster.states() == ["idle"] * 3
     cluster.start_node("node3")
 
