@@ -1,4 +1,4 @@
-"""The command as a person starts it: exit codes, what is said, what is there afterwards."""
+"""The command line: exit codes, output, and the files that it writes."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ from widthopt.reporting.console import show_macs
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of a user's, with a network in it and nothing of the project."""
+    """A folder of a user, with a network and no files of the project."""
     (tmp_path / "my_network.py").write_text(NETWORK)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """An undisturbed run: the folder it ran in, and what it said."""
+    """An uninterrupted run: its working folder and the completed process."""
     folder = tmp_path_factory.mktemp("ran")
     (folder / "my_network.py").write_text(NETWORK)
     done = widthopt(*TINY, "methods=[uniform,direct,transfer]", folder=folder)
@@ -36,13 +36,13 @@ def ran(tmp_path_factory):
 
 
 def run_folder(folder):
-    """The folder of the only run there is."""
-    (found,) = (path for path in (folder / "runs").iterdir() if path.name != "stages")
-    return found
+    """Return the folder of the only run."""
+    (run,) = (path for path in (folder / "runs").iterdir() if path.name != "stages")
+    return run
 
 
 def results(folder):
-    """What the records in a run's folder say, without times, and digests of the weights."""
+    """Return the records of a run without times, with digests of the weights."""
     run = run_folder(folder)
     records = from_json((run / "record.json").read_text())
     return {
@@ -59,16 +59,16 @@ def results(folder):
 
 
 def weights(stage):
-    """The digest of a stage's last checkpoint."""
+    """Return the digest of the last checkpoint of a stage."""
     newest = max(stage.glob("checkpoints/step-*"))
     return hashlib.sha256((newest / "tensors.safetensors").read_bytes()).hexdigest()
 
 
-def everything(folder):
+def file_names(folder):
     return sorted(path.name for path in folder.rglob("*") if "__pycache__" not in path.parts)
 
 
-# Mistakes.
+# Input errors.
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def everything(folder):
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
+def test_an_input_error_is_one_line_and_writes_nothing(tmp_path, words, line):
     (tmp_path / "file").touch()
     assert one_line(widthopt(*words, folder=tmp_path), 2) == line
-    assert everything(tmp_path) == ["file"]
+    assert file_names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, words, line):
         ),
     ],
 )
-def test_a_mistake_in_a_commands_options_is_one_line(tmp_path, words, line):
+def test_an_error_in_the_options_of_a_command_is_one_line(tmp_path, words, line):
     message = one_line(widthopt(*words, folder=tmp_path), 2)
     assert message.replace(str(tmp_path.resolve()), "FOLDER") == line
-    assert everything(tmp_path) == []
+    assert file_names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_options_may_stand_between_overrides(tmp_path, words):
     )
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(folder):
+def test_a_diverged_training_stops_with_its_step_and_learning_rate(folder):
     line = one_line(
         widthopt(*TINY, "recipe.learning_rate=1e9", "methods=[uniform]", folder=folder), 1
     )
@@ -165,7 +165,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(folder):
     assert not list(folder.rglob("result.json"))
 
 
-def test_where_there_are_no_sweeps_commands_say_so(tmp_path):
+def test_commands_without_sweeps_say_so(tmp_path):
     (tmp_path / "runs").mkdir()
     done = widthopt("status", folder=tmp_path)
     assert (done.returncode, done.stdout) == (
@@ -185,12 +185,12 @@ HEAVY = ("torch", "torchvision", "numpy", "matplotlib", "sklearn", "wandb")
 
 
 def output_and_imports(folder, *words):
-    """What a command prints, and which of the modules that take long to import it has imported."""
+    """Return the output of a command, and the expensive modules that it imports."""
     script = (
         f"import sys\nsys.argv = ['widthopt', *{words!r}]\n"
         "from widthopt.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        f"print('loaded:', *(one for one in {HEAVY!r} if one in sys.modules))\n"
+        f"print('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))\n"
     )
     done = subprocess.run(  # noqa: S603 (our own words)
         [sys.executable, "-c", script],
@@ -200,22 +200,22 @@ def output_and_imports(folder, *words):
     return message, loaded.split()
 
 
-def test_help_says_what_there_is_without_loading_torch(tmp_path):
+def test_help_lists_commands_and_choices_without_importing_torch(tmp_path):
     message, loaded = output_and_imports(tmp_path, "--help")
     assert loaded == []
     for word in ("widthopt plan", "widthopt macs", "network: ", "resnet18", "seeds:", "morphnet"):
         assert word in message
-    assert everything(tmp_path) == []
+    assert file_names(tmp_path) == []
 
 
-def test_a_network_of_ones_own_is_planned_without_loading_torchvision(tmp_path):
+def test_a_custom_network_is_planned_without_importing_torchvision(tmp_path):
     (tmp_path / "my_network.py").write_text(NETWORK)
     _, loaded = output_and_imports(tmp_path, "plan", *TINY)
     assert "torch" in loaded
     assert not {"torchvision", "wandb"} & set(loaded)
 
 
-# Sizes.
+# MACs and parameters.
 
 
 def test_macs_are_the_published_ones_without_any_data(tmp_path):
@@ -225,14 +225,14 @@ def test_macs_are_the_published_ones_without_any_data(tmp_path):
     assert (content["macs"], content["parameters"]) == (1_814_073_344, 11_689_512)
     assert (content["network"], content["resolution"]) == ("resnet18", 224)
     assert len(content["channels"]) == 12
-    assert everything(tmp_path) == []
+    assert file_names(tmp_path) == []
 
 
 def test_macs_follow_the_width_multiplier(capsys):
     request = compose(["dataset=imagenet", "network=mobilenet_v2", "target.width=0.5"])
     show_macs(request, channels=None, as_json=True)
     content = json.loads(capsys.readouterr().out)
-    # Every width variable halved, the last of 1280 too, and nothing rounded to 8.
+    # All width variables are halved, including the last of 1280, and not rounded to 8.
     assert content["macs"] == 83_402_176
     assert len(content["channels"]) == 25
 
@@ -246,11 +246,11 @@ def test_macs_of_channels_from_a_file_are_those_of_the_run(ran):
         assert content[key] == written[key]
 
 
-def test_macs_as_a_table_names_each_variable_with_its_share(folder, monkeypatch, capsys):
+def test_the_table_of_macs_has_a_row_for_each_width_variable(folder, monkeypatch, capsys):
     monkeypatch.syspath_prepend(folder)
     show_macs(compose([*TINY, "+network.arguments.width=8"]), channels=None, as_json=False)
     shown = capsys.readouterr().out
-    # By hand: 36 positions, then 9; the two branches read 8 and write 20 and 12.
+    # Computed by hand: 36 positions, then 9; the branches read 8 channels and write 20 and 12.
     macs = 36 * (27 * 8 + 8 * 24 + 9 * 24 * 8) + 9 * (9 * 8 * 20 + 8 * 12) + 32 * 10
     assert f"my_network.MyNetwork, width 1, depth 1, 12 pixels: {macs:,} MACs" in shown
     for name in ("stem.0", "residual.0.0", "wide.0", "narrow.0"):
@@ -272,10 +272,10 @@ def test_a_plan_starts_nothing_and_writes_nothing(folder):
     ]
     assert [run["state"] for run in planned["runs"]] == ["missing"] * 3
     assert planned["macs_left"] == sum(run["macs"] for run in planned["runs"])
-    assert everything(folder) == ["my_network.py"]
+    assert file_names(folder) == ["my_network.py"]
 
 
-# A whole run.
+# Runs.
 
 
 def test_a_run_shows_a_table_of_its_methods(ran):
@@ -288,7 +288,7 @@ def test_a_run_shows_a_table_of_its_methods(ran):
     assert (run_folder(folder) / "table.txt").read_text("utf-8") in done.stdout
 
 
-def test_a_run_leaves_all_that_belongs_to_it(ran):
+def test_a_run_writes_all_its_files(ran):
     folder, _ = ran
     run = run_folder(folder)
     methods = ("uniform", "direct", "transfer")
@@ -311,14 +311,13 @@ def test_a_run_leaves_all_that_belongs_to_it(ran):
     for word in ("strength: 5.0", "factory: my_network.MyNetwork", "resolution: 12"):
         assert word in (run / "config.yaml").read_text()
     assert "epoch 2 of 2" in (run / "run.log").read_text()
-    assert everything(folder / "runs")
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
         "my_network.py", "runs"
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_same_command_again_does_nothing_twice(ran):
+def test_the_same_command_again_repeats_no_work(ran):
     folder, _ = ran
     run = run_folder(folder)
     before = {path: path.read_bytes() for path in run.rglob("*.json")}
@@ -332,13 +331,13 @@ def test_the_same_command_again_does_nothing_twice(ran):
 
 
 @pytest.mark.parametrize("when", ["train", pytest.param("search", marks=pytest.mark.slow)])
-def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, when):
+def test_a_run_resumed_after_ctrl_c_has_the_same_results(ran, folder, when):
     words = (*TINY, "methods=[uniform,direct,transfer]")
     started = subprocess.Popen(  # noqa: S603 (our own words)
         command(*words),
         cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    # Once the first epoch of such a stage is on the disk, and the second is under way.
+    # Wait for the first checkpoint of such a stage; its second epoch is in progress then.
     while not list(folder.glob(f"runs/stages/{when}-*/checkpoints/step-*")):
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.005)
@@ -348,7 +347,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, wh
     (line,) = (line for line in message.splitlines() if line.startswith("widthopt: "))
     assert line == message.splitlines()[-1]
     assert "the same command continues from" in line
-    assert not list(run_folder(folder).glob("record.json")) or when == "search"
+    assert not (run_folder(folder) / "record.json").exists()
 
     again = widthopt(*words, folder=folder)
     assert again.returncode == 0, again.stderr
@@ -356,7 +355,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_nothing_had_been(ran, folder, wh
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_each_of_its_values(folder):
+def test_a_sweep_runs_all_its_values(folder):
     words = [item for item in TINY if not item.startswith("algorithm")]
     done = widthopt(
         "-m", *words, "algorithm=uniform", "methods=[uniform]", "recipe.epochs=1",
@@ -372,9 +371,9 @@ def test_a_sweep_runs_each_of_its_values(folder):
 
 
 @pytest.mark.slow
-def test_a_users_own_network_and_images_need_nothing_of_the_project_edited(folder):
-    kept = Path(__file__).parents[1] / "runs"  # the demo's, where it was run here
-    before = sorted(kept.glob("*"))
+def test_a_custom_network_and_custom_images_need_no_change_of_the_project(folder):
+    existing = Path(__file__).parents[1] / "runs"  # of the demo, if it was run here
+    before = sorted(existing.glob("*"))
     generator = np.random.default_rng(0)
     for split, count in (("train", 40), ("val", 10)):
         for label, name in enumerate(("dark", "light", "noisy")):
@@ -395,11 +394,11 @@ def test_a_users_own_network_and_images_need_nothing_of_the_project_edited(folde
     for record in records:
         assert record.found.channels.keys() == {"stem.0", "residual.0.0", "wide.0", "narrow.0"}
         assert record.top1 > 100 / 3
-    assert sorted(kept.glob("*")) == before
+    assert sorted(existing.glob("*")) == before
 
 
 @pytest.mark.parametrize("package", [False, True])
-def test_a_users_own_folder_called_conf_is_not_taken_for_ours(folder, package):
+def test_a_folder_conf_of_the_user_does_not_replace_ours(folder, package):
     (folder / "conf").mkdir()
     (folder / "conf" / "config.yaml").write_text("mine: true\n")
     if package:
@@ -411,7 +410,7 @@ def test_a_users_own_folder_called_conf_is_not_taken_for_ours(folder, package):
     assert "my_network.MyNetwork" in done.stdout
 
 
-def test_runs_are_shown_side_by_side(ran, folder):
+def test_report_compares_runs(ran, folder):
     done = widthopt("report", str(run_folder(ran[0])), folder=folder)
     assert done.returncode == 0, done.stderr
     for word in ("uniform", "transfer", "seeds", "direct", "budget", "accuracy.png"):
@@ -438,6 +437,6 @@ def test_runs_are_shown_side_by_side(ran, folder):
         ),
     ],
 )
-def test_a_report_or_a_status_of_nothing_is_one_line(folder, words, line):
+def test_a_report_without_records_is_one_line(folder, words, line):
     done = widthopt(*words, folder=folder)
     assert (done.returncode, done.stderr) == (2, f"widthopt: {line}\n")

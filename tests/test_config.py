@@ -1,4 +1,4 @@
-"""Every choice of ``conf/`` makes typed values, and every mistake makes one clear line."""
+"""Choices of ``conf/`` become typed values, and invalid input is an error of one line."""
 
 import sys
 from dataclasses import fields
@@ -34,13 +34,13 @@ NEEDED = {
     ("network", "torchvision"): ["network.name=resnet50"],
     ("network", "custom"): ["network.factory=my_module.my_network"],
 }
-"""Keys that a choice has no default for, by design."""
+"""Keys without a default, by choice."""
 
 TINY = ("target.width=0.125", "target.resolution=24", "recipe=smoke")
 
 
 class Branching(nn.Module):
-    """A network whose way depends on the values of its images, so that it cannot be traced."""
+    """A network with control flow that depends on its images, so it cannot be traced."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -53,7 +53,7 @@ class Branching(nn.Module):
 
 
 class Sorting(nn.Module):
-    """A network with an operation that no rule describes."""
+    """A network with an operation that has no rule."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -65,7 +65,7 @@ class Sorting(nn.Module):
 
 
 class Small(nn.Module):
-    """Two convolutions, for nothing but to be sized; 17 pixels are the least it takes."""
+    """Two convolutions; the smallest resolution is 17 pixels."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -80,7 +80,7 @@ class Small(nn.Module):
 
 @pytest.fixture
 def custom():
-    """Overrides that choose a network of this file."""
+    """Return the overrides that choose a network of this file."""
     sys.modules["networks_of_this_test"] = sys.modules[__name__]
     yield lambda kind: ("network=custom", f"network.factory=networks_of_this_test.{kind.__name__}")
     del sys.modules["networks_of_this_test"]
@@ -88,7 +88,7 @@ def custom():
 
 @pytest.fixture
 def photos(tmp_path):
-    """Make an image folder with so many images of each class; the overrides that choose it."""
+    """Write an image folder with a number of images per class; return the overrides for it."""
 
     def make(**counts):
         for split in ("train", "val"):
@@ -104,7 +104,7 @@ def photos(tmp_path):
 
 
 def refusal(*overrides, point=False):
-    """The one line that these overrides earn; ``point`` goes on to sizes and images."""
+    """Return the error message for overrides; ``point`` also checks sizes and images."""
     with pytest.raises(InputError) as caught:
         SizedRequest(compose([*TINY, *overrides])) if point else compose(overrides)
     line = str(caught.value)
@@ -112,10 +112,10 @@ def refusal(*overrides, point=False):
     return line
 
 
-# Every choice.
+# Choices.
 
 
-def test_conf_has_the_groups_of_the_design():
+def test_conf_has_all_groups():
     folders = {path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     assert folders - {"hydra"} == set(GROUPS)
     assert len(CHOICES) >= 6 + 9 + 4 + 2 + 2 + 3 + 1
@@ -138,7 +138,7 @@ def test_every_choice_becomes_typed_values(group, choice):
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_says_in_a_comment_what_it_is(group, choice):
+def test_every_choice_starts_with_a_comment(group, choice):
     assert (CONF / group / f"{choice}.yaml").read_text().startswith("# ")
 
 
@@ -176,31 +176,31 @@ def test_compound_projections_are_the_papers_sources(number, axes):
     ) == axes
 
 
-def test_whole_numbers_are_numbers_and_name_the_same_run():
+def test_integers_and_equal_floats_name_the_same_run():
     keys = ("target.width", "recipe.learning_rate", "algorithm.strength", "dataset.crop")
-    whole = compose([f"{key}=1" for key in keys])
-    real = compose([f"{key}=1.0" for key in keys])
-    assert whole == real
-    for item, kind in ((whole.target.width, float), (whole.recipe.learning_rate, float)):
-        assert type(item) is kind
-    assert repr(whole.fields) == repr(real.fields)
+    integers = compose([f"{key}=1" for key in keys])
+    floats = compose([f"{key}=1.0" for key in keys])
+    assert integers == floats
+    for value in (integers.target.width, integers.recipe.learning_rate):
+        assert type(value) is float
+    assert repr(integers.fields) == repr(floats.fields)
 
 
-def test_the_target_has_the_data_sets_resolution_unless_asked():
+def test_the_target_has_the_resolution_of_the_data_set_by_default():
     assert compose(["dataset=imagenet"]).target.resolution == 224
     assert compose(["dataset=imagenet", "target.resolution=320"]).target.resolution == 320
 
 
-def test_the_environment_says_where_data_lies(monkeypatch):
+def test_the_data_folder_is_read_from_the_environment(monkeypatch):
     monkeypatch.setenv("WIDTHOPT_DATA", "/elsewhere")
     assert compose(["dataset=imagenet"]).dataset.root == "/elsewhere/imagenet"
 
 
-def test_what_merely_runs_is_no_part_of_the_fields():
+def test_keys_outside_the_identity_are_not_in_the_fields():
     assert compose([]).fields.keys() & {"root", "runtime", "tracking"} == set()
 
 
-# Names that are not there.
+# Unknown names.
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_what_merely_runs_is_no_part_of_the_fields():
         ),
     ],
 )
-def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
+def test_an_unknown_name_is_reported_with_the_available_ones(override, line):
     assert refusal(override) == line
 
 
@@ -353,11 +353,11 @@ def test_a_name_that_is_not_there_is_named_with_what_is(override, line):
         ),
     ],
 )
-def test_a_value_of_another_type_is_refused(override, line):
+def test_a_value_of_a_wrong_type_is_refused(override, line):
     assert refusal(override) == line
 
 
-def test_a_table_is_wanted_where_there_is_one():
+def test_a_list_cannot_replace_a_mapping():
     assert refusal("network=custom", "network.factory=a.b", "network.arguments=[1]") == (
         "network.arguments is [1], but it replaces a value of another kind (a mapping, a list or a "
         "single value); see widthopt --help"
@@ -391,11 +391,11 @@ def test_a_table_is_wanted_where_there_is_one():
         ),
     ],
 )
-def test_keys_are_those_of_the_choice_that_was_made(overrides, line):
+def test_keys_of_other_choices_are_refused(overrides, line):
     assert refusal(*overrides) == line
 
 
-def test_a_networks_own_arguments_are_added_one_by_one():
+def test_arguments_of_a_custom_network_are_added_one_by_one():
     network = ("network=custom", "network.factory=a.b")
     assert refusal(*network, "network.arguments={scale: 1}") == (
         "network.arguments is a mapping, but its keys are added one by one; write "
@@ -405,7 +405,7 @@ def test_a_networks_own_arguments_are_added_one_by_one():
     assert added.network.arguments == {"scale": 1}
 
 
-def test_a_setting_from_elsewhere_that_is_not_there_is_named():
+def test_a_missing_environment_variable_is_named():
     line = refusal("root=${oc.env:WIDTHOPT_NOT_SET}")
     assert line.startswith("root cannot be read (")
     assert "WIDTHOPT_NOT_SET" in line
@@ -514,14 +514,14 @@ def test_a_value_out_of_range_is_refused(override, line):
     assert refusal(override) == line
 
 
-# Networks that cannot be.
+# Invalid networks.
 
 
 @pytest.mark.parametrize(
     ("override", "key"),
     [("target.width=0.001", "target"), ("projection.width=0.001", "projection")],
 )
-def test_a_width_that_rounds_a_variable_to_0_is_refused_with_one_that_does_not(override, key):
+def test_a_width_that_rounds_a_variable_to_0_is_refused_with_the_smallest_width(override, key):
     line = refusal(override, point=True)
     assert line == (
         f"{key}.width is 0.001, but it rounds the 64 channels of `conv1` to 0; use 0.008 or more"
@@ -536,11 +536,11 @@ def test_a_width_that_rounds_a_variable_to_0_is_refused_with_one_that_does_not(o
         (("target.resolution=32", "projection.resolution=16"), "projection.resolution is 16"),
     ],
 )
-def test_a_resolution_below_what_strides_allow_is_refused(custom, overrides, key):
+def test_a_resolution_too_small_for_the_network_is_refused(custom, overrides, key):
     line = refusal(
         *custom(Small), "target.width=1", "projection.width=null", *overrides, point=True
     )
-    # 16 pixels leave 4 behind the stem, too few for a 5x5 convolution.
+    # 16 pixels become 4 after the stem, too few for a 5x5 convolution.
     assert line.startswith(
         f"{key}, but node `conv` in module `conv` fails on images of this size ("
     )
@@ -548,12 +548,12 @@ def test_a_resolution_below_what_strides_allow_is_refused(custom, overrides, key
                          "this size")  # fmt: skip
 
 
-def test_the_least_resolution_is_accepted(custom):
+def test_the_smallest_resolution_is_accepted(custom):
     point = SizedRequest(compose([*TINY, *custom(Small), "target.width=1", "target.resolution=17"]))
     assert point.target_blueprint.graph.resolution == 17
 
 
-def test_a_depth_that_the_builder_cannot_make_is_refused(custom):
+def test_a_depth_that_the_network_does_not_support_is_refused(custom):
     network = ("network=torchvision", "network.name=squeezenet1_1")
     assert refusal(*network, "target.depth=2", point=True) == (
         "target.depth is 2, but torchvision's builder of squeezenet1_1 takes no depths; use depth "
@@ -573,30 +573,30 @@ def test_a_proxy_deeper_than_its_target_is_refused():
     )
 
 
-def test_a_budget_out_of_reach_is_refused_with_the_least(custom):
+def test_a_budget_below_the_narrowest_network_is_refused(custom):
     line = refusal(*custom(Small), "target.width=1", "budget_macs=500", point=True)
     # One channel each: 8 x 8 positions of 9 x 9 x 3, 4 x 4 positions of 5 x 5, 10 classes.
-    least = 64 * 243 + 16 * 25 + 10
+    smallest = 64 * 243 + 16 * 25 + 10
     assert line == (
-        f"budget_macs is 500, but the narrowest network has {least:,} MACs at resolution 24; raise "
-        "the budget"
+        f"budget_macs is 500, but the narrowest network has {smallest:,} MACs at resolution 24; "
+        "raise the budget"
     )
-    SizedRequest(compose([*TINY, *custom(Small), "target.width=1", f"budget_macs={least}"]))
+    SizedRequest(compose([*TINY, *custom(Small), "target.width=1", f"budget_macs={smallest}"]))
 
 
 @pytest.mark.parametrize("algorithm", ["autoslim", "dmcp"])
 @pytest.mark.parametrize(
     ("typed", "value"), [("budget_macs=900000000", "1.5"), ("algorithm.enlarge=1", "1")]
 )
-def test_a_budget_that_no_search_meets_is_not_told_as_if_it_had_been_typed(algorithm, typed, value):
-    """It is the searched network's, which nobody typed; what is named has the value it has."""
+def test_a_budget_that_no_search_meets_is_reported_by_algorithm_enlarge(algorithm, typed, value):
+    """The budget of the proxy is not an input, so the message names another key with its value."""
     point = SizedRequest(compose([*TINY, f"algorithm={algorithm}", typed, "methods=[transfer]"]))
     with pytest.raises(InputError, match=rf"^algorithm\.enlarge is {value}, but") as caught:
         point.overhead_macs("transfer")
     assert "budget_macs is" not in str(caught.value)
 
 
-def test_a_network_whose_way_depends_on_its_images_is_refused(custom):
+def test_a_network_with_data_dependent_control_flow_is_refused(custom):
     assert refusal(*custom(Branching), "target.width=1", point=True) == (
         "network is Branching, but torch.fx cannot trace it (symbolically traced variables cannot "
         "be used as inputs to control flow); move the code that depends on values into a separate "
@@ -604,7 +604,7 @@ def test_a_network_whose_way_depends_on_its_images_is_refused(custom):
     )
 
 
-def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
+def test_an_operation_without_a_rule_is_reported_with_the_remedy(custom):
     line = refusal(*custom(Sorting), "target.width=1", point=True)
     assert line.startswith(
         "network operation is `sort` (node `sort` in the forward of the network), but no rule "
@@ -644,14 +644,14 @@ def test_an_operation_without_a_rule_is_named_with_how_to_give_it_one(custom):
         ),
     ],
 )
-def test_a_factory_that_makes_no_network_is_refused(factory, line, monkeypatch):
-    if factory == "builtins.dict":  # has no signature to look at
+def test_an_invalid_factory_is_refused(factory, line, monkeypatch):
+    if factory == "builtins.dict":  # has no signature
         monkeypatch.setattr("builtins.table", lambda num_classes: {"n": num_classes}, raising=False)
         factory, line = "builtins.table", line.replace("builtins.dict", "builtins.table")
     assert refusal("network=custom", f"network.factory={factory}", point=True) == line
 
 
-def test_a_device_that_is_not_there_is_refused(custom):
+def test_an_unavailable_device_is_refused(custom):
     line = refusal(*custom(Small), "target.width=1", "runtime.device=abacus", point=True)
     assert line.startswith("runtime.device is abacus, but this machine has no such device; use one")
 
@@ -672,7 +672,7 @@ def test_a_missing_folder_is_refused(tmp_path):
     )
 
 
-def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path, custom):
+def test_unreadable_images_are_refused_unless_allowed(photos, tmp_path, custom):
     chosen = (*photos(ant=4, bee=4), *custom(Small), "target.width=1")
     for name in ("ant/1.png", "bee/3.png"):
         (tmp_path / "photos" / "train" / name).write_bytes(b"no image")
@@ -687,14 +687,14 @@ def test_unreadable_images_are_named_and_counted_unless_allowed(photos, tmp_path
     assert len(point.request.dataset.train().labels) == 6
 
 
-def test_two_classes_are_the_least(photos, tmp_path):
+def test_fewer_than_two_classes_are_refused(photos, tmp_path):
     assert refusal(*photos(ant=4), point=True) == (
         f"dataset.root is {tmp_path / 'photos'}, but it has fewer than two classes (ant) and "
         "a classifier needs two; use a data set of two classes or more"
     )
 
 
-def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_more(photos, custom):
+def test_a_fraction_that_leaves_a_class_one_image_is_refused(photos, custom):
     chosen = (*photos(ant=20, bee=10), *custom(Small), "target.width=1")
     assert refusal(*chosen, "projection.fraction=0.1", point=True) == (
         "projection.fraction is 0.1, but it leaves class bee 1 image of 10 and a class needs 2, "
@@ -703,7 +703,7 @@ def test_a_fraction_that_leaves_a_class_one_image_is_refused_with_more(photos, c
     SizedRequest(compose([*TINY, *chosen, "projection.fraction=0.15"]))
 
 
-# Where results go.
+# The folder of results.
 
 
 def test_a_root_that_cannot_be_written_is_refused(tmp_path):

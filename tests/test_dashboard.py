@@ -1,4 +1,4 @@
-"""The dashboard shows what is logged, and nothing else."""
+"""The dashboard shows metrics that are logged, and the documentation names all of them."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ LIBRARY = pytest.mark.skipif(
 
 
 def environment(folder):
-    """What a process finds: modules in the folder first, and no home but that."""
+    """Return an environment whose home is the folder, and that imports modules from it first."""
     modules = os.pathsep.join([str(folder), str(Path(__file__).parents[1]), *sys.path])
     return {**os.environ, "PYTHONPATH": modules, "HOME": str(folder)}
 
@@ -39,19 +39,19 @@ def paper():
     pytest.importorskip("wandb_workspaces")
     experiments = [compose([f"experiment={name}"]) for name in PAPER]
     figures = {figure.name: figure for request in experiments for figure in request.figures}
-    with warnings.catch_warnings(action="ignore"):  # of the package itself
+    with warnings.catch_warnings(action="ignore"):  # of wandb-workspaces
         return sections(figures.values())
 
 
 def lines(section):
-    """The line plots of a section as x axis, metric and what tells the lines apart."""
+    """Return the x axis, the metric and the grouping key of each line plot of a section."""
     plots = [panel for panel in section.panels if type(panel).__name__ == "LinePlot"]
     return [(plot.x, *plot.y, plot.groupby) for plot in plots]
 
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """The folder of a search by each algorithm, and of the trainings behind them."""
+    """Run a search by each algorithm with its final trainings; return the folder of the stages."""
     folder = tmp_path_factory.mktemp("logged")
     (folder / "network_of_the_dashboard.py").write_text(NETWORK)
     sys.path.append(str(folder))
@@ -67,34 +67,34 @@ def tracked(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logged(tracked):
-    """Every name in the rows."""
+    """The names of all metrics in the rows."""
     folders = [path.parent for path in tracked.rglob("metrics.jsonl")]
     rows = [row for folder in folders for row, _ in TrackingFiles(folder).rows()]
     return {name for row in rows for name in row} - {"step", "time"}
 
 
 def summaries(tracked, kind):
-    """The result, the arguments of ``wandb.init`` and the summary of each run of a kind."""
+    """Yield the result, the arguments of ``wandb.init`` and the summary of each run of a kind."""
     for stage in sorted(tracked.glob(f"{kind}-*")):
         result = json.loads((stage / "result.json").read_text())["result"]
         files = TrackingFiles(stage)
         yield result, files.init, files.end.summary
 
 
-def test_the_summary_of_a_training_is_what_its_record_says(tracked):
+def test_the_summary_of_a_training_has_the_values_of_its_record(tracked):
     results = list(summaries(tracked, "train"))
     assert {init["job_type"] for _, init, _ in results} == {"train", "baseline"}
     for result, init, summary in results:
-        own = result["found"]
+        widths = result["found"]
         if init["job_type"] == "train":
-            saved = 100 * (1 - own["overhead_macs"] / own["direct_overhead_macs"])
+            saved = 100 * (1 - widths["overhead_macs"] / widths["direct_overhead_macs"])
             assert summary["overhead_saved_pct"] == pytest.approx(saved)
         assert {name: summary[name] for name in ("test/top1", "test/top5", "seconds")} == {
             "test/top1": result["top1"], "test/top5": result["top5"],
             "seconds": result["train_seconds"],
         }  # fmt: skip
         same = ("alpha", "macs", "budget_macs", "parameters", "overhead_macs")
-        assert {name: summary[name] for name in same} == {name: own[name] for name in same}
+        assert {name: summary[name] for name in same} == {name: widths[name] for name in same}
         figures = ["fig3_width", "figA1", "figA2_width"]
         assert init["config"]["figures"] == figures == init["tags"][:3]
         for figure in figures:
@@ -102,7 +102,7 @@ def test_the_summary_of_a_training_is_what_its_record_says(tracked):
             assert summary[f"figures/{figure}/saved_pct"] == summary["overhead_saved_pct"]
 
 
-def test_the_summary_of_a_search_is_what_it_came_to(tracked):
+def test_the_summary_of_a_search_has_the_values_of_its_result(tracked):
     for result, _, summary in summaries(tracked, "search"):
         assert summary["overhead_macs"] == result["overhead_macs"] > 0
         assert summary["budget_macs"] > 0
@@ -114,7 +114,7 @@ def test_the_summary_of_a_search_is_what_it_came_to(tracked):
                 assert summary[f"details/reach/{name}"] == entry
 
 
-def test_every_line_of_the_dashboard_is_of_what_runs_log(paper, logged):
+def test_every_line_of_the_dashboard_is_a_logged_metric(paper, logged):
     networks = "/(resnet18|mobilenet_v2)/"
     for figure, section in paper.items():
         for x, y, _ in lines(section):
@@ -130,15 +130,15 @@ def test_every_line_of_the_dashboard_is_of_what_runs_log(paper, logged):
         ("fig5_resolution", "algorithm"), ("fig5_fraction", "algorithm"), ("fig6", "algorithm"),
     ],
 )  # fmt: skip
-def test_a_figure_of_the_paper_has_its_panels_and_its_lines(figure, by, paper):
-    """Two networks; a line for each algorithm, but for each strategy in figure 4."""
+def test_a_figure_has_a_panel_for_each_network(figure, by, paper):
+    """Lines are algorithms, and in figure 4 extrapolation strategies."""
     assert [(x, y, key.name) for x, y, key in lines(paper[figure])] == [
         (f"figures/{figure}/saved_pct", f"figures/{figure}/{network}/top1", by)
         for network in ("resnet18", "mobilenet_v2")
     ]
 
 
-def test_what_tells_lines_apart_is_in_a_runs_configuration(paper):
+def test_the_grouping_keys_of_lines_are_in_the_configuration_of_a_run(paper):
     words = ("target.depth=2", "projection.depth=1", "extrapolation=stack_last_block")
     point = SizedRequest(compose([*words]), images=False)
     about = point.about("train", "transfer", 0, point.train_entry("transfer", 0))
@@ -157,22 +157,22 @@ def test_every_point_of_the_dashboard_is_in_the_summary_of_a_training(paper, tra
             if type(panel).__name__ == "ScatterPlot":
                 names = {panel.x.name, panel.y.name}
                 assert names == {f"figures/{figure}/saved_pct", f"figures/{figure}/top1"}
-                own = {name.replace(figure, "fig3_width") for name in names}
-                assert all(own <= summary.keys() for *_, summary in summaries(tracked, "train"))
+                logged = {name.replace(figure, "fig3_width") for name in names}
+                assert all(logged <= summary.keys() for *_, summary in summaries(tracked, "train"))
                 points += 1
     assert points == 6
 
 
-def test_a_section_shows_its_own_figure_and_table(paper):
-    """By the names that a sweep's figures are tracked by (`check_server` in `test_wandb.py`)."""
+def test_a_section_shows_the_figure_and_the_table_of_the_report(paper):
+    """The names are those of the tracked figures (see `test_wandb.py`)."""
     for figure, section in paper.items():
         media, table = section.panels[-2:]
         assert media.media_keys == [f"figures/{figure}"]
         assert table.table_name == f"tables/{figure}"
 
 
-def test_every_name_that_is_logged_is_documented(logged):
-    """And every documented name is logged, so that one that is gone leaves the documentation."""
+def test_every_logged_metric_is_documented(logged):
+    """Every documented metric is also logged."""
     text = (Path(__file__).parents[1] / "docs" / "wandb.md").read_text()
     table = text.partition("| metric | meaning |")[2].partition("\n\n")[0]
     names = re.findall(r"`([\w/<>]+)`", table)
@@ -186,7 +186,7 @@ def test_every_name_that_is_logged_is_documented(logged):
     unused = [
         name for name, p in patterns.items() if not any(re.fullmatch(p, key) for key in logged)
     ]
-    assert unused == ["perf/gpu_memory_gib"]  # on an accelerator
+    assert unused == ["perf/gpu_memory_gib"]  # only with CUDA
 
 
 def test_the_dashboard_has_a_section_for_each_figure_and_table_1(paper):
@@ -197,7 +197,7 @@ def test_the_dashboard_has_a_section_for_each_figure_and_table_1(paper):
     ]  # fmt: skip
 
 
-def test_without_the_package_one_line_says_what_to_install(tmp_path):
+def test_an_error_without_the_package_says_what_to_install(tmp_path):
     lacking = tmp_path / "lacking"
     lacking.mkdir()
     (lacking / "wandb_workspaces.py").write_text("raise ImportError('No such module')")
@@ -212,7 +212,7 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dashboard_is_sent_to_someone(tmp_path):
+def test_a_dashboard_needs_an_entity(tmp_path):
     assert one_line(widthopt("dashboard", "push", "table1", folder=tmp_path), 2) == (
         "--entity is missing, but a dashboard belongs to a user or team; add --entity=..."
     )
@@ -220,7 +220,7 @@ def test_a_dashboard_is_sent_to_someone(tmp_path):
 
 @LIBRARY
 @pytest.mark.filterwarnings("ignore")  # the package's own
-def test_the_workspace_is_built_without_a_server_and_reads_back(paper):
+def test_the_workspace_is_built_without_a_server(paper):
     from wandb_workspaces.workspaces.internal import WorkspaceViewspec  # noqa: PLC0415
 
     text = as_json(workspace(paper, project="width-transfer", entity=None))
@@ -232,12 +232,12 @@ def test_the_workspace_is_built_without_a_server_and_reads_back(paper):
     assert [len(bank["panels"]) for bank in banks] == [
         len(section.panels) for section in paper.values()
     ]
-    assert '"shouldAutoGeneratePanels":true' in text  # W&B's own panels of all that is logged
+    assert '"shouldAutoGeneratePanels":true' in text  # the automatic panels
 
 
 @pytest.mark.slow
 @LIBRARY
-def test_a_dashboard_that_cannot_be_sent_is_one_line(tmp_path):
+def test_an_error_while_sending_is_one_line(tmp_path):
     with Server() as server:
         env = {**environment(tmp_path), "WANDB_BASE_URL": server.url}
         done = subprocess.run(  # noqa: S603 (our own words)
@@ -249,7 +249,7 @@ def test_a_dashboard_that_cannot_be_sent_is_one_line(tmp_path):
 
 @LIBRARY
 @pytest.mark.filterwarnings("ignore")  # the package's own
-def test_a_workspace_is_remembered_although_its_report_is_refused(paper, tmp_path, monkeypatch):
+def test_a_workspace_is_updated_after_its_report_was_refused(paper, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     sent = tmp_path / "runs" / "dashboard.json"
     with Server() as server:
@@ -269,7 +269,7 @@ def refuse(*_, **__):
 
 @pytest.mark.slow
 @LIBRARY
-def test_a_dashboard_that_is_sent_again_changes_the_one_that_is_there(tmp_path):
+def test_sending_again_updates_the_dashboard(tmp_path):
     with Server() as server:
         env = {**environment(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Figures and tables from records made by hand: what is drawn is what the records say."""
+"""Figures and tables of a run and of comparisons, from handmade records."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def draw_figure(figure, records=RECORDS):
 
 
 def lines(axes):
-    """What is drawn as a line with markers or as bars, by its label."""
+    """Return the lines and error bars of the axes, by label."""
     handles, labels = axes.get_legend_handles_labels()
     return dict(zip(labels, handles, strict=True))
 
@@ -97,12 +97,10 @@ def test_the_line_of_a_method_is_the_mean_of_its_channels(method):
 
 def test_the_shade_is_one_sample_deviation():
     shade = draw_figure(channels).collections[METHODS.index("transfer")]
-    (low, high) = shade.get_datalim(draw_figure(channels).transData).get_points()[:, 1]
-    # At the narrowest 10 +- sqrt(2), at the widest 90 +- sqrt(200).
+    # The smallest value is 10 - sqrt(2), and the largest 90 + sqrt(200).
     vertices = shade.get_paths()[0].vertices[:, 1]
     assert vertices.min() == pytest.approx(10 - 2**0.5)
     assert vertices.max() == pytest.approx(90 + 200**0.5)
-    assert low < high
 
 
 def test_every_width_variable_is_named_in_forward_order():
@@ -114,7 +112,7 @@ def test_every_width_variable_is_named_in_forward_order():
     assert "resnet18" in axes.get_title()
 
 
-# Accuracy against what was saved.
+# Accuracy against saved overhead.
 
 
 @pytest.mark.parametrize(
@@ -138,7 +136,7 @@ def test_the_baseline_is_a_line_at_its_accuracy_with_a_shade():
     assert (shade.y0, shade.y1) == pytest.approx((90.5 - deviation, 90.5 + deviation))
 
 
-def test_all_that_can_be_saved_is_on_the_axis():
+def test_the_axis_shows_savings_from_0_to_100_per_cent():
     axes = draw_figure(savings)
     low, high = axes.get_xlim()
     assert low < 0
@@ -148,14 +146,14 @@ def test_all_that_can_be_saved_is_on_the_axis():
     assert "FLOPs (multiply-adds)" in axes.get_title()
 
 
-def test_what_cost_more_than_a_direct_search_is_in_the_picture():
-    dear = [
+def test_a_search_more_expensive_than_the_direct_one_is_within_the_axes():
+    expensive = [
         replace(item, found=replace(item.found, overhead_macs=3 * item.found.direct_overhead_macs))
         if item.found.method == "transfer"
         else item
         for item in RECORDS
     ]
-    axes = draw_figure(savings, dear)
+    axes = draw_figure(savings, expensive)
     point, _, _ = lines(axes)["morphnet, transfer"]
     assert point.get_xdata() == pytest.approx([-200.0])
     assert axes.get_xlim()[0] < -200
@@ -166,7 +164,7 @@ def test_one_seed_has_no_bars():
     assert len(caps) == len(bars) == 0
 
 
-def test_several_algorithms_stand_side_by_side_and_share_one_baseline():
+def test_several_algorithms_are_drawn_apart_and_share_one_baseline():
     another = [replace(item, algorithm="dmcp") for item in RECORDS]
     drawn_lines = lines(draw_figure(savings, [*RECORDS, *another]))
     assert sorted(drawn_lines) == sorted(
@@ -184,14 +182,14 @@ def test_several_algorithms_stand_side_by_side_and_share_one_baseline():
 
 @pytest.mark.parametrize("figure", [channels, savings])
 @pytest.mark.parametrize("records", [RECORDS, ONE_SEED, RECORDS[:1], RECORDS[1:3]])
-def test_all_methods_there_are_stand_in_the_legend(figure, records):
+def test_the_legend_has_all_methods(figure, records):
     axes = draw_figure(figure, records)
     labels = [text.get_text().split(", ")[-1] for text in axes.get_legend().get_texts()]
     present = {item.found.method for item in records}
     assert sorted(labels) == sorted(present)
 
 
-def test_methods_can_be_told_apart_without_colour():
+def test_methods_differ_by_marker_and_by_colour():
     assert set(COLOURS) == set(MARKERS) == set(METHODS)
     assert len(set(MARKERS.values())) == len(METHODS)
     handles = lines(draw_figure(channels))
@@ -199,7 +197,7 @@ def test_methods_can_be_told_apart_without_colour():
     assert {to_hex(handles[method].get_color()) for method in METHODS} == set(COLOURS.values())
 
 
-def test_the_files_are_pictures_that_are_not_empty(tmp_path):
+def test_the_files_are_pictures_of_all_methods(tmp_path):
     paths = console.draw(RECORDS, tmp_path / "figures")
     assert [path.name for path in paths] == ["channels.png", "accuracy.png"]
     for path in paths:
@@ -211,7 +209,7 @@ def test_the_files_are_pictures_that_are_not_empty(tmp_path):
             assert (np.abs(pixels.astype(int) - colour).max(axis=2) < 8).sum() > 50
 
 
-# Side by side.
+# Comparisons.
 
 
 def rows(rich_table):
@@ -232,7 +230,7 @@ def test_several_algorithms_are_rows_of_one_table_with_one_baseline():
     assert found[1]["top-1 %"] == "94.0±1.4"
 
 
-def test_the_baseline_is_shown_whichever_algorithm_it_came_with():
+def test_the_baseline_is_shown_for_any_algorithm():
     uniform, second = record("uniform", 0), replace(record("direct", 0), algorithm="dmcp")
     records = [
         second,
@@ -249,7 +247,7 @@ def test_the_baseline_is_shown_whichever_algorithm_it_came_with():
     assert "uniform" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_widths_are_compared_between_seeds_with_direct_ones_and_with_uniform_ones():
+def test_widths_are_compared_between_seeds_and_with_direct_and_uniform_widths():
     widths = {
         ("uniform", 0): (1, 1, 1, 1), ("uniform", 1): (1, 1, 1, 1),
         ("direct", 0): (1, 1, 1, 1), ("direct", 1): (0, 0, 1, 1),
@@ -287,7 +285,7 @@ def cells(records):
     return columns, [list(row) for row in rows]
 
 
-def test_the_table_over_two_seeds_is_what_hand_arithmetic_says():
+def test_the_table_over_two_seeds_has_the_values_computed_by_hand():
     columns, rows = cells(RECORDS)
     assert columns == [
         "method", "channels", "MACs", "params", "overhead", "nominal",
@@ -312,8 +310,8 @@ def test_the_table_of_one_seed_has_no_deviations():
     assert table(ONE_SEED).title == "resnet18 on digits, 1 seed"
 
 
-def test_the_table_in_a_file_keeps_all_its_words(tmp_path):
-    console._write_table(RECORDS, tmp_path / "table.txt")  # noqa: SLF001 (what a run leaves)
+def test_the_table_in_a_file_is_not_truncated(tmp_path):
+    console._write_table(RECORDS, tmp_path / "table.txt")  # noqa: SLF001 (a run writes it)
     text = (tmp_path / "table.txt").read_text("utf-8")
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 118
@@ -338,7 +336,7 @@ def test_counts_are_short_with_their_unit(count, words):
     assert short(count) == words
 
 
-def test_what_went_wrong_in_a_search_is_said():
+def test_problems_of_a_search_are_listed():
     diagnostics = {
         "valid": False,
         "masked_accuracy_gap": 3.25,
@@ -358,7 +356,7 @@ def test_what_went_wrong_in_a_search_is_said():
     assert console.search_problems(RECORDS) == []
 
 
-def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(tmp_path, capsys):
+def test_a_comparison_lists_a_problem_once_for_all_seeds(tmp_path, capsys):
     diagnostics = {"unchanged": True}
     bad = [replace(item, found=replace(item.found, diagnostics=diagnostics)) for item in OPTIMISED]
     folders = [
@@ -374,7 +372,7 @@ def test_what_went_wrong_is_said_below_runs_side_by_side_too_once_for_all_seeds(
 
 
 def run_folder(tmp_path, name, records, **config):
-    """A run's folder; what its configuration says of a group is replaced."""
+    """Write the folder of a run; ``config`` replaces groups of its configuration."""
     groups = {
         "network": {"name": "resnet18"},
         "algorithm": {"name": "morphnet", "strength": 1.0, "floor": 2},
@@ -389,14 +387,14 @@ def run_folder(tmp_path, name, records, **config):
 
 
 def in_store(records, name):
-    """Records with store entries of their own; the baselines share theirs by seed."""
+    """Return the records with distinct store entries."""
     return [
         replace(item, stages={"train": f"{name}{number}"}) for number, item in enumerate(records)
     ]
 
 
 def table_rows(message):
-    """The rows of all tables: the algorithm if it is named, the method, and the other cells."""
+    """Yield the rows of all tables: the algorithm if it is named, the method, and further cells."""
     for line in map(str.strip, message.splitlines()):
         found = re.fullmatch(rf"(?:(.*\S) +)?({'|'.join(METHODS)}) +([-\d].*)", line)
         if found:
@@ -407,7 +405,7 @@ OPTIMISED = [item for item in RECORDS if item.found.method != "uniform"]
 STRONG = {"algorithm": {"name": "morphnet", "strength": 7.0, "floor": 2}}
 
 
-def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_name(tmp_path, capsys):
+def test_shared_records_count_once_and_different_searches_have_different_names(tmp_path, capsys):
     uniform = in_store([item for item in RECORDS if item.found.method == "uniform"], "u")
     folders = [
         run_folder(tmp_path, "a", [*uniform, *in_store(OPTIMISED, "a")]),
@@ -423,7 +421,7 @@ def test_what_two_runs_share_is_counted_once_and_other_settings_have_another_nam
     ]  # fmt: skip
     assert [item[:2] for item in second] == [item[:2] for item in first[1:]]
     assert {item[2][-2] for item in first if item[1] == "transfer"} == {"94.0±2.8"}
-    assert [item[2][-2:] for item in second] == [["of", "2"]] * 4  # not 4: c is a again
+    assert [item[2][-2:] for item in second] == [["of", "2"]] * 4  # not 4: c has the records of a
 
 
 def test_runs_that_differ_in_their_proxy_are_named_by_it_and_compared_with_one_direct_search(
@@ -445,7 +443,7 @@ def test_runs_that_differ_in_their_proxy_are_named_by_it_and_compared_with_one_d
     assert [item[2][1] for item in found[1:]] == ["1.000", "1.000"]  # with the direct search
 
 
-def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
+def test_searches_on_different_proxies_are_not_averaged(tmp_path, capsys):
     first, second = record("transfer", 0), record("transfer", 1)
     narrow = replace(second, proxy={**second.proxy, "width": 0.25})
     folders = [
@@ -454,10 +452,10 @@ def test_proxies_that_differ_are_no_two_seeds(tmp_path, capsys):
     ]
     compare(folders, into=tmp_path / "report")
     tops = [item[2][-2] for item in table_rows(capsys.readouterr().out) if "+" in item[2][-1]]
-    assert tops == ["92.0", "96.0"]  # and not 94.0±2.8
+    assert tops == ["92.0", "96.0"]  # not 94.0±2.8
 
 
-def test_seeds_of_two_runs_belong_together(tmp_path, capsys):
+def test_seeds_of_two_runs_are_averaged(tmp_path, capsys):
     folders = [
         run_folder(tmp_path, name, in_store([item], name), seeds=[item.found.seed])
         for name, item in (("a", record("transfer", 0)), ("b", record("transfer", 1)))
@@ -467,7 +465,7 @@ def test_seeds_of_two_runs_belong_together(tmp_path, capsys):
     assert [(item[1], item[2][-2]) for item in found] == [("transfer", "94.0±2.8")]
 
 
-def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path, capsys):
+def test_different_final_trainings_have_separate_tables_and_figures(tmp_path, capsys):
     longer = {"recipe": {"epochs": 6, "search_epochs": 2, "learning_rate": 0.1}}
     searched = {"recipe": {"epochs": 3, "search_epochs": 9, "learning_rate": 0.1}}
     folders = [
@@ -484,7 +482,7 @@ def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path
     assert {item[0] for item in table_rows(before)} == {
         "-", "morphnet search_epochs 2", "morphnet search_epochs 9"
     }  # fmt: skip
-    assert {item[0] for item in table_rows(after)} == {None, "morphnet"}  # there is one algorithm
+    assert {item[0] for item in table_rows(after)} == {None, "morphnet"}  # only one algorithm
     assert [item[2][-2] for item in table_rows(after) if "+" in item[2][-1]] == [
         "91.0",
         "95.0",
@@ -494,7 +492,7 @@ def test_what_was_trained_otherwise_has_a_table_and_a_figure_of_its_own(tmp_path
     assert figures == ["resnet18-digits-1-1-24-1-epochs-3", "resnet18-digits-1-1-24-1-epochs-6"]
 
 
-def test_names_have_no_more_values_than_tell_them_apart(tmp_path, capsys):
+def test_names_have_as_few_values_as_distinguish_them(tmp_path, capsys):
     several = [
         {"name": "morphnet", "strength": strength, "floor": floor, "tie": tie}
         for strength, floor, tie in ((1.0, 2, "max"), (2.0, 2, "l2"), (1.0, 4, "max"))
@@ -511,7 +509,7 @@ def test_names_have_no_more_values_than_tell_them_apart(tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_values_that_read_alike_are_told_apart_nevertheless(tmp_path, capsys):
+def test_names_that_look_equal_are_numbered(tmp_path, capsys):
     names = [f"a_module_with_a_rather_long_name.{end}" for end in ("One", "Other", "One")]
     folders = [
         run_folder(
@@ -527,7 +525,7 @@ def test_values_that_read_alike_are_told_apart_nevertheless(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["- a", "recipe: 3", "a: [", "\tx", "{recipe: ${"])
-def test_a_configuration_that_was_broken_is_one_line(tmp_path, text):
+def test_a_damaged_configuration_is_one_line(tmp_path, text):
     folder = run_folder(tmp_path, "a", in_store(ONE_SEED, "a"))
     (folder / "config.yaml").write_text(text)
     with pytest.raises(InputError) as error:

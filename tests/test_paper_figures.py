@@ -1,4 +1,4 @@
-"""The paper's figures and tables from records made by hand, against arithmetic done by hand."""
+"""The paper's figures and tables from handmade records, against values computed by hand."""
 
 import csv
 import io
@@ -73,7 +73,7 @@ WIDE, NARROW = (1.0, 1, 224, 1.0), (0.5, 1, 224, 1.0)
 RECORDS = [
     record("uniform", 0, top1=70.0),
     record("uniform", 1, top1=72.0),
-    # The target itself, once by the method's name and once by its setting.
+    # Direct searches, one by its method and one by its setting.
     record("direct", 0, top1=74.0, diagnostics={"budget_reached": True}),
     record("transfer", 1, top1=76.0, diagnostics={"budget_reached": False}),
     record(proxy=NARROW, seed=0, top1=71.0, overhead=50, seconds=30.0),
@@ -95,7 +95,7 @@ UNIFORM_ALONE = RECORDS[:2]
 
 
 def panels(kind, records=RECORDS):
-    """The panels of the only figure, without those that are hidden."""
+    """Return the visible panels of the only figure."""
     (figure,) = kind.draw(records).values()
     return [axis for axis in figure.axes if axis.axison and axis.get_label() != "<colorbar>"]
 
@@ -118,10 +118,10 @@ def notes(kind, records=RECORDS):
     return "\n".join(kind.table(records).notes)
 
 
-# Figures 3 to 6: what is drawn.
+# Figures 3 to 6: the drawing.
 
 
-def test_a_series_is_the_mean_over_seeds_from_direct_to_the_most_that_was_saved():
+def test_a_series_is_the_mean_over_seeds():
     (axes,) = panels(KIND)
     line = bars(axes)["dmcp"][0]
     # 1 - 250/1000, and 1 - (50 + 70) / 2 / 1000, in per cent.
@@ -130,7 +130,7 @@ def test_a_series_is_the_mean_over_seeds_from_direct_to_the_most_that_was_saved(
     assert line.get_linestyle() != "None"
 
 
-def test_bars_are_one_sample_deviation_to_either_side():
+def test_bars_are_one_sample_deviation_in_both_directions():
     (axes,) = panels(KIND)
     segments = bars(axes)["dmcp"][2][0].get_segments()
     spans = [tuple(segment[:, 1]) for segment in segments]
@@ -167,19 +167,19 @@ def test_a_proxy_more_expensive_than_its_target_is_still_within_the_axes():
     assert axes.get_xlim()[0] < -100
 
 
-def test_noise_looks_small():
+def test_the_vertical_axis_has_a_smallest_range():
     same = [replace(item, top1=70 + 0.01 * item.found.seed) for item in RECORDS]
     low, high = panels(KIND, same)[0].get_ylim()
     assert high - low >= 2
 
 
-def test_the_line_runs_from_the_least_to_the_most_that_was_saved():
-    dear = record(proxy=(0.7, 1, 224, 1.0), overhead=900)
-    (axes,) = panels(KIND, [*RECORDS, dear])
+def test_the_points_of_a_line_are_sorted_by_saving():
+    expensive = record(proxy=(0.7, 1, 224, 1.0), overhead=900)
+    (axes,) = panels(KIND, [*RECORDS, expensive])
     assert list(bars(axes)["dmcp"][0].get_xdata()) == pytest.approx([0, 10, 75, 94])
 
 
-def test_series_are_drawn_a_little_apart_though_their_data_are_alike():
+def test_series_with_equal_data_are_drawn_apart():
     another = [replace(item, algorithm="autoslim") for item in RECORDS]
     (axes,) = panels(KIND, [*RECORDS, *another])
     first, second = (bars(axes)[name][0] for name in ("autoslim", "dmcp"))
@@ -190,7 +190,7 @@ def test_series_are_drawn_a_little_apart_though_their_data_are_alike():
     assert points[1] == pytest.approx(0)
 
 
-def test_direct_is_what_is_called_so_or_has_the_targets_setting():
+def test_a_search_is_direct_by_its_method_or_by_its_setting():
     by_name = [record("direct", proxy=WIDE), record("transfer", seed=1, proxy=TARGET)]
     assert [(row["source width"], row["seeds"]) for row in table(KIND, by_name)] == [("2", "2")]
     target = (1.0, 2, 224, 1.0)
@@ -200,7 +200,7 @@ def test_direct_is_what_is_called_so_or_has_the_targets_setting():
     assert rows[0]["1w,2d"] == "74.0±0.0"
 
 
-def test_each_source_is_named_once_above_the_panel():
+def test_each_source_is_labelled_once_above_the_panel():
     second = [replace(item, algorithm="autoslim") for item in RECORDS]
     (axes,) = panels(KIND, [*RECORDS, *second])
     assert sorted(words(axes)) == ["0.5", "1", "2"]
@@ -212,7 +212,7 @@ def test_one_seed_has_no_bars():
     assert len(caps) == len(lines) == 0
 
 
-def test_each_network_has_its_panel_in_the_order_that_was_asked_for():
+def test_each_network_has_a_panel_in_the_configured_order():
     kind = replace(KIND, panels={"mobilenet_v2": "3b", "resnet18": "3a"})
     another = [replace(item, network="mobilenet_v2", top1=item.top1 - 10) for item in RECORDS]
     first, second = panels(kind, [*RECORDS, *another])
@@ -222,7 +222,7 @@ def test_each_network_has_its_panel_in_the_order_that_was_asked_for():
     assert list(bars(first)["dmcp"][0].get_ydata()) == pytest.approx([65.0, 64.5, 61.5])
 
 
-def test_an_algorithm_looks_the_same_in_each_panel_though_one_lacks_another():
+def test_an_algorithm_has_the_same_style_in_all_panels():
     kind = replace(KIND, panels={"resnet18": "3a", "mobilenet_v2": "3b"})
     autoslim = [replace(item, algorithm="autoslim") for item in RECORDS]
     another = [replace(item, network="mobilenet_v2") for item in RECORDS]
@@ -233,7 +233,7 @@ def test_an_algorithm_looks_the_same_in_each_panel_though_one_lacks_another():
     assert bars(first)["autoslim"][0].get_marker() != lines[0].get_marker()
 
 
-def test_a_network_without_records_says_so():
+def test_a_panel_without_records_says_so():
     kind = replace(KIND, panels={"resnet18": "3a", "mobilenet_v2": "3b"})
     first, second = panels(kind)
     assert words(second) == ["no records yet"]
@@ -251,13 +251,13 @@ def test_a_network_without_records_says_so():
         ([*RECORDS[:2], *RECORDS[4:]], ["dmcp", BASELINE]),
     ],
 )
-def test_what_is_missing_is_left_out(records, labels):
+def test_series_without_records_are_left_out(records, labels):
     (axes,) = panels(KIND, records)
     assert sorted(bars(axes)) == sorted(labels)
     assert KIND.table(records).columns == KIND.table(RECORDS).columns
 
 
-def test_what_was_projected_along_another_axis_is_not_in_the_figure():
+def test_searches_projected_along_another_axis_are_not_in_the_figure():
     second = record(proxy=(2.0, 1, 64, 1.0), top1=1.0)
     target = record("direct", target=(1.0, 1, 320, 1.0), top1=2.0)
     assert table(KIND, [*RECORDS, second, target]) == table(KIND)
@@ -278,7 +278,7 @@ def test_two_targets_of_a_network_are_two_panels():
     ]
 
 
-def test_a_point_that_two_runs_share_counts_once_and_one_that_differs_is_told():
+def test_a_shared_record_counts_once_and_a_contradicting_one_is_noted():
     twice = [replace(item) for item in RECORDS * 2]
     assert table(KIND, twice) == table(KIND)
     assert "another result" not in notes(KIND, RECORDS * 2)
@@ -297,7 +297,7 @@ DEPTHS = [
 FOUR = replace(KIND, axis="depth", series="extrapolation", paper_saved={})
 
 
-def test_what_needs_no_extrapolation_belongs_to_each_strategy():
+def test_a_search_without_extrapolation_belongs_to_each_strategy():
     (axes,) = panels(FOUR, DEPTHS)
     lines = bars(axes)
     assert list(lines["last"][0].get_xydata().ravel()) == pytest.approx([0, 74, 80, 72])
@@ -305,20 +305,20 @@ def test_what_needs_no_extrapolation_belongs_to_each_strategy():
     assert set(lines) == {"last", "average", BASELINE}
 
 
-def test_strategies_are_never_mixed_in_one_algorithm():
+def test_strategies_of_one_algorithm_are_separate_series():
     (axes,) = panels(replace(FOUR, series="algorithm"), DEPTHS)
     assert set(bars(axes)) == {"dmcp, last", "dmcp, average", BASELINE}
     (axes,) = panels(replace(FOUR, series="algorithm"), DEPTHS[:3])
     assert set(bars(axes)) == {"dmcp", BASELINE}
 
 
-def test_strategies_of_several_algorithms_are_told_apart():
+def test_strategies_of_several_algorithms_are_separate_series():
     second = [replace(depth, algorithm="autoslim") for depth in DEPTHS[1:3]]
     (axes,) = panels(FOUR, [*DEPTHS, *second])
     assert set(bars(axes)) == {"dmcp, last", "dmcp, average", "autoslim, last", BASELINE}
 
 
-def test_compound_sources_are_named_by_all_four_axes():
+def test_compound_sources_are_labelled_by_all_four_axes():
     proxy = (0.312, 1, 64, 0.05)
     kind = replace(KIND, axis="compound")
     compound = [record("direct"), record(proxy=proxy, overhead=1)]
@@ -333,14 +333,14 @@ def test_compound_sources_are_named_by_all_four_axes():
     ("axis", "source", "message"),
     [("width", (0.707,), "0.707"), ("depth", (4,), "4"), ("fraction", (0.05,), "5%")],
 )
-def test_a_source_is_said_as_the_paper_says_it(axis, source, message):
+def test_a_source_is_written_as_in_the_paper(axis, source, message):
     assert source_words(source, axis) == message
 
 
 # Figures 3 to 6: the table.
 
 
-def test_the_table_is_what_hand_arithmetic_says():
+def test_the_table_has_the_values_computed_by_hand():
     heads = (
         "network", "series", "source width", "seeds", "saved %", "nominal", "seconds saved %",
         "top-1 %", "minus uniform", "minus direct", "flags",
@@ -357,7 +357,7 @@ def test_the_table_is_what_hand_arithmetic_says():
     )  # fmt: skip
 
 
-def test_the_papers_number_stands_beside_ours():
+def test_notes_compare_the_savings_with_the_papers():
     # 71.5 is above uniform's 71; 74.5 is within 1.41 of direct's 75, and 71.5 is not.
     assert KIND.table(RECORDS).notes == (
         "Widths transfer.",
@@ -367,19 +367,19 @@ def test_the_papers_number_stands_beside_ours():
     )
 
 
-def test_as_accurate_as_uniform_is_not_above_it():
+def test_an_accuracy_equal_to_uniform_is_not_above_it():
     records = [replace(item, top1=71.0) if item.proxy["width"] == 0.5 else item for item in RECORDS]
     assert "above uniform: dmcp 75.0% (source 1)" in notes(KIND, records)
 
 
-def test_nothing_that_keeps_up_is_none():
+def test_a_series_without_an_accurate_proxy_has_none():
     records = [replace(item, top1=1.0) if item.proxy["width"] < 2 else item for item in RECORDS]
     message = notes(KIND, records)
     assert "above uniform: dmcp none." in message
     assert "direct or better: dmcp none." in message
 
 
-def test_without_direct_uniform_or_a_second_seed_it_is_said_that_nothing_is_known():
+def test_comparisons_without_direct_uniform_or_a_second_seed_are_unknown():
     transferred = RECORDS[4:]
     assert "above uniform: dmcp unknown." in notes(KIND, transferred)
     assert "dmcp unknown (no direct search)." in notes(KIND, transferred)
@@ -390,7 +390,7 @@ def test_without_direct_uniform_or_a_second_seed_it_is_said_that_nothing_is_know
     assert [row["top-1 %"] for row in table(KIND, one_seed)] == ["70.00", "74.00", "74.00", "71.00"]
 
 
-def test_flags_say_how_many_searches_went_well_and_what_went_wrong():
+def test_flags_count_valid_searches_and_problems():
     diagnostics = [
         {"valid": True, "budget_reached": True, "unchanged": False, "collapsed": []},
         {"valid": False, "budget_reached": False, "unchanged": True, "collapsed": ["stem"]},
@@ -405,7 +405,7 @@ def test_flags_say_how_many_searches_went_well_and_what_went_wrong():
     ]
 
 
-# Names of sources do not hide one another.
+# Labels of sources do not overlap.
 
 
 @pytest.mark.parametrize(
@@ -420,12 +420,12 @@ def test_flags_say_how_many_searches_went_well_and_what_went_wrong():
         ([0.0, 1.0, 2.0, 10.0], [-7.25, -0.25, 6.75, 13.75]),
     ],
 )
-def test_names_that_would_touch_are_moved_apart_around_their_middle(places, expected):
+def test_labels_that_would_overlap_are_moved_apart_around_their_mean(places, expected):
     assert LABEL_GAP == 7
     assert _spread(places, gap=LABEL_GAP) == pytest.approx(expected)
 
 
-def test_spread_names_keep_their_order_and_their_distance():
+def test_moved_labels_keep_their_order_and_a_distance():
     places = [0.0, 90.0, 95.0, 97.0, 99.7, 99.9, 30.0]
     moved = _spread(places, gap=7)
     order = np.argsort(places)
@@ -447,7 +447,7 @@ WIDTHS = [
 ]
 
 
-def test_the_average_is_over_all_that_was_found_and_not_over_uniform():
+def test_the_average_is_over_all_searches_without_the_baseline():
     (axes,) = panels(A1, WIDTHS)
     lines = bars(axes)
     assert list(lines["mean of 3 optimised widths"].get_ydata()) == [6, 22, 120]
@@ -460,11 +460,11 @@ def test_the_average_is_over_all_that_was_found_and_not_over_uniform():
     assert (heights.min(), heights.max()) == pytest.approx((4.0, 140.0))
 
 
-def test_un_optimised_channels_are_known_without_a_baseline():
+def test_uniform_channels_are_derived_without_a_baseline():
     assert [row["uniform"] for row in table(A1, WIDTHS[1:])] == ["10", "20", "40"]
 
 
-def test_the_last_layer_stands_beside_the_papers():
+def test_the_last_layer_is_compared_with_the_paper():
     assert table(A1, WIDTHS)[-1] == {
         "network": "resnet18", "width variable": "last", "uniform": "40", "mean": "120.0",
         "std": "20.0",
@@ -478,7 +478,7 @@ def test_the_last_layer_stands_beside_the_papers():
     assert star.get_xydata().tolist() == [[2, 1300]]
 
 
-def test_the_last_layer_is_the_one_that_was_named():
+def test_the_last_layer_can_be_configured():
     kind = replace(A1, last={"resnet18": "middle"})
     assert "`middle`, has 22 channels" in notes(kind, WIDTHS)
     (axes,) = panels(kind, WIDTHS)
@@ -486,13 +486,13 @@ def test_the_last_layer_is_the_one_that_was_named():
     assert notes(replace(A1, last={"resnet18": "none such"}), WIDTHS) == ""
 
 
-def test_a_search_that_is_in_several_series_or_runs_counts_once_in_the_average():
+def test_a_search_in_several_series_or_runs_counts_once_in_the_average():
     assert A1.table(WIDTHS * 2) == A1.table(WIDTHS)
     depths = replace(A1, paper_last={}).table(DEPTHS)
     assert "over 3 optimised widths" in depths.notes[0]
 
 
-def test_the_average_of_one_has_no_deviation():
+def test_the_average_of_one_search_has_no_deviation():
     assert {row["std"] for row in table(A1, WIDTHS[1:2])} == {"-"}
 
 
@@ -511,7 +511,7 @@ DIRECTIONS = [
 
 
 def test_similarity_is_the_mean_over_pairs_of_the_same_seed():
-    # autoslim's seed 0 is at right angles to the others'; its seed 2 has no partner.
+    # Seed 0 of autoslim is orthogonal to the others; its seed 2 has no counterpart.
     (axes,) = panels(A2, DIRECTIONS)
     both = (HALF + 1) / 2
     expected = [[1, 0, 0], [0, 1, both], [0, both, 1]]
@@ -535,20 +535,20 @@ def test_the_table_is_the_matrix_and_the_similarity_to_uniform():
     )
 
 
-def test_the_blocks_of_algorithms_are_outlined_and_named():
+def test_the_blocks_of_algorithms_are_outlined_and_labelled():
     third = [replace(direction, algorithm="morphnet") for direction in DIRECTIONS[-1:]]
     (axes,) = panels(A2, [*DIRECTIONS, *third])
     outlines = {
-        (patche.get_x(), patche.get_y(), patche.get_width(), patche.get_height())
-        for patche in axes.patches
-        if isinstance(patche, Rectangle)
+        (patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height())
+        for patch in axes.patches
+        if isinstance(patch, Rectangle)
     }
     assert outlines == {(-0.5, -0.5, 1, 1), (0.5, 0.5, 2, 2), (2.5, 2.5, 1, 1)}
-    named = {text.get_text(): text.xy[0] for text in axes.texts if isinstance(text, Annotation)}
-    assert named == {"autoslim": 0, "dmcp": 1.5, "morphnet": 3}
+    labels = {text.get_text(): text.xy[0] for text in axes.texts if isinstance(text, Annotation)}
+    assert labels == {"autoslim": 0, "dmcp": 1.5, "morphnet": 3}
 
 
-def test_small_maps_say_their_values_and_large_ones_do_not():
+def test_only_small_maps_show_their_values():
     (axes,) = panels(A2, DIRECTIONS)
     assert words(axes).count("1") == 3
     assert words(axes).count(".85") == 2
@@ -557,7 +557,7 @@ def test_small_maps_say_their_values_and_large_ones_do_not():
     assert "1" in words(panels(A2, many[:12])[0])
 
 
-def test_maps_share_one_scale():
+def test_all_maps_have_the_same_scale():
     kind = replace(A2, panels={"resnet18": "a", "mobilenet_v2": "b"})
     alike = [replace(direction, network="mobilenet_v2") for direction in DIRECTIONS[-1:]]
     first, second = panels(kind, [*DIRECTIONS, *alike])
@@ -565,7 +565,7 @@ def test_maps_share_one_scale():
     assert first.images[0].get_cmap().name == "viridis"
 
 
-def test_pairs_that_share_no_seed_or_no_variables_are_not_compared():
+def test_records_without_a_shared_seed_or_shared_variables_are_not_compared():
     no_seed = [DIRECTIONS[0], DIRECTIONS[5]]
     assert [row["dmcp 2"] for row in table(A2, no_seed)] == ["-", "1.000"]
     second = DIRECTIONS[2]
@@ -627,7 +627,7 @@ def test_table_1_has_the_papers_rows_and_columns():
     )
 
 
-def test_the_papers_columns_come_in_the_papers_order_with_its_numbers():
+def test_columns_have_the_order_and_the_numbers_of_the_paper():
     widths = (0.312, 0.5, 0.707, 1.0, 1.414, 1.732)
     places = [(1.0, 4), (1.0, 3), (1.0, 2), *((width, 1) for width in reversed(widths))]
     cells = [item for place in places for item in configuration("cifar100", 64, *place)]
@@ -644,7 +644,7 @@ def test_the_papers_columns_come_in_the_papers_order_with_its_numbers():
     assert "ImageNet: no records yet." in grid.notes
 
 
-def test_another_network_or_algorithm_has_no_numbers_in_the_paper():
+def test_other_networks_and_algorithms_have_no_numbers_of_the_paper():
     rest = [replace(cell, network="mobilenet_v2") for cell in CELLS]
     kind = replace(ONE, network="mobilenet_v2")
     assert {row["from"] for row in table(kind, rest)} == {"ours"}
@@ -661,7 +661,7 @@ def test_transferred_widths_and_other_resolutions_are_not_in_table_1():
     assert grid.notes == ("ImageNet: at 224 pixels; left out: 320.",)
 
 
-def test_the_figure_of_table_1_shows_ours_and_the_papers():
+def test_the_figure_of_table_1_has_our_results_and_the_papers():
     first, second = panels(ONE, CELLS)
     lines = bars(second)
     assert lines["dmcp"][0].get_xydata().tolist() == [[0, 54.5], [2, 75.5]]
@@ -672,17 +672,17 @@ def test_the_figure_of_table_1_shows_ours_and_the_papers():
     assert words(panels(ONE, CELLS[:8])[0]) == ["no records yet"]
 
 
-# Every kind.
+# All figures.
 
 
 KINDS = [(KIND, RECORDS), (FOUR, DEPTHS), (A1, WIDTHS), (A2, DIRECTIONS), (ONE, CELLS)]
 
 
 @pytest.mark.parametrize(("kind", "records"), KINDS)
-@pytest.mark.parametrize("there", ["all", "one seed", "none"])
-def test_a_kind_becomes_a_picture_of_a_page_with_type_that_can_be_read(kind, records, there):
-    if there != "all":
-        records = [item for item in records if item.found.seed == 0 and there != "none"]
+@pytest.mark.parametrize("subset", ["all", "one seed", "none"])
+def test_a_figure_fits_a_page_with_a_readable_font_size(kind, records, subset):
+    if subset != "all":
+        records = [item for item in records if item.found.seed == 0 and subset != "none"]
     pictures = kind.draw(records)
     assert list(pictures) == [kind.name]
     figure = pictures[kind.name]
@@ -698,7 +698,7 @@ def test_a_kind_becomes_a_picture_of_a_page_with_type_that_can_be_read(kind, rec
 
 @pytest.mark.parametrize(("kind", "records"), KINDS)
 @pytest.mark.parametrize("networks", [1, 2, 3])
-def test_titles_panels_and_legends_do_not_lie_on_one_another(kind, records, networks):
+def test_titles_panels_and_legends_do_not_overlap(kind, records, networks):
     names = ["resnet18", "mobilenet_v2", "another"][:networks]
     if kind is not ONE:
         kind = replace(kind, panels=dict.fromkeys(names, "3"))
@@ -712,15 +712,15 @@ def test_titles_panels_and_legends_do_not_lie_on_one_another(kind, records, netw
     ]
     boxes += [item.get_tightbbox().padded(-2) for item in shown]
     for number, box in enumerate(boxes):
-        assert not any(box.overlaps(other_box) for other_box in boxes[number + 1 :])
+        assert not any(box.overlaps(following) for following in boxes[number + 1 :])
 
 
 @pytest.mark.parametrize(("kind", "records"), KINDS)
-def test_a_kind_with_a_claim_says_it_below_its_table(kind, records):
+def test_a_claim_is_the_first_note_of_the_table(kind, records):
     assert replace(kind, claim="So it is.").table(records).notes[0] == "So it is."
 
 
-def test_series_differ_by_colour_and_by_marker_and_line():
+def test_series_differ_by_colour_marker_and_line_style():
     styles = [series_style(number) for number in range(5)]
     for key in ("color", "marker", "linestyle"):
         assert len({style[key] for style in styles}) == 5
@@ -734,7 +734,7 @@ def test_records_of_other_networks_are_left_out():
     assert table(KIND, [*second, *RECORDS]) == table(KIND)
 
 
-# Grids.
+# Text tables.
 
 
 GRID = TextTable(
@@ -751,7 +751,7 @@ def test_csv_reads_back_as_columns_and_rows():
     assert "\r" not in GRID.csv()
 
 
-def test_markdown_keeps_columns_and_opens_no_tags():
+def test_markdown_escapes_columns_and_tags():
     assert GRID.markdown() == (
         "**A &lt;title> & more**\n\n| name | value, % |\n| --- | --- |\n"
         '| a\\|b | &lt;b>1 |\n| say "x" | - |\n| two lines | +1.5 |\n\n- A note with &lt;i>.\n'
@@ -764,7 +764,7 @@ def test_a_row_has_a_cell_for_each_column():
 
 
 class Reader(HTMLParser):
-    """What a browser would see: text of cells, pictures, tags that are open, identifiers."""
+    """Collects cells, headings, links, pictures, ids and text, and checks that tags are closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -792,7 +792,7 @@ class Reader(HTMLParser):
             (self.cells if self.open[-1] == "td" else self.heads)[-1] += data
 
 
-def test_html_holds_every_cell_as_it_is():
+def test_html_contains_every_cell_unchanged():
     seen = Reader(GRID.html())
     assert seen.cells == [cell for row in GRID.rows for cell in row]
     assert seen.heads == list(GRID.columns)
@@ -803,7 +803,7 @@ def test_html_holds_every_cell_as_it_is():
     assert "<i>" not in GRID.html()
 
 
-def test_numbers_stand_to_the_right():
+def test_numbers_are_aligned_on_the_right():
     numbers = re.findall(r'<td class="number">([^<]*)</td>', GRID.html())
     assert numbers == ["-", "+1.5"]
 
@@ -819,7 +819,7 @@ SECTIONS = [
 ]  # fmt: skip
 
 
-def test_the_page_holds_every_cell_of_every_table():
+def test_the_page_contains_every_cell_of_every_table():
     seen = Reader(page("Width <Transfer>", SECTIONS))
     grids = [grid for section in SECTIONS for grid in section.grids]
     assert seen.cells == [cell for grid in grids for row in grid.rows for cell in row]
@@ -829,12 +829,12 @@ def test_the_page_holds_every_cell_of_every_table():
     assert "<h2>Figure &lt;3&gt;</h2>" in text
     assert "It&#x27;s &lt; so." in text
     assert "<li>resnet18 &amp; dmcp, 0.5, seed 2</li>" in text
-    for words_ in ("Width <Transfer>", "Figure <3>", "It's < so.", "resnet18 & dmcp, 0.5, seed 2"):
-        assert words_ in seen.text
+    for part in ("Width <Transfer>", "Figure <3>", "It's < so.", "resnet18 & dmcp, 0.5, seed 2"):
+        assert part in seen.text
 
 
-def test_the_page_says_what_the_paper_claims_once():
-    """A table of its own has it as a note; other notes stay."""
+def test_the_page_shows_the_claim_once():
+    """The claim is also a note of the table; the page omits this note only."""
     grid = KIND.table(RECORDS)
     assert grid.notes[0] == KIND.claim
     section = Section("one", "One", KIND.claim, [PNG], [grid], [])
@@ -843,7 +843,7 @@ def test_the_page_says_what_the_paper_claims_once():
     assert all(note in seen.text for note in grid.notes)
 
 
-def test_the_page_needs_nothing_but_itself():
+def test_the_page_is_self_contained():
     text = page("Width Transfer", SECTIONS)
     for word in ("http", "//", "<script", "<link", "@import", "url("):
         assert word not in text
@@ -851,18 +851,18 @@ def test_the_page_needs_nothing_but_itself():
     assert seen.sources == ["data:image/png;base64,iVBORyBtYWRlIGJ5IGhhbmQ="] * 2
 
 
-def test_the_contents_lead_to_every_section():
+def test_the_contents_link_to_every_section():
     seen = Reader(page("Width Transfer", SECTIONS))
     assert seen.links == ["#fig3-width", "#table1"]
     assert seen.names == ["fig3-width", "table1"]
 
 
-def test_what_is_missing_is_counted_and_named_in_a_fold():
+def test_missing_points_are_counted_and_listed_in_a_details_element():
     text = page("Width Transfer", SECTIONS)
     assert text.count("<details>") == 1
-    fold = text[text.index("<details>") : text.index("</details>")]
-    assert "Missing: 2 points" in fold
-    assert "<li>seed 1</li>" in fold
+    details = text[text.index("<details>") : text.index("</details>")]
+    assert "Missing: 2 points" in details
+    assert "<li>seed 1</li>" in details
     assert "Figure &lt;3&gt;</a> (2 points missing)" in text
     assert "Missing: 1 point<" in page("", [SECTIONS[0]._replace(missing=["one"])])
 

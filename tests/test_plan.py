@@ -1,4 +1,4 @@
-"""The paper's grid, composed whole: how much of it is shared, what names a run, what it costs."""
+"""Plans of the paper's experiments, keys and cost of runs, manifests, and invalid sweeps."""
 
 import dataclasses
 import html
@@ -25,7 +25,7 @@ from widthopt.sweeps.workload import Sweep
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-# Points, searches and trainings of each (docs/paper.md).
+# Points, searches and trainings of each experiment (docs/paper.md).
 PAPER = {
     "fig3_width": (108, 108, 108),
     "fig3_depth": (72, 72, 72),
@@ -39,6 +39,7 @@ PAPER = {
 
 
 def counts(plan):
+    """Return the number of points, searches and trainings."""
     kinds = [run.kind for run in plan.runs.values()]
     return len(plan.points), kinds.count("search"), kinds.count("train")
 
@@ -57,35 +58,35 @@ def paper(experiments):
 # ---------------------------------------------------------------------------- the paper's grid
 
 
-def test_the_whole_paper_is_600_points_369_searches_and_552_trainings(paper):
+def test_the_paper_has_600_points_369_searches_and_552_trainings(paper):
     assert counts(paper) == (600, 369, 552)
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_each_experiment_has_its_points_and_shares_its_searches(name, experiments):
+def test_each_experiment_has_the_documented_points_and_runs(name, experiments):
     assert counts(Plan.of(experiments[name], images=False)) == PAPER[name]
 
 
-def test_no_two_runs_are_described_alike(paper):
+def test_all_runs_have_different_descriptions(paper):
     assert len({run.what for run in paper.runs.values()}) == 369 + 552
 
 
-def test_runs_say_in_what_they_differ_and_nothing_else():
+def test_descriptions_contain_only_the_values_that_differ():
     words = ["dataset=digits", "network=resnet18", "methods=[transfer]", "seeds=[0]"]
     sweep = [*words, "algorithm=morphnet", "algorithm.strength=1,2", "recipe.epochs=3,4"]
-    proxy, whole = "(0.312, 1, 32, 100%)", "(1, 1, 32, 100%)"
+    proxy, target = "(0.312, 1, 32, 100%)", "(1, 1, 32, 100%)"
     start = "resnet18 on digits,"
     assert [run.what for run in Plan.of(compose_sweep(sweep)).runs.values()] == [
         f"{start} {proxy}: morphnet search, strength {strength}, seed 0" for strength in (1.0, 2.0)
     ] + [
-        f"{start} {whole}: training, morphnet at {proxy}, epochs {epochs}, strength {strength}, "
+        f"{start} {target}: training, morphnet at {proxy}, epochs {epochs}, strength {strength}, "
         "seed 0"
         for strength in (1.0, 2.0)
         for epochs in (3, 4)
     ]
 
 
-def test_a_sweep_knows_what_its_runs_take_long_to_import(tmp_path):
+def test_a_sweep_lists_the_modules_that_its_data_sets_import(tmp_path):
     words = ["dataset=digits", f"root={tmp_path}", "seeds=[0]"]
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
@@ -93,7 +94,7 @@ def test_a_sweep_knows_what_its_runs_take_long_to_import(tmp_path):
     assert imports == ["sklearn.datasets"]
 
 
-def test_a_sweeps_items_name_the_search_that_a_training_needs(tmp_path):
+def test_the_task_of_a_training_names_the_search_that_it_needs(tmp_path):
     words = ["recipe=smoke", f"root={tmp_path}", "seeds=[0]", "methods=[uniform,transfer]"]
     with initialize_config_module("conf", version_base="1.3"):
         sweep = Sweep(GlobalHydra.instance().config_loader(), [words])
@@ -104,9 +105,7 @@ def test_a_sweeps_items_name_the_search_that_a_training_needs(tmp_path):
     assert needs == {True: (), False: (search.name,)}
 
 
-def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them(
-    tmp_path, experiments
-):
+def test_a_report_lists_missing_points_and_their_baselines(tmp_path, experiments):
     few = [item for item in experiments["fig4_extrapolation"] if item.network.name == "resnet18"]
     few = [dataclasses.replace(item, root=str(tmp_path)) for item in few if item.seeds == (1,)]
     draw(tmp_path, [Manifest.of(Plan.of(few, images=False), title="few", tracking={})])
@@ -114,11 +113,13 @@ def test_a_report_names_the_points_that_are_missing_and_the_networks_beside_them
     start = "resnet18 on imagenet, (1, 4, 224, 100%): training,"
     assert f"{start} dmcp at (1, 3, 224, 100%), strategy stack_last_block, seed 1" in page
     assert f"{start} baseline, seed 1" in page
-    assert page.count(start) == 7 + 1  # one of the eight points is shared: nothing is stacked
+    assert (
+        page.count(start) == 7 + 1
+    )  # two of the eight points share a training, because no block is added
 
 
-def test_what_is_shared_follows_by_hand(paper):
-    """19 searches a network, algorithm and seed: 6 widths, 3 depths, 3 resolutions, ..."""
+def test_the_shared_searches_match_a_count_by_hand(paper):
+    """Each network, algorithm and seed has 6 + 3 + 3 + 4 + 3 = 19 searches."""
     searches = [run for run in paper.runs.values() if run.kind == "search"]
     imagenet = [run for run in searches if run.point.request.dataset.name == "imagenet"]
     for network in ("resnet18", "mobilenet_v2"):
@@ -130,12 +131,12 @@ def test_what_is_shared_follows_by_hand(paper):
                     if (run.point.request.network.name, run.seed) == (network, seed)
                     and run.point.request.algorithm.name == algorithm
                 ]
-                # (1.414, 2, 320, 1) is of the compound projection, (1, 1, 224, .5) of two.
+                # Widths, depths, resolutions, fractions, compound; shared settings count once.
                 assert len(mine) == 6 + 3 + 3 + 4 + 3
     assert len(searches) - len(imagenet) == 9 * 3
 
 
-def test_every_training_comes_after_the_search_it_needs(paper):
+def test_every_training_comes_after_the_search_that_it_needs(paper):
     seen = set()
     for name, run in paper.runs.items():
         assert seen.issuperset(run.needs)
@@ -143,7 +144,7 @@ def test_every_training_comes_after_the_search_it_needs(paper):
         seen.add(name)
 
 
-def test_the_projected_settings_are_the_papers(paper):
+def test_the_projected_settings_are_those_of_the_paper(paper):
     sources = {
         (s.width, s.depth, s.resolution, s.fraction)
         for s in (
@@ -159,7 +160,7 @@ def test_the_projected_settings_are_the_papers(paper):
     assert sources == widths | depths | resolutions | fractions | compound | cifar
 
 
-def test_the_nominal_saving_of_the_papers_headline_is_320_times(paper):
+def test_the_counted_saving_of_the_320_times_headline_is_312(paper):
     point = next(
         item.point
         for item in paper.points
@@ -168,17 +169,17 @@ def test_the_nominal_saving_of_the_papers_headline_is_320_times(paper):
         and item.point.request.algorithm.name == "morphnet"
         and item.point.request.network.name == "resnet18"
     )
-    # 4 * 2 * 4 * 10 with the paper's rounded widths; counted it is 312 (design, section 9).
+    # The nominal saving is 4 * 2 * 4 * 10 = 320. Counted MACs give 312.
     ratio = point.overhead_macs("direct") / point.overhead_macs("transfer")
     assert ratio == pytest.approx(312, rel=0.02)
 
 
-def test_the_experiments_are_those_of_the_design():
+def test_all_experiments_of_the_paper_exist():
     assert set(PAPER) | {"demo"} <= set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("name", [experiment for experiment in EXPERIMENTS if experiment != "demo"])
-def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
+def test_every_experiment_states_claim_command_points_and_goal(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     head = text.partition("defaults:")[0].lower()
     for word in ("claim", f"command: widthopt experiment={name}", "points:", "goal:"):
@@ -188,28 +189,31 @@ def test_every_experiment_says_what_it_claims_and_how_it_is_run(name):
 
 
 @pytest.mark.parametrize("name", [experiment for experiment in EXPERIMENTS if experiment != "demo"])
-def test_the_number_of_points_is_the_one_that_stands_in_the_file(name):
+def test_the_stated_number_of_points_is_correct(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
-    message = int(text.lower().partition("points: ")[2].split()[0])
+    stated = int(text.lower().partition("points: ")[2].split()[0])
     with initialize_config_module("conf", version_base="1.3"):
         points = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={name}"])
-    assert len(points) == message
+    assert len(points) == stated
 
 
 @pytest.mark.parametrize(
     "name", [experiment for experiment in EXPERIMENTS if experiment.startswith("mini_")]
 )
-def test_the_miniature_has_every_figure_of_the_paper(name):
+def test_a_miniature_has_the_figures_of_its_experiment(name):
     paper = {"mini_fig4_extrapolation": "fig4_extrapolation"}.get(name, name[len("mini_") :])
-    mine, theirs = (
-        {type(figure).__name__ for figure in compose([f"experiment={item}", *first(item)]).figures}
+    figures, expected = (
+        {
+            type(figure).__name__
+            for figure in compose([f"experiment={item}", *first_values(item)]).figures
+        }
         for item in (name, paper)
     )
-    assert mine == theirs
+    assert figures == expected
 
 
-def first(experiment):
-    """The first value of everything that an experiment sweeps over."""
+def first_values(experiment):
+    """Return overrides with the first value of each swept key of an experiment."""
     with initialize_config_module("conf", version_base="1.3"):
         words = expand_sweep(GlobalHydra.instance().config_loader(), [f"experiment={experiment}"])[
             0
@@ -217,15 +221,15 @@ def first(experiment):
     return [word for word in words if not word.startswith("experiment=")]
 
 
-def test_values_on_the_command_line_narrow_an_experiment():
+def test_values_on_the_command_line_replace_swept_values():
     words = ["experiment=fig3_width", "network=resnet18", "algorithm=dmcp", "seeds=[0]"]
     requests = compose_sweep(words)
     assert [item.projection.width for item in requests] == [0.312, 0.5, 0.707, 1, 1.414, 1.732]
     assert {item.network.name for item in requests} == {"resnet18"}
 
 
-SAVED = {
-    # What the paper says is saved without loss, word by word, in per cent.
+SAVINGS = {
+    # Saving without loss of accuracy in percent, with a quotation of the paper.
     "fig3_width": (
         ("resnet18", 96, "can be saved by up to 96% for all three algorithms"),
         ("mobilenet_v2", 80, "can transfer well and save up to 80% width optimization overhead"),
@@ -249,13 +253,13 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("name", SAVED)
-def test_what_is_saved_is_what_the_paper_says(name, experiments):
+@pytest.mark.parametrize("name", SAVINGS)
+def test_the_savings_are_those_of_the_paper(name, experiments):
     curves = experiments[name][0].figures[0]
-    assert curves.paper_saved == {network: per_cent for network, per_cent, _ in SAVED[name]}
+    assert curves.paper_saved == {network: percent for network, percent, _ in SAVINGS[name]}
 
 
-def test_the_last_layers_are_as_wide_as_the_paper_says(experiments):
+def test_the_widths_of_the_last_layers_are_those_of_the_paper(experiments):
     """ "The average optimized width has 1300 channels for ResNet18 and 3785 for MobileNetV2." """
     (average,) = (
         figure for figure in experiments["fig3_width"][0].figures if figure.name == "figA1"
@@ -263,8 +267,8 @@ def test_the_last_layers_are_as_wide_as_the_paper_says(experiments):
     assert average.paper_last == {"resnet18": 1300, "mobilenet_v2": 3785}
 
 
-def test_the_paper_trains_as_its_appendix_says(paper):
-    """Appendix A: 0.2 at 256 images, 5 epochs of warm-up, 100 and 40 epochs, batches of 1024."""
+def test_the_recipe_is_that_of_appendix_a(paper):
+    """Appendix A: rate 0.2 at 256 images, 5 warm-up epochs, 100 and 40 epochs, batch size 1024."""
     for run in paper.runs.values():
         recipe = run.point.request.recipe
         assert (recipe.learning_rate, recipe.warmup_epochs, recipe.batch_size) == (0.2, 5, 1024)
@@ -276,19 +280,23 @@ def test_the_paper_trains_as_its_appendix_says(paper):
 
 
 @pytest.mark.parametrize("name", [*PAPER, "mini_fig6_compound"])
-def test_points_are_composed_as_hydra_composes_them_one_by_one(name):
-    """The oracle is Hydra's own composition of the same words, every 17th point."""
+def test_points_of_a_sweep_equal_points_composed_by_hydra(name):
+    """Compare every 17th point with Hydra's composition of the same overrides."""
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         points = expand_sweep(loader, [f"experiment={name}"])[::17]
         together = build_requests(loader, points)
     for words, item in zip(points, together, strict=True):
-        alone = compose(words)
-        assert item.fields == alone.fields
-        assert (item.root, item.runtime, item.figures) == (alone.root, alone.runtime, alone.figures)
+        single = compose(words)
+        assert item.fields == single.fields
+        assert (item.root, item.runtime, item.figures) == (
+            single.root,
+            single.runtime,
+            single.figures,
+        )
 
 
-def test_the_values_of_one_point_do_not_reach_the_next():
+def test_values_of_a_point_do_not_affect_the_next_point():
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         left, second = build_requests(
@@ -314,8 +322,8 @@ def test_groups_are_composed_once_for_each_choice(monkeypatch):
     assert len(calls) == 2 * 3  # networks and algorithms
 
 
-def test_requests_that_are_frozen_are_the_same_again():
-    words = ["root=elsewhere", "runtime.workers=3", *first("fig6_compound")]
+def test_a_request_built_from_its_written_values_is_equal():
+    words = ["root=elsewhere", "runtime.workers=3", *first_values("fig6_compound")]
     request = compose(["experiment=fig6_compound", *words])
     again = build_request(_config(json.loads(json.dumps(to_plain(request)))))
     assert again.fields == request.fields
@@ -323,13 +331,13 @@ def test_requests_that_are_frozen_are_the_same_again():
 
 
 def _config(content):
-    from omegaconf import OmegaConf  # noqa: PLC0415 (here alone)
+    from omegaconf import OmegaConf  # noqa: PLC0415 (used only here)
 
     return OmegaConf.create(content)
 
 
 @pytest.mark.parametrize("value", ["1", "1.0", "'1'", "'1.0'", '"1e0"'])
-def test_one_is_one_however_it_is_typed(value):
+def test_equal_numbers_in_any_notation_give_equal_keys(value):
     here = compose([f"projection.width={value}", f"algorithm.strength={value}"])
     there = compose(["projection.width=1.0", "algorithm.strength=1.0"])
     assert here.fields == there.fields
@@ -338,7 +346,7 @@ def test_one_is_one_however_it_is_typed(value):
 
 
 @pytest.mark.parametrize("value", ["one", "'1,5'", "''", "nan", "'nan'", "true"])
-def test_what_is_no_number_is_refused(value):
+def test_a_value_that_is_not_a_number_is_refused(value):
     with pytest.raises(InputError, match=r"^projection.width is .*, but (it must be a number|a w)"):
         compose([f"projection.width={value}"])
 
@@ -346,9 +354,9 @@ def test_what_is_no_number_is_refused(value):
 # ---------------------------------------------------------------------------------- identity
 
 
-def test_the_keys_of_the_papers_first_runs_never_change():
-    """Pinned: a change here makes every result that anybody has a stranger."""
-    words = ["experiment=fig3_width", *first("fig3_width")]
+def test_the_keys_of_pinned_runs_do_not_change():
+    """If a pinned key changes, stored results are no longer found."""
+    words = ["experiment=fig3_width", *first_values("fig3_width")]
     point = SizedRequest(compose(words), images=False)
     assert point.search_entry("transfer", 0).folder.name == PINNED["search"]
     assert point.train_entry("transfer", 0).folder.name == PINNED["train"]
@@ -369,35 +377,36 @@ CHANGES = {
     type(None): lambda _: 0.5,
     dict: lambda _: {"more": 1},
 }
-NOWHERE = {
-    # Not in a name by themselves, but by what follows from them.
+EXCEPTIONS = {
+    # Keys contain only the values that follow from these.
     "projection._target_", "projection.width", "projection.depth", "projection.resolution",
     "projection.fraction", "target._target_", "target.width", "target.depth", "target.resolution",
     "budget_macs", "extrapolation.strategy",
-    # Which runs there are, not what one of them is.
+    # These select the runs.
     "methods", "seeds",
-    # Memory, places and what a target is where nobody says so: change no result.
+    # These do not change results.
     "dataset.memory_limit_gb", "dataset.resolution", "dataset.download",
 }  # fmt: skip
-"""Values of no name; of data sets' own ones see also `places`."""
+"""Values that are in no key; see also `verification_keys`."""
 
-NOT_OF = {
+EXCEPT_PREFIXES = {
     "search": ("extrapolation.", "recipe.epochs"),
     "train": (),
     "uniform": ("algorithm.", "recipe.search_epochs"),
 }
-"""How values begin that are further left out of the name of a stage."""
+"""Prefixes of further values that are not in the key of an entry."""
 
 
-def places(dataset):
-    """What only says where images are, or how they are looked through.
+def verification_keys(dataset):
+    """Return the values of a data set that only locate or verify its images.
 
-    The classes of a folder of images depend on it, so there it is part of the name.
+    The classes of an image folder depend on ``root``, so there it is part of the key.
     """
     return {"dataset.verify"} if hasattr(dataset, "verify") else {"dataset.root"}
 
 
 def leaves(table, path=()):
+    """Yield the path and value of each leaf of nested mappings."""
     for key, value in table.items():
         if value and isinstance(value, dict):
             yield from leaves(value, (*path, key))
@@ -406,6 +415,7 @@ def leaves(table, path=()):
 
 
 def with_leaf(fields, path, value):
+    """Return a copy of the fields with another value at this path."""
     copied = json.loads(json.dumps(fields))
     table = copied
     for key in path[:-1]:
@@ -419,25 +429,23 @@ CHOICES = [
     for group in ("network", "dataset", "algorithm", "projection", "extrapolation", "recipe")
     for path in sorted((CONF / group).glob("*.yaml"))
 ]
-NEEDED = {
+REQUIRED = {
     "custom": ["network.factory=torchvision.models.resnet18"],
     "torchvision": ["network.name=alexnet"],
 }
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
-    group, choice, tmp_path, monkeypatch
-):
-    """Completeness: a value that is added and forgotten fails here."""
+def test_every_value_changes_a_key_or_is_a_listed_exception(group, choice, tmp_path, monkeypatch):
+    """A new value fails here if it is in no key and not listed above."""
     monkeypatch.setenv("WIDTHOPT_DATA", str(tmp_path))
     for name in ("image_folder", "cifar100-subset"):
         for split in ("train/a", "train/b", "val/a", "val/b"):
             (tmp_path / name / split).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / name / split / "0.png")
-    depth = 2 if group == "projection" else 1  # as deep as the deepest proxy
+    depth = 2 if group == "projection" else 1  # the depth of the deepest proxy
     words = [f"{group}={choice}", "target.resolution=224", f"target.depth={depth}"]
-    request = compose([*words, *NEEDED.get(choice, ())])
+    request = compose([*words, *REQUIRED.get(choice, ())])
     point = SizedRequest(request, images=False)
 
     def names(fields):
@@ -448,23 +456,23 @@ def test_every_value_of_a_choice_names_a_run_or_is_declared_not_to(
             "uniform": point.train_entry("uniform", 0).key,
         }
 
-    before, silent = names(request.fields), {kind: set() for kind in NOT_OF}
+    before, unused_of = names(request.fields), {kind: set() for kind in EXCEPT_PREFIXES}
     every = {".".join(path) for path, _ in leaves(request.fields)}
     for path, value in leaves(request.fields):
         kind = type(value)
         changed = CHANGES[kind](value) if kind in CHANGES else [9]
         after = names(with_leaf(request.fields, path, changed))
-        for stage, silent_ones in silent.items():
-            if after[stage] == before[stage]:
-                silent_ones.add(".".join(path))
-    nowhere = NOWHERE | places(request.dataset)
-    assert silent == {
-        stage: {name for name in every if name in nowhere or name.startswith(left)}
-        for stage, left in NOT_OF.items()
+        for entry, unused in unused_of.items():
+            if after[entry] == before[entry]:
+                unused.add(".".join(path))
+    exceptions = EXCEPTIONS | verification_keys(request.dataset)
+    assert unused_of == {
+        entry: {name for name in every if name in exceptions or name.startswith(prefixes)}
+        for entry, prefixes in EXCEPT_PREFIXES.items()
     }
 
 
-def test_where_and_how_it_runs_is_no_part_of_a_name():
+def test_non_identity_keys_are_not_in_the_fields():
     assert set(NON_IDENTITY_KEYS) == {"root", "runtime", "resources", "figures", "tracking"}
     request = compose([])
     assert request.fields.keys() & set(NON_IDENTITY_KEYS) == set()
@@ -473,7 +481,7 @@ def test_where_and_how_it_runs_is_no_part_of_a_name():
 # -------------------------------------------------------------------------------------- cost
 
 
-def test_the_cost_is_that_of_what_is_left_and_no_training_comes_before_its_search(paper):
+def test_the_cost_covers_runs_that_are_not_done_and_the_longest_chain(paper):
     states = dict.fromkeys(paper.runs, "missing")
     item = paper.cost(states, nodes=1, macs_per_second=1e12)
     assert item.macs == item.macs_left == sum(run.macs for run in paper.runs.values())
@@ -489,7 +497,7 @@ def test_the_cost_is_that_of_what_is_left_and_no_training_comes_before_its_searc
     assert nothing == Cost(600, 369, 552, {"done": 921}, item.macs, 0, 0.0, 0.0)
 
 
-def test_a_resnet18_training_takes_the_gpu_hours_that_follow_by_hand(paper):
+def test_the_macs_of_a_resnet18_training_match_a_calculation_by_hand(paper):
     """1.814 GMACs, three passes, 1251 steps of 1024 images, 100 epochs."""
     name = next(
         point.train
@@ -502,7 +510,7 @@ def test_a_resnet18_training_takes_the_gpu_hours_that_follow_by_hand(paper):
     assert paper.runs[name].macs == 3 * 1_814_073_344 * 1251 * 1024 * 100
 
 
-def test_a_v100_trains_at_what_100_gpu_hours_of_resnet50_come_to():
+def test_the_speed_of_a_v100_follows_from_100_gpu_hours_of_resnet50():
     """Paper, section 1: 100 GPU hours; 4.089 GMACs, three passes, 100 epochs of ImageNet."""
     macs = 3 * 4.089e9 * 1_281_167 * 100
     assert pytest.approx(macs / (100 * 3600), rel=0.01) == GPU_MACS_PER_SECOND
@@ -511,7 +519,7 @@ def test_a_v100_trains_at_what_100_gpu_hours_of_resnet50_come_to():
 # ----------------------------------------------------------------------------------- manifests
 
 
-def test_a_manifest_says_again_what_was_planned(experiments, tmp_path):
+def test_a_manifest_read_from_json_has_the_runs_of_the_plan(experiments, tmp_path):
     plan = Plan.of(experiments["fig4_extrapolation"], images=False)
     item = Manifest.of(plan, title="fig4", tracking={})
     again = Manifest.from_json(item.to_json(), name="x")
@@ -529,7 +537,7 @@ def test_a_manifest_says_again_what_was_planned(experiments, tmp_path):
     del tmp_path
 
 
-def test_points_that_two_experiments_share_are_in_the_figures_of_both(experiments):
+def test_shared_points_are_in_the_figures_of_both_experiments(experiments):
     plan = Plan.of([*experiments["fig3_depth"], *experiments["fig4_extrapolation"]], images=False)
     shown = [
         name
@@ -550,7 +558,7 @@ def test_points_that_two_experiments_share_are_in_the_figures_of_both(experiment
         ('{"format": 1, "name": "", "points": [], "runs": {}, "figures": {}}', "x has format 1,"),
     ],
 )
-def test_what_is_no_manifest_is_refused(text, line):
+def test_a_file_that_is_not_a_manifest_is_refused(text, line):
     with pytest.raises(InputError, match=f"^{line}"):
         Manifest.from_json(text, name="x")
 
@@ -558,7 +566,7 @@ def test_what_is_no_manifest_is_refused(text, line):
 @pytest.mark.parametrize(
     ("key", "value"), [("points", [{}]), ("points", 3), ("runs", {}), ("name", "another")]
 )
-def test_a_manifest_that_was_edited_by_hand_is_refused(experiments, key, value):
+def test_an_edited_manifest_is_refused(experiments, key, value):
     plan = Plan.of(experiments["uniform"][:1], images=False)
     content = json.loads(Manifest.of(plan, title="one", tracking={}).to_json())
     content["sweep"][key] = value
@@ -654,13 +662,13 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(experiments, key, value):
         ),
     ],
 )
-def test_a_mistake_in_a_sweep_is_one_line(words, line):
+def test_an_invalid_sweep_raises_a_one_line_error(words, line):
     with pytest.raises(InputError) as error:
         Plan.of(compose_sweep(words), images=False)
     assert str(error.value) == line
 
 
-def test_choices_of_ones_own_are_in_a_folder(tmp_path):
+def test_a_missing_config_dir_raises_a_one_line_error(tmp_path):
     with pytest.raises(InputError) as error:
         compose_sweep([], config_dir=str(tmp_path / "none"))
     assert str(error.value) == (
@@ -669,13 +677,13 @@ def test_choices_of_ones_own_are_in_a_folder(tmp_path):
     )
 
 
-def test_a_plan_says_which_proxies_are_more_expensive_than_their_targets(capsys):
+def test_a_plan_names_proxies_more_expensive_than_their_targets(capsys):
     words = ["target.width=0.25", "projection.width=0.125,0.25,0.5", "seeds=[0,1]"]
     plan = Plan.of(compose_sweep(words))
     show_plan(plan, plan.states())
-    message = [line for line in capsys.readouterr().out.splitlines() if "costs about" in line]
-    # Twice as wide is four times the multiply-adds.
-    (line,) = message
+    lines = [line for line in capsys.readouterr().out.splitlines() if "costs about" in line]
+    # Twice the width is four times the MACs.
+    (line,) = lines
     assert line == (
         "a search on the proxy (0.5, 1, 32, 100%) costs about 4 times as much as on its target "
         "(0.25, 1, 32, 100%); lower the larger axis, for example projection.width=..."
@@ -691,14 +699,14 @@ def test_a_plan_says_which_proxies_are_more_expensive_than_their_targets(capsys)
          ("projection", "width"), 0.2),
     ],
 )  # fmt: skip
-def test_a_choice_that_an_experiment_leaves_whole_may_be_made(words, key, value):
+def test_a_choice_that_discards_no_value_of_an_experiment_is_accepted(words, key, value):
     group, name = key
     assert {item.fields[group][name] for item in compose_sweep(["experiment=demo", *words])} == {
         value
     }
 
 
-def test_two_values_of_one_key_contradict_each_other():
+def test_two_values_of_one_key_raise_an_error():
     with pytest.raises(InputError) as error:
         check_once(["-m", "projection.width=0.5", "seeds=[0]", "projection.width=1"])
     assert str(error.value) == (
@@ -718,18 +726,18 @@ def test_two_values_of_one_key_contradict_each_other():
         (["a={b:{c:1}}", "a.b={c:2}"], "a.b.c is 1 and 2"),
     ],
 )
-def test_two_values_contradict_each_other_however_they_are_given(words, message):
+def test_two_values_of_one_key_raise_an_error_in_any_notation(words, message):
     with pytest.raises(InputError) as error:
         check_once(words)
     assert str(error.value).startswith(f"{message}, but it has one value in one command;")
 
 
-def test_values_that_do_not_contradict_each_other_may_be_given():
+def test_values_that_do_not_conflict_are_accepted():
     check_once(["target={width:0.5,depth:1}", "target.resolution=64", "target.width=0.5"])
     check_once(["projection=width", "projection.width=0.5", "+projection.more=1", "a={b", "a={b"])
 
 
-def test_a_plan_sees_contradictions_and_takes_the_flag_of_a_sweep(capsys):
+def test_plan_detects_conflicts_and_accepts_the_multirun_flag(capsys):
     words = ["dataset=imagenet", "methods=[uniform]", "seeds=[0],[1]"]
     for more in (["-m"], ["--multirun"]):
         _plan([*more, *words, "--json"])
@@ -749,7 +757,7 @@ FIGURE = """figures:
 
 
 @pytest.mark.parametrize("content", [b"3\n", b"\xff\xfe\xfa\n"])
-def test_an_experiment_file_that_is_no_table_is_one_line(tmp_path, content):
+def test_an_experiment_file_that_is_not_a_mapping_raises_one_line(tmp_path, content):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
     with pytest.raises(
@@ -792,7 +800,7 @@ def test_an_experiment_file_that_is_no_table_is_one_line(tmp_path, content):
         ("seeds: zero\n", "seeds is zero, but it is a list"),
     ],
 )
-def test_a_typo_in_an_experiment_file_is_one_line(tmp_path, text, message):
+def test_an_invalid_experiment_file_raises_a_one_line_error(tmp_path, text, message):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
     with pytest.raises(InputError) as error:

@@ -1,4 +1,4 @@
-"""What a person sees of runs, whatever words others put into it."""
+"""Status output with messages that contain markup."""
 
 import pytest
 
@@ -18,7 +18,7 @@ ROWS = {
         "process 2: [enforce fail at pair.cc] and [bold]bold[/bold] and [Errno 28] :warning:",
     ],
 )
-def test_a_status_tells_a_failure_in_its_own_words(message, capsys):
+def test_status_prints_the_message_of_a_failure_unchanged(message, capsys):
     row = {**ROWS, "state": "failed", "why": message}
     console.show_status([{"sweep": "sweep[/x]-1", "points": 1, "runs": [row]}], as_json=False)
     text = " ".join(capsys.readouterr().out.split())

@@ -42,7 +42,7 @@ class Flat(SmallNetwork):
         (["target.depth=2"], 2, "target.depth"),
     ],
 )
-def test_an_axis_that_cannot_be_built_has_the_key_that_was_typed(overrides, depth, key):
+def test_an_axis_error_names_the_key_that_was_typed(overrides, depth, key):
     request = replace(compose(overrides), network=Flat())
     setting = replace(request.target_setting, depth=depth)
     with pytest.raises(InputError) as error:
@@ -50,15 +50,15 @@ def test_an_axis_that_cannot_be_built_has_the_key_that_was_typed(overrides, dept
     assert str(error.value) == f"{key} is 2, but a flat network has depth 1; use depth 1"
 
 
-def test_an_error_of_another_kind_is_raised_unchanged_whatever_its_first_word():
-    message = "depth of thought is missing, but it is needed; think"
+def test_an_error_of_another_kind_is_raised_unchanged():
+    message = "depth chart is missing, but it is needed; add it"
     request = replace(compose(["target.depth=2"]), network=Flat(error=InputError(message)))
     with pytest.raises(InputError) as error:
         request.blueprint()
     assert str(error.value) == message
 
 
-def test_an_axis_error_is_the_same_in_another_process():
+def test_an_axis_error_can_be_pickled():
     error = pickle.loads(pickle.dumps(AxisError("width", "0, but it is above 0; raise it")))  # noqa: S301
     assert (type(error), error.axis, str(error)) == (
         AxisError,
@@ -76,7 +76,7 @@ class Values:
     share: float = 0.5
 
 
-def test_the_first_rule_that_does_not_hold_is_the_message():
+def test_the_message_is_the_first_rule_that_does_not_hold():
     rules = [("count", True, "no"), ("share", False, "it is 1"), ("count", False, "no")]
     with pytest.raises(InputError, match=r"^group\.share is 0\.5, but it is 1; set it$"):
         check_fields("group", Values(), *rules, remedy="set it")
@@ -86,7 +86,7 @@ def test_the_first_rule_that_does_not_hold_is_the_message():
 @pytest.mark.parametrize(
     ("value", "shown"), [(0.1 + 0.2, "0.3"), (2_000_000, "2000000"), (float("nan"), "nan")]
 )
-def test_a_message_has_a_float_in_few_digits_and_an_integer_in_all(value, shown):
+def test_messages_have_floats_in_few_digits_and_complete_integers(value, shown):
     with pytest.raises(InputError, match=f"^key is {shown}, but it is 1; set it$"):
         check_value("key", value, holds=False, rule="it is 1; set it")
 
@@ -102,7 +102,7 @@ def test_a_message_has_a_float_in_few_digits_and_an_integer_in_all(value, shown)
     ],
     ids=lambda kind: kind.__name__,
 )
-def test_a_class_has_the_members_and_parameters_of_its_protocol(protocol, implementation):
+def test_an_implementation_has_the_members_of_its_protocol(protocol, implementation):
     members = {name: member for name, member in vars(protocol).items() if name[0] != "_"}
     fields = implementation.__dataclass_fields__
     for name, member in members.items():

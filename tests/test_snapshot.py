@@ -1,4 +1,4 @@
-"""Copies of code: named by what is in them, and all that Python needs."""
+"""Snapshots of code: named by their content, with all files that Python needs."""
 
 import subprocess
 import sys
@@ -14,8 +14,9 @@ PACKAGES = ("widthopt", "widthopt.conf", "hydra_plugins.widthopt_launchers")
 
 
 @pytest.fixture
-def mine(tmp_path):
-    folder = tmp_path / "mine"
+def code_folder(tmp_path):
+    """A folder with code, caches, data and notes."""
+    folder = tmp_path / "code"
     (folder / "package" / "__pycache__").mkdir(parents=True)
     (folder / "data").mkdir()
     (folder / "my_network.py").write_text("VALUE = 1")
@@ -24,12 +25,12 @@ def mine(tmp_path):
     (folder / "package" / "__pycache__" / "old.pyc").write_text("")
     (folder / "data" / "script.py").write_text("VALUE = 3")
     (folder / "data" / "table.csv").write_text("1,2")
-    (folder / "notes.txt").write_text("no code")
+    (folder / "notes.txt").write_text("not code")
     return folder
 
 
-def test_a_copy_is_what_python_would_import(mine, tmp_path):
-    copy = snapshot([], [str(mine)], into=tmp_path)
+def test_a_snapshot_has_the_files_that_python_imports(code_folder, tmp_path):
+    copy = snapshot([], [str(code_folder)], into=tmp_path)
     files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert files == {
         "own/data/script.py", "own/my_network.py", "own/package/__init__.py",
@@ -38,37 +39,37 @@ def test_a_copy_is_what_python_would_import(mine, tmp_path):
 
 
 @pytest.mark.parametrize("mark", ["pyvenv.cfg", "conda-meta/history", "stages/store.json"])
-def test_environments_and_runs_are_not_copied(mine, tmp_path, mark):
-    before = snapshot([], [str(mine)], into=tmp_path)
-    module = mine / "other" / "code" / "module.py"
+def test_environments_and_runs_are_not_copied(code_folder, tmp_path, mark):
+    before = snapshot([], [str(code_folder)], into=tmp_path)
+    module = code_folder / "other" / "code" / "module.py"
     module.parent.mkdir(parents=True)
     module.write_text("VALUE = 4")
-    (mine / "other" / mark).parent.mkdir(exist_ok=True)
-    (mine / "other" / mark).write_text("")
-    assert snapshot([], [str(mine)], into=tmp_path) == before
+    (code_folder / "other" / mark).parent.mkdir(exist_ok=True)
+    (code_folder / "other" / mark).write_text("")
+    assert snapshot([], [str(code_folder)], into=tmp_path) == before
 
 
-def test_folders_of_data_are_not_searched_and_a_way_back_is_no_loop(mine, tmp_path):
-    before = snapshot([], [str(mine)], into=tmp_path)
+def test_data_folders_are_skipped_and_link_cycles_cause_no_loop(code_folder, tmp_path):
+    before = snapshot([], [str(code_folder)], into=tmp_path)
     for number in range(101):
-        (mine / "images" / f"class{number}").mkdir(parents=True)
-    (mine / "images" / "class0" / "module.py").write_text("VALUE = 5")
-    (mine / "back").symlink_to(mine)
-    assert snapshot([], [str(mine)], into=tmp_path) == before
+        (code_folder / "images" / f"class{number}").mkdir(parents=True)
+    (code_folder / "images" / "class0" / "module.py").write_text("VALUE = 5")
+    (code_folder / "back").symlink_to(code_folder)
+    assert snapshot([], [str(code_folder)], into=tmp_path) == before
 
 
-def test_the_same_code_is_copied_once_and_other_code_beside_it(mine, tmp_path):
-    first = snapshot([], [str(mine)], into=tmp_path)
-    assert snapshot([], [str(mine)], into=tmp_path) == first
-    (mine / "my_network.py").write_text("VALUE = 2")
-    second = snapshot([], [str(mine)], into=tmp_path)
+def test_unchanged_code_is_copied_once_and_changed_code_again(code_folder, tmp_path):
+    first = snapshot([], [str(code_folder)], into=tmp_path)
+    assert snapshot([], [str(code_folder)], into=tmp_path) == first
+    (code_folder / "my_network.py").write_text("VALUE = 2")
+    second = snapshot([], [str(code_folder)], into=tmp_path)
     assert second != first
     assert (first / "own" / "my_network.py").read_text() == "VALUE = 1"
     assert not list(tmp_path.glob(".*"))
 
 
-def test_python_runs_from_a_copy_alone(mine, tmp_path):
-    copy = snapshot(PACKAGES, [str(mine)], into=tmp_path)
+def test_python_runs_from_a_snapshot_only(code_folder, tmp_path):
+    copy = snapshot(PACKAGES, [str(code_folder)], into=tmp_path)
     modules = (
         "widthopt.conf", "data.script", "hydra_plugins.widthopt_launchers.worker", "my_network",
         "widthopt.runs.store",
@@ -88,19 +89,19 @@ def test_python_runs_from_a_copy_alone(mine, tmp_path):
     assert (copy / "widthopt" / "conf" / "config.yaml").exists()
 
 
-def test_a_package_comes_before_a_users_module_of_its_name(mine, tmp_path):
-    (mine / "widthopt").mkdir()
-    (mine / "widthopt" / "__init__.py").write_text("raise ValueError")
-    copy = snapshot(PACKAGES, [str(mine)], into=tmp_path)
+def test_a_package_takes_precedence_over_a_user_module_of_its_name(code_folder, tmp_path):
+    (code_folder / "widthopt").mkdir()
+    (code_folder / "widthopt" / "__init__.py").write_text("raise ValueError")
+    copy = snapshot(PACKAGES, [str(code_folder)], into=tmp_path)
     assert "raise ValueError" not in (copy / "widthopt" / "__init__.py").read_text()
 
 
-def test_a_folder_that_is_no_code_is_refused(mine, tmp_path, monkeypatch):
+def test_a_missing_or_too_large_folder_is_refused(code_folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^hydra.launcher.code is nowhere, but there is no such"):
         snapshot([], ["nowhere"], into=tmp_path)
     for bound in ("MAX_FILES", "MAX_MEGABYTES"):
         with monkeypatch.context() as patch:
             patch.setattr(module, bound, 0)
             with pytest.raises(InputError, match=r"but it has more than .* of code; start in"):
-                snapshot([], [str(mine)], into=tmp_path)
-    snapshot([], [str(mine)], into=tmp_path)
+                snapshot([], [str(code_folder)], into=tmp_path)
+    snapshot([], [str(code_folder)], into=tmp_path)

@@ -24,9 +24,9 @@ from widthopt.runs.store import Store, Taken
 ROOT = Path(__file__).parents[1]
 
 
-def python(script, *arguments, **options):
-    """A Python process of its own that runs ``script``."""
-    return subprocess.Popen(  # noqa: S603 (our own words)
+def start_python(script, *arguments, **options):
+    """Start a Python process that runs ``script``."""
+    return subprocess.Popen(  # noqa: S603 (fixed arguments)
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -41,13 +41,13 @@ def entry(tmp_path):
     return Store(tmp_path / "runs").entry("search", {"width": 0.5})
 
 
-def test_a_stage_has_a_folder_named_by_kind_and_content(entry, tmp_path):
+def test_an_entry_folder_is_named_by_kind_and_fields(entry, tmp_path):
     assert entry.folder == tmp_path / "runs" / f"search-{entry.key}"
     assert Store(tmp_path / "runs").entry("search", {"width": 0.7}).folder != entry.folder
     assert not entry.folder.exists()
 
 
-def test_a_finished_stage_has_its_result_and_an_unfinished_one_has_none(entry, tmp_path):
+def test_the_result_is_none_until_the_entry_is_finished(entry, tmp_path):
     with entry.claim():
         assert entry.result() is None
         entry.finish({"top1": 70.25, "multipliers": {"conv1": 1.5}})
@@ -55,18 +55,18 @@ def test_a_finished_stage_has_its_result_and_an_unfinished_one_has_none(entry, t
     assert again.result() == {"top1": 70.25, "multipliers": {"conv1": 1.5}}
 
 
-def test_a_claim_writes_down_what_names_the_stage(entry):
+def test_a_claim_writes_the_fields_of_the_entry(entry):
     with entry.claim():
         pass
     written = json.loads((entry.folder / "fields.json").read_text())
     assert written == {"kind": "search", "fields": {"width": 0.5}}
 
 
-NOT_WHOLE = [b"", b'{"top1": 70.2', b"\xff\xfe", b"{}}", b"null", b"\0" * 300, b"[" * 100_000]
+INCOMPLETE = [b"", b'{"top1": 70.2', b"\xff\xfe", b"{}}", b"null", b"\0" * 300, b"[" * 100_000]
 
 
-@pytest.mark.parametrize("content", NOT_WHOLE, ids=range(len(NOT_WHOLE)))
-def test_a_result_that_is_not_whole_is_not_believed(entry, caplog, content):
+@pytest.mark.parametrize("content", INCOMPLETE, ids=range(len(INCOMPLETE)))
+def test_an_incomplete_result_is_treated_as_missing(entry, caplog, content):
     entry.finish({"top1": 70.25})
     (entry.folder / "result.json").write_bytes(content)
     assert entry.result() is None
@@ -74,7 +74,7 @@ def test_a_result_that_is_not_whole_is_not_believed(entry, caplog, content):
     assert entry.state() == "missing"
 
 
-def test_a_result_says_itself_whose_it_is_and_whether_it_is_whole(entry):
+def test_a_result_file_has_its_format_key_and_checksum(entry):
     entry.finish({"top1": 70.25, "flags": []})
     assert json.loads((entry.folder / "result.json").read_text()) == {
         "format": 1,
@@ -99,22 +99,22 @@ def test_a_result_says_itself_whose_it_is_and_whether_it_is_whole(entry):
         ('"result": {', '"note": 1, "result": {'),
     ],
 )
-def test_a_result_that_was_changed_is_neither_believed_nor_overwritten(entry, before, after):
+def test_a_changed_result_raises_a_one_line_error(entry, before, after):
     entry.finish({"top1": 70.25})
     path = entry.folder / "result.json"
     text = path.read_text()
     assert text.count(before) == 1
     path.write_text(text.replace(before, after))
-    for ask in (entry.result, entry.state):
+    for read in (entry.result, entry.state):
         with pytest.raises(InputError) as caught:
-            ask()
+            read()
         assert str(caught.value) == (
             f"root is {entry.folder.parent}, but {path} was changed after it was written; "
             "restore it, or delete it to do the work again"
         )
 
 
-def test_a_result_of_another_stage_is_not_believed(entry, tmp_path):
+def test_a_result_of_another_entry_raises_an_error(entry, tmp_path):
     second = Store(tmp_path / "runs").entry("search", {"width": 0.7})
     second.finish({"top1": 1.0})
     entry.finish({"top1": 70.25})
@@ -124,37 +124,37 @@ def test_a_result_of_another_stage_is_not_believed(entry, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"top1": 70.25}', '{"result": 3}', "3"])
-def test_whole_json_that_is_no_result_was_changed(entry, content):
+def test_json_that_is_not_a_result_raises_an_error(entry, content):
     entry.finish({"top1": 70.25})
     (entry.folder / "result.json").write_text(content)
     with pytest.raises(InputError, match="restore it, or delete it to do the work again"):
         entry.result()
 
 
-def test_a_result_laid_out_anew_is_the_same_result(entry):
+def test_a_result_with_another_json_layout_is_valid(entry):
     entry.finish({"top1": 70.25})
     path = entry.folder / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text())))
     assert entry.result() == {"top1": 70.25}
 
 
-def test_a_result_that_cannot_be_read_is_one_line(entry):
+def test_an_unreadable_result_raises_a_one_line_error(entry):
     (entry.folder / "result.json").mkdir(parents=True)
     with pytest.raises(InputError, match=r"result\.json cannot be read \(Is a directory\); name a"):
         entry.result()
 
 
 @given(st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)))
-def test_numbers_come_back_to_the_last_bit(tmp_path_factory, result):
+def test_floats_are_stored_exactly(tmp_path_factory, result):
     entry = Store(tmp_path_factory.mktemp("runs")).entry("a", 1)
     entry.finish(result)
-    found = entry.result()
-    assert {name: number.hex() for name, number in found.items()} == {
+    stored = entry.result()
+    assert {name: number.hex() for name, number in stored.items()} == {
         name: number.hex() for name, number in result.items()
     }
 
 
-def test_a_result_that_is_not_a_number_is_not_written(entry):
+def test_a_result_with_nan_is_not_written(entry):
     with pytest.raises(ValueError, match="not JSON compliant"):
         entry.finish({"top1": float("nan")})
     assert entry.result() is None
@@ -181,11 +181,11 @@ WORK = """
 """
 
 
-def test_two_processes_claim_a_stage_and_only_one_works(tmp_path):
+def test_only_one_of_two_processes_works_on_an_entry(tmp_path):
     go = tmp_path / "go"
-    first = python(WORK, tmp_path / "runs", go)
+    first = start_python(WORK, tmp_path / "runs", go)
     assert [first.stdout.readline(), first.stdout.readline()] == ["ready\n", "working\n"]
-    second = python(WORK, tmp_path / "runs", go)
+    second = start_python(WORK, tmp_path / "runs", go)
     assert second.stdout.readline() == "ready\n"
     assert "another process works on" in second.stderr.readline()
     go.touch()
@@ -193,8 +193,8 @@ def test_two_processes_claim_a_stage_and_only_one_works(tmp_path):
     assert second.communicate(timeout=20)[0] == "found\n"
 
 
-def test_a_claim_ends_with_a_process_that_is_killed(tmp_path, entry):
-    first = python(WORK, tmp_path / "runs", tmp_path / "never")
+def test_a_claim_ends_when_its_process_is_killed(tmp_path, entry):
+    first = start_python(WORK, tmp_path / "runs", tmp_path / "never")
     assert [first.stdout.readline(), first.stdout.readline()] == ["ready\n", "working\n"]
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=20)
@@ -202,16 +202,16 @@ def test_a_claim_ends_with_a_process_that_is_killed(tmp_path, entry):
         assert entry.result() is None
 
 
-def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
+def test_a_write_replaces_the_file_and_leaves_no_temporary_file(tmp_path):
     write_atomically(tmp_path / "a", "old")
     write_atomically(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
+def test_a_process_killed_during_a_write_leaves_the_old_file(tmp_path):
     (tmp_path / "a").write_text("old")
-    killed = python(
+    killed = start_python(
         """
         import os, signal, sys
         from pathlib import Path
@@ -226,24 +226,24 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_the_disk_has_the_content_before_the_file_takes_the_name(tmp_path, monkeypatch):
-    seen = []
+def test_the_content_is_synced_before_the_file_is_renamed(tmp_path, monkeypatch):
+    calls = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (seen.append("fsync"), fsync(file)))
-    monkeypatch.setattr(Path, "replace", lambda a, b: (seen.append("rename"), replace(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
     write_atomically(tmp_path / "a", "x")
-    assert seen == ["fsync", "rename", "fsync"]
+    assert calls == ["fsync", "rename", "fsync"]
 
 
-def test_content_that_is_written_in_pieces_arrives_whole(tmp_path, monkeypatch):
+def test_partial_writes_are_continued(tmp_path, monkeypatch):
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
     write_atomically(tmp_path / "a", "0123456789" * 10)
     assert (tmp_path / "a").read_text() == "0123456789" * 10
 
 
-def refusing(number):
-    """What stands in for a system call that fails with this error."""
+def make_failing_call(number):
+    """Return a replacement of a system call that fails with this error."""
 
     def call(*_arguments):
         raise OSError(number, os.strerror(number))
@@ -252,22 +252,22 @@ def refusing(number):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, call):
+def test_a_full_disk_raises_a_one_line_error_and_leaves_the_old_file(tmp_path, monkeypatch, call):
     (tmp_path / "a").write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, refusing(errno.ENOSPC))
+        patch.setattr(os, call, make_failing_call(errno.ENOSPC))
         with pytest.raises(InputError) as caught:
             write_atomically(tmp_path / "a", "new")
     assert str(caught.value) == (
         f"root is {tmp_path}, but it cannot be written (No space left on device); "
-        "make room and run the same again"
+        "make room on the disk and run the same command again"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_a_read_only_file_system_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "open", refusing(errno.EROFS))
+def test_a_read_only_file_system_raises_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", make_failing_call(errno.EROFS))
     with pytest.raises(InputError, match=r"\(Read-only file system\); name a folder you may"):
         check_writable(tmp_path)
 
@@ -291,22 +291,22 @@ READ_ONLY = """
 """
 
 
-def test_a_read_only_folder_is_one_line_before_any_work(tmp_path):
+def test_a_read_only_folder_raises_a_one_line_error_before_any_work(tmp_path):
     root = tmp_path / "runs"
     root.mkdir(mode=0o555)
-    lines = python(READ_ONLY, root).communicate(timeout=20)[0].splitlines()
+    lines = start_python(READ_ONLY, root).communicate(timeout=20)[0].splitlines()
     assert lines[0].startswith(f"root is {root}, but it cannot be written (Permission denied); ")
     assert lines[1].startswith(f"root is {root}/a-")
     assert len(lines) == 2
 
 
-def test_a_root_that_is_a_file_is_one_line(tmp_path):
+def test_a_root_that_is_a_file_raises_a_one_line_error(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match=r"root is .*/runs, but it cannot be written \(File exis"):
         check_writable(tmp_path / "runs")
 
 
-def test_a_writable_root_is_made_and_left_empty(tmp_path):
+def test_check_writable_creates_the_root_and_leaves_it_empty(tmp_path):
     check_writable(tmp_path / "new" / "runs")
     assert list((tmp_path / "new" / "runs").iterdir()) == []
 
@@ -314,7 +314,7 @@ def test_a_writable_root_is_made_and_left_empty(tmp_path):
 # Claims.
 
 
-def test_a_claim_says_who_works_and_goes_when_they_leave(entry):
+def test_a_claim_records_its_process_and_is_removed_at_its_end(entry):
     with entry.claim(job="7_1"):
         claim = json.loads((entry.folder / "claim.json").read_text())
         assert abs(claim.pop("started") - time.time()) < 60
@@ -322,12 +322,12 @@ def test_a_claim_says_who_works_and_goes_when_they_leave(entry):
     assert sorted(path.name for path in entry.folder.iterdir()) == ["fields.json", "lock"]
 
 
-def test_a_claim_without_a_job_says_so(entry):
+def test_a_claim_without_a_job_records_an_empty_string(entry):
     with entry.claim():
         assert json.loads((entry.folder / "claim.json").read_text())["job"] == ""
 
 
-def test_a_claim_goes_with_an_error(entry):
+def test_a_claim_is_removed_after_an_error(entry):
     with pytest.raises(KeyError), entry.claim():
         raise KeyError
     assert not (entry.folder / "claim.json").exists()
@@ -335,7 +335,7 @@ def test_a_claim_goes_with_an_error(entry):
         pass
 
 
-def test_who_does_not_wait_is_told_who_works(entry, tmp_path):
+def test_a_claim_without_waiting_raises_taken_with_the_process(entry, tmp_path):
     second = Store(tmp_path / "runs").entry("search", {"width": 0.5})
     with entry.claim(job="7"):
         with pytest.raises(Taken, match=rf"process {os.getpid()}, host .*, job 7\)"):
@@ -346,52 +346,52 @@ def test_who_does_not_wait_is_told_who_works(entry, tmp_path):
         pass
 
 
-def test_whoever_asks_for_the_state_does_not_seem_to_work(entry):
+def test_reading_the_state_does_not_count_as_working(entry):
     with entry.claim():
         pass
-    with entry._at_rest() as rests:  # noqa: SLF001 (what `state` does for a moment)
-        assert rests
+    with entry._check_idle() as idle:  # noqa: SLF001 (as `state` does)
+        assert idle
         assert entry.state() == "missing"
-        with pytest.raises(Taken):  # nobody begins meanwhile
+        with pytest.raises(Taken):  # no process can start now
             entry.claim(wait=False).__enter__()
     with entry.claim(wait=False):
         pass
 
 
-def test_a_claim_that_cannot_be_removed_stops_nobody(entry, monkeypatch, caplog):
+def test_a_claim_file_that_cannot_be_removed_does_not_block_the_entry(entry, monkeypatch, caplog):
     with monkeypatch.context() as patch, entry.claim():
         entry.finish({"top1": 1.0})
-        patch.setattr(os, "unlink", refusing(errno.EIO))
+        patch.setattr(os, "unlink", make_failing_call(errno.EIO))
     assert "claim.json could not be removed, which does no harm" in caplog.text
     assert entry.state() == "done"
     with entry.claim(wait=False):
         pass
 
 
-def test_a_claim_is_removed_while_nobody_else_can_have_one(entry, monkeypatch):
-    unlink, seen = os.unlink, []
+def test_a_claim_file_is_removed_before_the_lock_is_released(entry, monkeypatch):
+    unlink, states = os.unlink, []
 
-    def removing(path, **options):
+    def record_and_unlink(path, **options):
         if Path(path).name == "claim.json":
-            seen.append(entry.state())
+            states.append(entry.state())
         return unlink(path, **options)
 
     with entry.claim():
-        monkeypatch.setattr(os, "unlink", removing)
-    assert seen == ["running"]
+        monkeypatch.setattr(os, "unlink", record_and_unlink)
+    assert states == ["running"]
 
 
-def test_a_stage_deleted_while_someone_waits_is_still_worked_on_by_one(tmp_path, entry):
+def test_an_entry_deleted_during_a_wait_is_claimed_by_one_process(tmp_path, entry):
     with ExitStack() as deleted:
         deleted.enter_context(entry.claim())
-        waits = python(WORK, tmp_path / "runs", tmp_path)
-        assert waits.stdout.readline() == "ready\n"
-        assert "another process works on" in waits.stderr.readline()
+        waiting = start_python(WORK, tmp_path / "runs", tmp_path)
+        assert waiting.stdout.readline() == "ready\n"
+        assert "another process works on" in waiting.stderr.readline()
         shutil.rmtree(entry.folder)
         with entry.claim(wait=False):
-            deleted.close()  # what was waited for
-            assert "another process works on" in waits.stderr.readline()
-    assert waits.communicate(timeout=20)[0] == "working\n"
+            deleted.close()  # ends the claim that the process waiting for
+            assert "another process works on" in waiting.stderr.readline()
+    assert waiting.communicate(timeout=20)[0] == "working\n"
     assert entry.result() == {"top1": 1.0}
 
 
@@ -402,7 +402,7 @@ def break_lock():
     raise OSError(5, "no such\ndevice")
 
 
-def failing(entry, job=""):
+def record_failure(entry, job=""):
     with entry.claim(job=job):
         try:
             break_lock()
@@ -410,12 +410,12 @@ def failing(entry, job=""):
             entry.fail(error)
 
 
-def test_a_failure_says_what_happened_and_where(entry):
+def test_a_failure_records_the_error_and_its_process(entry):
     assert entry.failure() is None
-    failing(entry, job="7")
+    record_failure(entry, job="7")
     failure = entry.failure()
     assert abs(failure.pop("time") - time.time()) < 60
-    assert "in broken" in failure.pop("traceback")
+    assert "in break_lock" in failure.pop("traceback")
     assert failure == {
         "type": "OSError",
         "message": "[Errno 5] no such\ndevice",
@@ -427,7 +427,7 @@ def test_a_failure_says_what_happened_and_where(entry):
     assert entry.result() is None
 
 
-def test_of_processes_that_fail_together_the_first_is_kept(entry):
+def test_only_the_first_failure_is_recorded(entry):
     with entry.claim():
         entry.fail(ValueError("the cause"), rank=3)
         entry.fail(RuntimeError("connection closed by peer"))
@@ -439,11 +439,11 @@ def test_of_processes_that_fail_together_the_first_is_kept(entry):
     [
         ({}, ""),
         ({"SLURM_JOB_ID": "12"}, "12"),
-        # An element of an array has a number of its own, which the queue does not show.
+        # SLURM_JOB_ID of an array element is not the id that the queue shows.
         ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0"),
     ],
 )
-def test_a_job_is_called_what_the_queue_calls_it(environment, job, monkeypatch):
+def test_the_current_job_has_the_id_that_the_queue_shows(environment, job, monkeypatch):
     for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"):
         monkeypatch.delenv(f"SLURM_{name}", raising=False)
     for name, value in environment.items():
@@ -451,22 +451,22 @@ def test_a_job_is_called_what_the_queue_calls_it(environment, job, monkeypatch):
     assert current_job() == job
 
 
-def test_a_failure_is_forgotten_when_work_begins_again(entry):
-    failing(entry)
+def test_a_failure_is_removed_when_the_next_attempt_starts(entry):
+    record_failure(entry)
     assert entry.state() == "failed"
     with entry.claim():
         assert (entry.failure(), entry.state()) == (None, "running")
     assert entry.state() == "missing"
 
 
-def test_a_failure_is_forgotten_when_the_work_is_done(entry):
+def test_a_failure_is_removed_when_the_work_is_done(entry):
     with entry.claim():
         entry.fail(KeyError("a"))
         entry.finish({})
     assert (entry.failure(), entry.state()) == (None, "done")
 
 
-def test_asking_writes_nothing(entry, tmp_path):
+def test_reading_writes_nothing(entry, tmp_path):
     store = Store(tmp_path / "runs")
     assert entry.state() == "missing"
     assert (entry.result(), entry.failure(), list(store.entries())) == (None, None, [])
@@ -475,11 +475,11 @@ def test_asking_writes_nothing(entry, tmp_path):
     entry.record_job("7")
     assert entry.state() == "stale"
     assert entry.result() is None
-    left = sorted(path.name for path in entry.folder.iterdir())
-    assert left == ["fields.json", "submission.json"]
+    names = sorted(path.name for path in entry.folder.iterdir())
+    assert names == ["fields.json", "submission.json"]
 
 
-def test_a_submitted_stage_is_queued_while_its_job_lives(entry):
+def test_a_submitted_entry_is_queued_while_its_job_is_live(entry):
     entry.record_job("7")
     assert json.loads((entry.folder / "submission.json").read_text()) == {"job": "7"}
     assert entry.state(live={"7"}) == "queued"
@@ -490,15 +490,15 @@ def test_a_submitted_stage_is_queued_while_its_job_lives(entry):
     assert entry.state(live={"7"}) == entry.state() == "done"
 
 
-def test_a_failed_stage_that_is_submitted_again_is_queued(entry):
+def test_a_failed_entry_that_is_submitted_again_is_queued(entry):
     entry.record_job("7")
-    failing(entry, job="7")
+    record_failure(entry, job="7")
     assert entry.state() == "failed"
     entry.record_job("8")
     assert entry.state(live=["8"]) == "queued"
 
 
-def test_a_claim_whose_job_lives_runs_even_if_no_lock_is_seen(entry):
+def test_a_claim_of_a_live_job_is_running_even_without_a_lock(entry):
     with entry.claim(job="7"):
         claim = (entry.folder / "claim.json").read_text()
     (entry.folder / "claim.json").write_text(claim)
@@ -506,7 +506,7 @@ def test_a_claim_whose_job_lives_runs_even_if_no_lock_is_seen(entry):
     assert entry.state(live={"8"}) == "stale"
 
 
-def test_what_needs_a_failure_is_blocked():
+def test_entries_that_need_a_failed_entry_are_blocked():
     states = {
         "a": "failed",
         "b": "missing",
@@ -522,20 +522,20 @@ def test_what_needs_a_failure_is_blocked():
     assert states == before
 
 
-def test_stages_that_need_each_other_are_no_endless_loop():
+def test_entries_that_need_each_other_cause_no_endless_loop():
     needs = {"a": ["b"], "b": ["a", "c"]}
     states = {"a": "missing", "b": "missing", "c": "failed"}
     assert mark_blocked(states, needs) == {"a": "blocked", "b": "blocked", "c": "failed"}
     assert mark_blocked({**states, "c": "done"}, needs) == {**states, "c": "done"}
 
 
-def test_a_long_chain_is_blocked_to_its_end():
+def test_all_entries_of_a_long_chain_are_blocked():
     needs = {str(place): [str(place - 1)] for place in range(1, 5000)}
     states = dict.fromkeys(needs, "missing")
     assert set(mark_blocked({"0": "blocked", **states}, needs).values()) == {"blocked"}
 
 
-def test_the_states_of_a_thousand_stages_take_less_than_a_second(tmp_path):
+def test_the_states_of_a_thousand_entries_take_less_than_a_second(tmp_path):
     store = Store(tmp_path)
     result = {"channels": {f"layer{n}": 64 + n for n in range(20)}, "top1": 70.25}
     first = store.entry("search", {"seed": 0})
@@ -559,7 +559,7 @@ def test_the_states_of_a_thousand_stages_take_less_than_a_second(tmp_path):
 # Roots.
 
 
-def test_a_new_root_is_marked_and_a_marked_one_is_taken(tmp_path):
+def test_check_writes_the_format_of_a_new_root_once(tmp_path):
     store = Store(tmp_path / "new" / "runs")
     store.check()
     assert [path.name for path in store.root.iterdir()] == ["store.json"]
@@ -574,7 +574,7 @@ def test_a_new_root_is_marked_and_a_marked_one_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("content", "stated"), [('{"format": 3}', "3"), ("{}", "None"), ("[2]", "None")]
 )
-def test_a_root_of_another_version_is_one_line(tmp_path, write, content, stated):
+def test_a_root_of_another_version_raises_a_one_line_error(tmp_path, write, content, stated):
     (tmp_path / "store.json").write_text(content)
     with pytest.raises(InputError) as caught:
         Store(tmp_path).check(write=write)
@@ -586,33 +586,33 @@ def test_a_root_of_another_version_is_one_line(tmp_path, write, content, stated)
 
 
 @pytest.mark.parametrize("write", [True, False])
-def test_a_root_that_is_a_file_is_no_store(tmp_path, write):
+def test_a_store_whose_root_is_a_file_raises_an_error(tmp_path, write):
     (tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match=r"root is .*/runs, but that is a file; name a folder"):
         Store(tmp_path / "runs").check(write=write)
 
 
-def test_a_full_disk_is_found_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "write", refusing(errno.ENOSPC))
-    with pytest.raises(InputError, match="make room and run the same again"):
+def test_check_detects_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", make_failing_call(errno.ENOSPC))
+    with pytest.raises(InputError, match="make room on the disk and run the same command again"):
         Store(tmp_path).check()
     Store(tmp_path).check(write=False)
 
 
-def test_the_stages_on_the_disk_are_found_by_what_names_them(tmp_path):
+def test_entries_yields_the_entries_on_the_disk(tmp_path):
     store = Store(tmp_path)
     store.check()
-    made = [store.entry("search", {"width": 0.5}), store.entry("train", [1, 2.0, "a", None])]
-    made[0].finish({"top1": 1.0})
-    made[1].record_job("7")
+    created = [store.entry("search", {"width": 0.5}), store.entry("train", [1, 2.0, "a", None])]
+    created[0].finish({"top1": 1.0})
+    created[1].record_job("7")
     (tmp_path / "resnet18-run").mkdir()
-    store.entry("search", "killed before it was named").folder.mkdir()
-    found = list(store.entries())
-    assert [(item.kind, item.fields) for item in found] == [
-        (item.kind, item.fields) for item in made
+    store.entry("search", "killed before its fields were written").folder.mkdir()
+    stored = list(store.entries())
+    assert [(item.kind, item.fields) for item in stored] == [
+        (item.kind, item.fields) for item in created
     ]
-    assert [item.folder for item in found] == [item.folder for item in made]
-    assert [item.state() for item in found] == ["done", "stale"]
+    assert [item.folder for item in stored] == [item.folder for item in created]
+    assert [item.state() for item in stored] == ["done", "stale"]
     assert [item.kind for item in store.entries("train")] == ["train"]
 
 
@@ -628,7 +628,7 @@ def test_the_stages_on_the_disk_are_found_by_what_names_them(tmp_path):
         "[]",
     ],
 )
-def test_a_folder_named_by_something_else_is_passed_over(entry, caplog, content):
+def test_a_folder_with_the_fields_of_another_entry_is_skipped(entry, caplog, content):
     entry.finish({})
     (entry.folder / "fields.json").write_text(content)
     assert list(Store(entry.folder.parent).entries()) == []
@@ -638,7 +638,7 @@ def test_a_folder_named_by_something_else_is_passed_over(entry, caplog, content)
     assert [item.key for item in Store(entry.folder.parent).entries()] == [entry.key]
 
 
-def test_a_root_that_cannot_be_listed_is_one_line(tmp_path):
+def test_a_root_that_cannot_be_listed_raises_a_one_line_error(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match=r"cannot be read \(Not a directory\); name a folder you"):
         list(Store(tmp_path / "runs").entries())

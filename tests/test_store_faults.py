@@ -1,4 +1,4 @@
-"""The store when processes are killed, disks fill up, clocks lie and files are cut short."""
+"""The store with killed processes, full disks, wrong clocks and truncated files."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ NAMES = ["open", "write", "fsync", "rename", "replace", "unlink", "mkdir"]
 OLD, NEW = {"top1": 1.0}, {"top1": 0.1 + 0.2}
 YEARS = 20 * 365 * 86_400
 
-# Works on a entry: one step of the store's, by name.
+# Does one step of work on an entry, by name.
 STEPS = """
 import os
 from widthopt.runs.store import Store
@@ -32,7 +32,7 @@ from widthopt.files import write_atomically
 
 NEW = {"top1": 0.1 + 0.2}
 
-def perform(step, root):
+def do_step(step, root):
     store = Store(root)
     entry = store.entry("search", {"width": 0.5})
     if step == "write":
@@ -51,18 +51,18 @@ def perform(step, root):
                 entry.fail(ValueError("new"))
 """
 
-# For each line "number, how, step, root" it forks a child that dies at that system call.
+# For each line "number, how, step, root", forks a child that exits at that system call.
 KILLING = """
-def deadly(name, number, how, count):
+def exit_at_call(name, number, how, count):
     call = getattr(os, name)
-    def counted(*arguments, **options):
+    def count_calls(*arguments, **options):
         count[0] += 1
         if count[0] == number:
             if how == "halfway" and name == "write":
                 call(arguments[0], arguments[1][:len(arguments[1]) // 2])
             os._exit(9)
         return call(*arguments, **options)
-    setattr(os, name, counted)
+    setattr(os, name, count_calls)
 
 for line in sys.stdin:
     number, how, step, root = json.loads(line)
@@ -70,9 +70,9 @@ for line in sys.stdin:
     if not child:
         count = [0]
         for name in NAMES:
-            deadly(name, number, how, count)
+            exit_at_call(name, number, how, count)
         try:
-            perform(step, root)
+            do_step(step, root)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -80,14 +80,14 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-perform = {}
-exec(STEPS, perform)  # noqa: S102 (our own words, here and in the processes below)
-perform = perform["perform"]
+do_step = {}
+exec(STEPS, do_step)  # noqa: S102 (fixed code, here and in the processes below)
+do_step = do_step["do_step"]
 
 
-def python(script, *arguments):
-    """A Python process of its own that runs ``script``."""
-    return subprocess.Popen(  # noqa: S603 (our own words)
+def start_python(script, *arguments):
+    """Start a Python process that runs ``script``."""
+    return subprocess.Popen(  # noqa: S603 (fixed arguments)
         [sys.executable, "-c", script, *map(str, arguments)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
@@ -98,23 +98,26 @@ def python(script, *arguments):
 
 @pytest.fixture(scope="module")
 def kill():
-    """What performs a step in a process that dies at a system call; whether it got there."""
-    script = f"import json, os, sys, traceback\n{STEPS}\nNAMES = {NAMES}\n{KILLING}"
-    with python(script) as server:
+    """A function that does a step in a process that exits at a system call.
 
-        def ask(number, how, step, root):
+    It returns whether the process reached that call.
+    """
+    script = f"import json, os, sys, traceback\n{STEPS}\nNAMES = {NAMES}\n{KILLING}"
+    with start_python(script) as server:
+
+        def kill_step(number, how, step, root):
             server.stdin.write(json.dumps([number, how, step, str(root)]) + "\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
             assert code in (0, 9)
             return code == 9
 
-        yield ask
+        yield kill_step
         server.stdin.close()
 
 
 def prepare(root, before):
-    """A root with the file ``a`` and one entry, which has come as far as ``before`` says."""
+    """Return an entry in the state ``before``, in a new root that also has the file ``a``."""
     root.mkdir()
     (root / "a").write_text("old")
     entry = Store(root).entry("search", {"width": 0.5})
@@ -130,14 +133,15 @@ def prepare(root, before):
     return entry
 
 
-def leave_claim(entry, **message):
-    """What a claim leaves whose process is killed."""
+def leave_claim(entry, **changes):
+    """Leave the claim file of a killed process, with these changes."""
     with entry.claim():
         claim = json.loads((entry.folder / "claim.json").read_text())
-    (entry.folder / "claim.json").write_text(json.dumps({**claim, **message}) + "\n")
+    (entry.folder / "claim.json").write_text(json.dumps({**claim, **changes}) + "\n")
 
 
-def files(root):
+def read_files(root):
+    """Return the content of each file below a root."""
     return {
         str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
     }
@@ -149,12 +153,12 @@ AFTER = {"finish": "done", "finish unclaimed": "done", "fail": "failed"}
 AFTER |= {"submit": "queued", "claim": "missing"}
 
 
-# A claim that ends in good order leaves no trace, and one that is killed leaves its file.
+# A claim that ends normally leaves no file. The claim of a killed process leaves its file.
 CLAIMED = {"missing": {"stale"}, "failed": {"stale"}, "killed": {"missing"}}
 
 
-def between(step, before):
-    """The states that a entry may be in when a step was cut off."""
+def allowed_states(step, before):
+    """Return the states that an entry may have after a step was interrupted."""
     if before == "done":
         return {"done"}
     states = {STATE[before], AFTER.get(step, STATE[before])}
@@ -163,12 +167,12 @@ def between(step, before):
     return states - ({"missing"} if before == "failed" else set())
 
 
-def check_whole(entry, step, before):
-    """Nothing is believed that is not whole: the old or the new is there."""
-    # The claim names the job 8 until the process is gone; the queue has it as gone.
+def check_consistent(entry, step, before):
+    """Check that the entry has its old or its new content, and nothing else."""
+    # The job that claimed the entry has ended with its process; a submitted job is live.
     live = {"8"} if step == "submit" else set()
     state = entry.state(live)
-    assert state in between(step, before)
+    assert state in allowed_states(step, before)
     result, failure = entry.result(), entry.failure()
     old = OLD if before == "done" else None
     assert result in ([old, NEW] if step.startswith("finish") else [old])
@@ -181,9 +185,9 @@ def check_whole(entry, step, before):
 
 
 def check_repeat(entry, step, before, caplog):
-    """The same again comes to the same end as if nothing had happened."""
+    """Check that repeating the step gives the same result as without the fault."""
     root = entry.folder.parent
-    perform(step, root)
+    do_step(step, root)
     assert caplog.text == ""
     live = {"8"} if step == "submit" else set()
     if step == "write":
@@ -193,7 +197,7 @@ def check_repeat(entry, step, before, caplog):
     elif before == "done":
         assert entry.result() == (NEW if step.startswith("finish") else OLD)
     elif step == "claim" and before == "failed":
-        assert entry.state() == "stale"  # of its submission, whose job is gone
+        assert entry.state() == "stale"  # because the submitted job has ended
     elif not (step == "submit" and before == "killed"):
         assert entry.state(live) == AFTER[step]
     if step in ("claim", "finish", "fail"):
@@ -208,7 +212,7 @@ CASES += [("finish unclaimed", "missing"), ("finish unclaimed", "failed")]
 
 
 @pytest.mark.parametrize(("step", "before"), CASES)
-def test_a_process_killed_at_any_system_call_leaves_the_old_or_the_new(
+def test_a_process_killed_at_any_system_call_leaves_old_or_new_content(
     tmp_path, kill, step, before, caplog
 ):
     number = 0
@@ -219,30 +223,35 @@ def test_a_process_killed_at_any_system_call_leaves_the_old_or_the_new(
             root = tmp_path / f"{number}{how}"
             entry = prepare(root, before)
             killed = kill(number, how, step, root)
-            check_whole(entry, step, before)
+            check_consistent(entry, step, before)
             assert caplog.text == ""
             assert killed or not [*root.rglob("*.part")]
             check_repeat(entry, step, before, caplog)
     assert number > 5  # open, write, fsync, replace, open and fsync of the folder
 
 
-class Refusing:
-    """System calls that fail with a full disk: the n-th, or all that take room from it on."""
+class FailingCalls:
+    """System calls that fail as on a full disk.
+
+    Only call ``number`` fails, or from this call on all that need space.
+    """
 
     def __init__(self, patch, number, how):
-        self.number, self.how, self.count, self.refused = number, how, 0, False
+        self.number, self.how, self.count, self.failed = number, how, 0, False
         for name in NAMES:
             patch.setattr(os, name, self.call(name, getattr(os, name)))
 
     def call(self, name, call):
         def count_calls(*arguments, **options):
-            if name == "mkdir" and Path(arguments[0]).is_dir():  # says so, however full it is
+            if name == "mkdir" and Path(arguments[0]).is_dir():  # raises an error on any disk
                 return call(*arguments, **options)
             self.count += 1
-            takes = name != "unlink" and not (name == "open" and not arguments[1] & os.O_CREAT)
-            always = self.how == "from then on" and self.count >= self.number and takes
+            needs_space = name != "unlink" and not (
+                name == "open" and not arguments[1] & os.O_CREAT
+            )
+            always = self.how == "from then on" and self.count >= self.number and needs_space
             if always or (self.how == "once" and self.count == self.number):
-                self.refused = True
+                self.failed = True
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return call(*arguments, **options)
 
@@ -251,31 +260,31 @@ class Refusing:
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("how", ["once", "from then on"])
-def test_a_disk_that_fills_up_at_any_system_call_leaves_the_old_or_the_new(
+def test_a_disk_full_at_any_system_call_leaves_old_or_new_content(
     tmp_path, monkeypatch, case, how, caplog
 ):
     step, before = case
     number = 0
-    refused = True
-    while refused:
+    failed = True
+    while failed:
         number += 1
         root = tmp_path / str(number)
         entry = prepare(root, before)
         error = None
         with monkeypatch.context() as patch:
-            calls = Refusing(patch, number, how)
+            calls = FailingCalls(patch, number, how)
             try:
-                perform(step, root)
+                do_step(step, root)
             except InputError as caught:
                 error = str(caught)
-        refused = calls.refused
+        failed = calls.failed
         left = "claim.json could not be removed, which does no harm" in caplog.text
-        assert bool(error) == (refused and not left)
+        assert bool(error) == (failed and not left)
         if error:
             assert error.startswith(f"root is {root}")
-            assert "cannot be written (No space left on device); make room and run" in error
+            assert "cannot be written (No space left on device); make room on the" in error
             assert "\n" not in error
-        check_whole(entry, step, before)
+        check_consistent(entry, step, before)
         assert not [*root.rglob("*.part")]
         caplog.clear()
         check_repeat(entry, step, before, caplog)
@@ -283,22 +292,18 @@ def test_a_disk_that_fills_up_at_any_system_call_leaves_the_old_or_the_new(
 
 
 @pytest.mark.parametrize(("step", "before"), CASES)
-def test_a_disk_that_takes_one_byte_at_a_time_gets_all_of_them(
-    tmp_path, monkeypatch, step, before, caplog
-):
+def test_writes_of_one_byte_at_a_time_are_complete(tmp_path, monkeypatch, step, before, caplog):
     entry = prepare(tmp_path / "runs", before)
     with monkeypatch.context() as patch:
         write = os.write
         patch.setattr(os, "write", lambda file, data: write(file, data[:1]))
-        perform(step, tmp_path / "runs")
-    check_whole(entry, step, before)
+        do_step(step, tmp_path / "runs")
+    check_consistent(entry, step, before)
     check_repeat(entry, step, before, caplog)
 
 
 @pytest.mark.parametrize("before", ["missing", "failed", "done"])
-def test_what_has_a_name_is_on_the_disk_and_a_failure_outlives_the_claim(
-    tmp_path, monkeypatch, before
-):
+def test_files_are_synced_before_renaming_and_written_in_order(tmp_path, monkeypatch, before):
     entry = prepare(tmp_path / "runs", before)
     dirty, events = set(), []
     real = {name: getattr(os, name) for name in NAMES}
@@ -313,7 +318,7 @@ def test_what_has_a_name_is_on_the_disk_and_a_failure_outlives_the_claim(
         return real["fsync"](file)
 
     def replace(old, new):
-        assert Path(old).stat().st_ino not in dirty, "a name for what is not on the disk yet"
+        assert Path(old).stat().st_ino not in dirty, "the file is renamed before it is synced"
         events.append(("replace", Path(new).name))
         return real["replace"](old, new)
 
@@ -324,21 +329,21 @@ def test_what_has_a_name_is_on_the_disk_and_a_failure_outlives_the_claim(
     with monkeypatch.context() as patch:
         for call in (write, fsync, replace, unlink):
             patch.setattr(os, call.__name__, call)
-        perform("finish", tmp_path / "runs")
+        do_step("finish", tmp_path / "runs")
     folder = ("fsync", entry.folder.stat().st_ino)
     for place, event in enumerate(events):
         if event[0] == "replace":
-            assert events[place + 1] == folder, "the folder is synced after the name is there"
+            assert events[place + 1] == folder, "the folder is not synced after the rename"
     claimed, done = (
         events.index(("replace", "claim.json")),
         events.index(("replace", "result.json")),
     )
-    forgotten = [place for place, event in enumerate(events) if event == ("unlink", "failed.json")]
-    assert claimed < forgotten[0] < done < forgotten[-1]
+    removals = [place for place, event in enumerate(events) if event == ("unlink", "failed.json")]
+    assert claimed < removals[0] < done < removals[-1]
     assert done < events.index(("unlink", "claim.json"))
 
 
-# Processes side by side.
+# Concurrent processes.
 
 WORKING = """
 import os, random, sys, time
@@ -362,17 +367,17 @@ print("through", flush=True)
 """
 
 
-def race(root, count, spoil=lambda _workers: None):
-    """Let processes work on twenty entries at once; what they logged, by what it says."""
+def race(root, count, disturb=lambda _workers: None):
+    """Run processes that work on twenty entries, and return the lines of their log by kind."""
     root.mkdir()
-    workers = [python(WORKING, root, me) for me in range(count)]
+    workers = [start_python(WORKING, root, me) for me in range(count)]
     for worker in workers:
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    spoiled = spoil(workers)
+    killed = disturb(workers)
     for worker in workers:
-        message = worker.communicate(timeout=30)[0]
-        assert worker is spoiled or (message, worker.returncode) == ("through\n", 0)
+        output = worker.communicate(timeout=30)[0]
+        assert worker is killed or (output, worker.returncode) == ("through\n", 0)
     log = {"worked": [], "finished": []}
     for line in (root / "log").read_text().splitlines():
         what, number, who = line.split()
@@ -387,7 +392,7 @@ def race(root, count, spoil=lambda _workers: None):
 
 
 @pytest.mark.parametrize("count", [2, 6])
-def test_processes_side_by_side_do_every_work_exactly_once(tmp_path, count):
+def test_concurrent_processes_do_each_entry_once(tmp_path, count):
     log = race(tmp_path / "runs", count)
     for what in ("worked", "finished"):
         assert sorted(number for number, _ in log[what]) == list(range(20))
@@ -395,20 +400,20 @@ def test_processes_side_by_side_do_every_work_exactly_once(tmp_path, count):
 
 
 @pytest.mark.parametrize("attempt", range(6))
-def test_the_others_do_everything_when_one_process_is_killed(tmp_path, attempt):
-    def spoil(workers):
-        for _ in range(3000):  # until there is something to break off
+def test_the_other_processes_finish_when_one_is_killed(tmp_path, attempt):
+    def disturb(workers):
+        for _ in range(3000):  # until the first entry is started
             if (tmp_path / "runs" / "log").exists() and (tmp_path / "runs" / "log").stat().st_size:
                 break
             time.sleep(0.001)
-        time.sleep(random.Random(attempt).uniform(0, 0.06))  # noqa: S311 (no secret)
+        time.sleep(random.Random(attempt).uniform(0, 0.06))  # noqa: S311 (not for security)
         workers[0].send_signal(signal.SIGKILL)
         return workers[0]
 
-    log = race(tmp_path / "runs", 3, spoil)
+    log = race(tmp_path / "runs", 3, disturb)
     finished = Counter(number for number, _ in log["finished"])
     assert max(finished.values()) == 1
-    assert sum(finished.values()) >= 19  # one may have been killed before it could say so
+    assert sum(finished.values()) >= 19  # the killed process may not have logged its last entry
     begun = Counter(number for number, who in log["worked"] if who != 0)
     assert max(begun.values()) == 1
     assert sum(who == 0 for _, who in log["worked"]) - sum(
@@ -416,8 +421,8 @@ def test_the_others_do_everything_when_one_process_is_killed(tmp_path, attempt):
     ) in (0, 1)
 
 
-def killed_at_work(root):
-    """A process that was killed while it worked; its id."""
+def start_and_kill(root):
+    """Start a process, kill it while it works, and return its id."""
     script = f"{STEPS}\nimport sys, time\n" + textwrap.dedent(
         """
         with Store(sys.argv[1]).entry("search", {"width": 0.5}).claim(job="7"):
@@ -425,7 +430,7 @@ def killed_at_work(root):
             time.sleep(60)
         """
     )
-    with python(script, root) as worker:
+    with start_python(script, root) as worker:
         assert worker.stdout.readline() == "working\n"
         state = Store(root).entry("search", {"width": 0.5}).state()
         worker.kill()
@@ -433,9 +438,9 @@ def killed_at_work(root):
     return worker.pid
 
 
-def test_the_claim_of_a_killed_process_is_stale_and_free_at_once(tmp_path):
+def test_an_entry_of_a_killed_process_is_stale_and_can_be_claimed(tmp_path):
     entry = Store(tmp_path).entry("search", {"width": 0.5})
-    process = killed_at_work(tmp_path)
+    process = start_and_kill(tmp_path)
     assert json.loads((entry.folder / "claim.json").read_text())["process"] == process
     assert entry.state() == "stale"
     assert entry.state(live={"7"}) == "running"  # the queue starts the job again
@@ -464,82 +469,82 @@ def test_a_claim_from_another_host_is_stale_without_its_lock(tmp_path, locked):
 # Clocks.
 
 
-def turn(entry, seconds):
-    """Set every file of a entry, and what it says of time, off by so much."""
+def shift_times(entry, seconds):
+    """Shift the times of all files of an entry, and the times in their content."""
     for path in [*entry.folder.iterdir(), entry.folder]:
         os.utime(path, (time.time() + seconds,) * 2)
     for name, field in (("claim.json", "started"), ("failed.json", "time")):
         path = entry.folder / name
         if path.exists():
-            message = json.loads(path.read_text())
-            path.write_text(json.dumps({**message, field: message[field] + seconds}))
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps({**content, field: content[field] + seconds}))
             os.utime(path, (time.time() + seconds,) * 2)
 
 
 @pytest.mark.parametrize("seconds", [-YEARS, YEARS])
-def test_no_state_depends_on_a_clock(tmp_path, monkeypatch, seconds):
+def test_states_do_not_depend_on_the_clock(tmp_path, monkeypatch, seconds):
     now = time.time
     entries = {before: prepare(tmp_path / before, before) for before in BEFORE}
     entries["queued"] = prepare(tmp_path / "queued", "failed")
     entries["queued"].record_job("8")
     expected = {**STATE, "queued": "queued"}
     for before, entry in entries.items():
-        with_clock = entry.state({"8"})
-        assert with_clock == expected[before]
+        state = entry.state({"8"})
+        assert state == expected[before]
         if entry.folder.exists():
-            turn(entry, seconds)
-        assert entry.state({"8"}) == with_clock
+            shift_times(entry, seconds)
+        assert entry.state({"8"}) == state
         monkeypatch.setattr(time, "time", lambda: now() - seconds)
-        assert entry.state({"8"}) == with_clock
+        assert entry.state({"8"}) == state
         with entry.claim():
-            turn(entry, seconds)
+            shift_times(entry, seconds)
             assert entry.state({"8"}) == ("done" if before == "done" else "running")
             assert entry.failure() is None
         monkeypatch.setattr(time, "time", now)
 
 
-# Files cut short.
+# Truncated files.
 
-CUT = ["result.json", "claim.json", "failed.json", "submission.json", "fields.json"]
+FILES = ["result.json", "claim.json", "failed.json", "submission.json", "fields.json"]
 
 
-def full(root):
-    """A entry with every file that one can have, and their contents."""
+def make_full_entry(root):
+    """Return an entry with all of its files, and their contents."""
     entry = Store(root).entry("search", {"width": 0.5})
     entry.record_job("7")
     leave_claim(entry, job="7")
     entry.finish(NEW)
     entry.fail(ValueError("old"))
-    return entry, {name: (entry.folder / name).read_bytes() for name in CUT}
+    return entry, {name: (entry.folder / name).read_bytes() for name in FILES}
 
 
 def leave_file(entry, name, content):
-    """Leave one file of a entry, with this content."""
-    for second in CUT:
+    """Write one file of an entry, and remove all others."""
+    for second in FILES:
         (entry.folder / second).unlink(missing_ok=True)
     (entry.folder / name).write_bytes(content)
 
 
 def state_of(entry, name, live):
-    """What a entry is taken for that has one file alone."""
+    """Return the state of an entry that has only this file."""
     if name == "fields.json":
         return ["missing", "named"][len(list(Store(entry.folder.parent).entries()))]
     return entry.state(live)
 
 
-BELIEVED = {"result.json": "done", "claim.json": "running", "failed.json": "failed"}
-BELIEVED |= {"submission.json": "queued", "fields.json": "named"}
+STATE_OF_FILE = {"result.json": "done", "claim.json": "running", "failed.json": "failed"}
+STATE_OF_FILE |= {"submission.json": "queued", "fields.json": "named"}
 
 
-@pytest.mark.parametrize("name", CUT)
-def test_a_file_cut_short_anywhere_is_not_believed(tmp_path, name, caplog):
-    entry, contents = full(tmp_path)
-    whole = contents[name]
-    leave_file(entry, name, whole)
-    assert state_of(entry, name, {"7"}) == BELIEVED[name]
-    assert whole.endswith(b"}\n")
-    for length in range(len(whole) - 1):  # but for the line's end, which says nothing
-        for content in (whole[:length], whole[:length] + b"\0" * (len(whole) - length)):
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_treated_as_missing(tmp_path, name, caplog):
+    entry, contents = make_full_entry(tmp_path)
+    complete = contents[name]
+    leave_file(entry, name, complete)
+    assert state_of(entry, name, {"7"}) == STATE_OF_FILE[name]
+    assert complete.endswith(b"}\n")
+    for length in range(len(complete) - 1):  # without the final newline, which has no meaning
+        for content in (complete[:length], complete[:length] + b"\0" * (len(complete) - length)):
             caplog.clear()
             leave_file(entry, name, content)
             assert state_of(entry, name, {"7"}) == "missing"
@@ -551,53 +556,53 @@ def test_a_file_cut_short_anywhere_is_not_believed(tmp_path, name, caplog):
     assert [second.key for second in Store(tmp_path).entries()] == [entry.key]
 
 
-def test_a_mark_of_the_root_cut_short_anywhere_is_written_again(tmp_path, caplog):
+def test_a_truncated_store_file_is_written_again(tmp_path, caplog):
     store = Store(tmp_path)
     store.check()
     path = tmp_path / "store.json"
-    whole = path.read_bytes()
-    for length in range(len(whole) - 1):
+    complete = path.read_bytes()
+    for length in range(len(complete) - 1):
         caplog.clear()
-        path.write_bytes(whole[:length])
+        path.write_bytes(complete[:length])
         store.check(write=False)
         assert "store.json is incomplete; it is treated as missing" in caplog.text
-        assert path.read_bytes() == whole[:length]
+        assert path.read_bytes() == complete[:length]
         store.check()
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == complete
 
 
-def test_a_result_with_any_byte_changed_is_never_another_result(tmp_path):
+def test_a_result_with_a_changed_byte_is_never_another_result(tmp_path):
     entry = Store(tmp_path).entry("search", {"width": 0.5})
     entry.finish(NEW)
     path = entry.folder / "result.json"
-    whole = path.read_bytes()
-    seen = Counter()
-    for place in range(len(whole)):
+    complete = path.read_bytes()
+    outcomes = Counter()
+    for place in range(len(complete)):
         for byte in (b"0", b"7", b" ", b"x", b"-", b'"', b"\xff"):
-            path.write_bytes(whole[:place] + byte + whole[place + 1 :])
+            path.write_bytes(complete[:place] + byte + complete[place + 1 :])
             try:
-                found = entry.result()
+                result = entry.result()
             except InputError:
-                seen["refused"] += 1
+                outcomes["refused"] += 1
             else:
-                assert found in (None, NEW)
-                seen["kept" if found else "missing"] += 1
-    assert min(seen[name] for name in ("refused", "missing", "kept")) > 10
+                assert result in (None, NEW)
+                outcomes["unchanged" if result else "missing"] += 1
+    assert min(outcomes[name] for name in ("refused", "missing", "unchanged")) > 10
 
 
-def test_a_half_written_file_beside_is_removed_by_the_next_claim(tmp_path):
+def test_temporary_files_are_removed_by_the_next_claim(tmp_path):
     entry = Store(tmp_path).entry("search", {"width": 0.5})
     entry.record_job("7")
     for name in ("claim", "failed", "result"):
         (entry.folder / f".{name}.json.00000000.part").write_text('{"to')
-    (entry.folder / ".other.json.00000000.part").write_text("of someone else")
+    (entry.folder / ".other.json.00000000.part").write_text("of another program")
     with entry.claim():
         pass
     assert [path.name for path in entry.folder.glob(".*")] == [".other.json.00000000.part"]
     assert entry.result() is None
 
 
-def test_a_write_that_is_interrupted_leaves_nothing_beside_the_file(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
     def interrupt(_file):
         raise KeyboardInterrupt
 
@@ -606,4 +611,4 @@ def test_a_write_that_is_interrupted_leaves_nothing_beside_the_file(tmp_path, mo
         patch.setattr(os, "fsync", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_atomically(tmp_path / "a", "new")
-    assert files(tmp_path) == {"a": b"old"}
+    assert read_files(tmp_path) == {"a": b"old"}

@@ -1,4 +1,4 @@
-"""Sweeps as a person starts them: shared, resumed, killed, reported; on small networks."""
+"""Sweeps from the command line, on small networks: sharing, resuming, reports and errors."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ SWEEP = (
 )  # fmt: skip
 """Six points: six searches, six trainings."""
 
-README = Path(__file__).parents[1] / "docs" / "extending.md"
+EXTENDING = Path(__file__).parents[1] / "docs" / "extending.md"
 
 FIGURES = """# @package _global_
 figures:
@@ -52,8 +52,8 @@ hydra:
 
 
 def recipe(name):
-    """The code of a file that the README shows."""
-    code = README.read_text().partition(f"`{name}`")[2].partition("```")[2].partition("\n")[2]
+    """Return the code of a file in docs/extending.md."""
+    code = EXTENDING.read_text().partition(f"`{name}`")[2].partition("```")[2].partition("\n")[2]
     return textwrap.dedent(code.partition("```")[0])
 
 
@@ -64,9 +64,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An undisturbed sweep: its folder, and what the command said."""
-    folder = tmp_path_factory.mktemp("whole")
+def finished_sweep(tmp_path_factory):
+    """Run a sweep without interruption; its folder and the completed command."""
+    folder = tmp_path_factory.mktemp("finished_sweep")
     prepare(folder, FIGURES)
     (folder / "search_seconds.py").write_text(recipe("search_seconds.py"))
     done = widthopt(
@@ -76,58 +76,59 @@ def whole(tmp_path_factory):
     return folder, done
 
 
-def entries(folder, kind=None):
+def read_entries(folder, kind=None):
+    """Return the store entries of a sweep, of one kind if it is given."""
     return list(Store(folder / "runs" / "stages").entries(kind))
 
 
-def records(folder):
-    """All records, without their times."""
-    found = {}
-    for stage in entries(folder, "train"):
-        result = stage.result()
+def read_records(folder):
+    """Return all records by key, without their times."""
+    stored = {}
+    for entry in read_entries(folder, "train"):
+        result = entry.result()
         if result is not None:
             record = record_of(result, method="transfer", algorithm="any")
             item = dataclasses.replace(record.found, search_seconds=0.0)
-            found[stage.key] = dataclasses.replace(record, found=item, train_seconds=0.0)
-    return found
+            stored[entry.key] = dataclasses.replace(record, found=item, train_seconds=0.0)
+    return stored
 
 
 def logged_epochs(folder, kind):
-    """How often each epoch was trained, by stage."""
+    """Return the epochs in the log of each entry, by key."""
     return {
-        stage.key: re.findall(r"epoch (\d+) of", (stage.folder / "log.txt").read_text())
-        for stage in entries(folder, kind)
+        entry.key: re.findall(r"epoch (\d+) of", (entry.folder / "log.txt").read_text())
+        for entry in read_entries(folder, kind)
     }
 
 
-# ----------------------------------------------------------------------------- whole sweeps
+# ----------------------------------------------------------------------------- complete sweeps
 
 
-def test_a_sweep_does_every_run_once(whole):
-    folder, done = whole
-    assert len(entries(folder, "search")) == len(entries(folder, "train")) == 6
-    assert len(records(folder)) == 6
+def test_a_sweep_does_every_run_once(finished_sweep):
+    folder, done = finished_sweep
+    assert len(read_entries(folder, "search")) == len(read_entries(folder, "train")) == 6
+    assert len(read_records(folder)) == 6
     for kind, epochs in (("search", ["1", "2"]), ("train", ["1", "2"])):
         assert set(map(tuple, logged_epochs(folder, kind).values())) == {tuple(epochs)}
-    assert "for 6 points" not in done.stdout  # so few runs are listed one by one
+    assert "for 6 points" not in done.stdout  # a short plan lists each run
     assert done.stdout.count("search, seed 0") == 3
     assert "12 of 12 done" in done.stderr
 
 
-def test_the_same_again_starts_nothing(whole):
-    folder, _ = whole
-    before = records(folder)
+def test_the_same_command_again_starts_no_run(finished_sweep):
+    folder, _ = finished_sweep
+    before = read_records(folder)
     done = widthopt(
         "--config-dir", "conf", *SWEEP, "experiment=mine", "hydra/launcher=local", folder=folder
     )
     assert done.returncode == 0, done.stderr
     assert "done:" not in done.stderr
-    assert records(folder) == before
+    assert read_records(folder) == before
     assert set(map(tuple, logged_epochs(folder, "train").values())) == {("1", "2")}
 
 
-def test_a_sweep_ends_with_its_figures_and_a_page(whole):
-    folder, done = whole
+def test_a_sweep_draws_its_figures_and_a_page(finished_sweep):
+    folder, done = finished_sweep
     report = folder / "runs" / "report"
     for name in ("mine.png", "mine.pdf", "mine.csv", "mine.md", "index.html"):
         assert (report / name).stat().st_size > 0
@@ -144,22 +145,22 @@ def test_a_sweep_ends_with_its_figures_and_a_page(whole):
     assert "my_network.MyNetwork on digits, (1, 1, 12, 100%): training, baseline, seed 0" in page
 
 
-def test_a_third_party_adds_a_figure_by_one_file_and_one_experiment(whole):
-    """The README's recipe: the code is the one that stands there."""
+def test_a_figure_is_added_with_one_module_and_one_experiment(finished_sweep):
+    """Follow the recipe of docs/extending.md with the code that it shows."""
     place, _, _ = FIGURES.partition("\n")[2].partition("  - _target_: w")
-    assert f"```yaml\n{place}```" in README.read_text()
-    folder, _ = whole
+    assert f"```yaml\n{place}```" in EXTENDING.read_text()
+    folder, _ = finished_sweep
     report = folder / "runs" / "report"
     assert (report / "search_seconds.png").stat().st_size > 0
     head, *rows = (report / "search_seconds.csv").read_text().splitlines()
     assert head == "search s,top-1 %"
-    found = [stage.result() for stage in entries(folder, "train")]
+    results = [entry.result() for entry in read_entries(folder, "train")]
     shown = sorted(row.partition(",")[2] for row in rows)
-    assert shown == sorted(f"{item['top1']:.1f}" for item in found)
+    assert shown == sorted(f"{item['top1']:.1f}" for item in results)
 
 
-def test_a_third_party_adds_a_projection_by_one_file_and_one_conf_file(folder):
-    """The README's recipe: the code is the one that stands there."""
+def test_a_projection_is_added_with_one_module_and_one_conf_file(folder):
+    """Follow the recipe of docs/extending.md with the code that it shows."""
     for name in ("half_everything.py", "conf/projection/half_everything.yaml"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +176,8 @@ def test_a_third_party_adds_a_projection_by_one_file_and_one_conf_file(folder):
     assert sum("(0.25, 1, 12, 25%): morphnet search" in what for what in whats) == 1
 
 
-def test_the_same_records_give_the_same_files(whole):
-    folder, _ = whole
+def test_a_report_of_the_same_records_gives_the_same_files(finished_sweep):
+    folder, _ = finished_sweep
     report = folder / "runs" / "report"
     before = {path.name: path.read_bytes() for path in report.iterdir() if path.is_file()}
     done = widthopt("report", folder=folder)
@@ -185,8 +186,8 @@ def test_the_same_records_give_the_same_files(whole):
 
 
 @pytest.mark.slow
-def test_a_figure_is_drawn_alone_by_its_name(whole):
-    folder, _ = whole
+def test_report_draws_one_figure_by_its_name(finished_sweep):
+    folder, _ = finished_sweep
     report = folder / "runs" / "report"
     (report / "mine.png").write_bytes(b"old")
     numbers = (report / "search_seconds.csv").read_bytes()
@@ -200,7 +201,7 @@ def test_a_figure_is_drawn_alone_by_its_name(whole):
     assert done.stdout.splitlines()[0].startswith("search_seconds: ")
     assert "runs/report/search_seconds.png" in done.stdout
     assert "index.html" not in done.stdout
-    # A figure's whole name is the figure, though the sweep's name begins so.
+    # The full name of a figure selects the figure, even if a sweep's name starts with it.
     done = widthopt("report", "mine", folder=folder)
     assert (report / "mine.png").read_bytes().startswith(b"\x89PNG")
     assert "index.html" not in done.stdout
@@ -215,8 +216,8 @@ def test_a_figure_is_drawn_alone_by_its_name(whole):
     )
 
 
-def test_the_status_is_that_of_the_files(whole):
-    folder, _ = whole
+def test_status_shows_the_states_of_the_runs(finished_sweep):
+    folder, _ = finished_sweep
     done = widthopt("status", "--json", folder=folder)
     assert done.returncode == 0, done.stderr
     (table,) = json.loads(done.stdout)
@@ -230,7 +231,7 @@ def test_the_status_is_that_of_the_files(whole):
 
 
 @pytest.mark.slow
-def test_what_a_sweep_varies_names_its_rows_and_is_never_averaged_over(folder):
+def test_swept_values_name_the_rows_and_are_not_averaged(folder):
     varied = ("algorithm.strength=4,5", "recipe.epochs=1,2", "seeds=[0],[1]")
     words = [word for word in TINY if not word.startswith("algorithm.strength")]
     done = widthopt("-m", *words, *varied, "methods=[uniform,transfer]", folder=folder)
@@ -241,29 +242,29 @@ def test_what_a_sweep_varies_names_its_rows_and_is_never_averaged_over(folder):
         for title in ("epochs 1", "epochs 2"):
             table = shown.partition(f"{title}\n")[2].partition("runs/report/")[0]
             lines = [re.sub(" {2,}", "|", line.strip()) for line in table.splitlines()]
-            found = [line.split("|") for line in lines if re.match(r"-\||morphnet.*\|", line)]
-            assert sorted((item[0], item[1]) for item in found[:3]) == [
+            rows = [line.split("|") for line in lines if re.match(r"-\||morphnet.*\|", line)]
+            assert sorted((item[0], item[1]) for item in rows[:3]) == [
                 ("-", "uniform"), ("morphnet strength 4", "transfer"),
                 ("morphnet strength 5", "transfer"),
             ]  # fmt: skip
-            assert all("±" in item[-2] for item in found[:3])
-            assert [item[-1] for item in found[3:]] == ["2 of 2"] * 2
+            assert all("±" in item[-2] for item in rows[:3])
+            assert [item[-1] for item in rows[3:]] == ["2 of 2"] * 2
     folders = sorted(path.parent.name for path in folder.glob("runs/report/*/accuracy.png"))
     assert [name[-9:] for name in folders] == ["-epochs-1", "-epochs-2"]
 
 
-def test_runs_of_a_sweep_have_folders_like_any_run(whole):
-    folder, _ = whole
-    found = [path.parent for path in (folder / "runs").glob("*/record.json")]
-    assert len(found) == 3  # one for each width, with both seeds
-    for run in found:
+def test_runs_of_a_sweep_have_folders_like_single_runs(finished_sweep):
+    folder, _ = finished_sweep
+    runs = [path.parent for path in (folder / "runs").glob("*/record.json")]
+    assert len(runs) == 3  # one for each width, with both seeds
+    for run in runs:
         assert len(list((run / "channels").iterdir())) == 2
         assert len(json.loads((run / "record.json").read_text())["records"]) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["inprocess", "local"])
-def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, launcher):
+def test_other_runs_continue_after_a_failure_and_the_exit_code_is_1(folder, launcher):
     words = (
         *SWEEP[:-4], "projection.width=0.5", "seeds=[0]", "methods=[transfer],[uniform]",
         "recipe.search_epochs=1,2", "recipe.learning_rate=0.1,1e9", f"hydra/launcher={launcher}",
@@ -271,7 +272,7 @@ def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, laun
     words = tuple(word for word in words if word != "projection.width=0.5,0.75,1")
     done = widthopt(*words, folder=folder)
     assert done.returncode == 1
-    # Of rate 1e9: two searches fail and block their trainings, and the baseline's.
+    # At rate 1e9 two searches fail, which blocks their trainings, and the baseline fails.
     assert done.stderr.splitlines()[-1] == (
         "widthopt: 5 of 10 runs are done, 3 failed and 2 wait for those; the same command tries "
         "them again"
@@ -288,16 +289,16 @@ def test_a_failing_run_stops_nothing_else_and_the_exit_code_says_so(folder, laun
     assert "0 of 5 runs are done, 3 failed" in again.stderr
     if launcher == "local":  # which runs each task from its spec
         failed = next(run["name"] for run in table["runs"] if run["state"] == "failed")
-        by_hand = widthopt("run", failed, folder=folder)
-        assert by_hand.returncode == 1
-        assert "lower recipe.learning_rate" in by_hand.stderr.splitlines()[-1]
+        single = widthopt("run", failed, folder=folder)
+        assert single.returncode == 1
+        assert "lower recipe.learning_rate" in single.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------- interruptions
 
 
-def start(folder, *words):
-    return subprocess.Popen(  # noqa: S603 (our own words)
+def start_sweep(folder, *words):
+    return subprocess.Popen(  # noqa: S603 (fixed arguments)
         command(*words), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -310,35 +311,35 @@ def wait_for(condition, seconds=90):
         time.sleep(0.05)
 
 
-def results(folder):
+def count_results(folder):
     return len(list((folder / "runs" / "stages").glob("*/result.json")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("done_before", [1, 7])
-def test_a_sweep_that_is_killed_goes_on_to_the_very_same_records(whole, folder, done_before):
+def test_a_killed_sweep_resumes_to_the_same_records(finished_sweep, folder, done_before):
     words = (*SWEEP, "hydra/launcher=local")
-    process = start(folder, *words)
-    wait_for(lambda: results(folder) >= done_before)
+    process = start_sweep(folder, *words)
+    wait_for(lambda: count_results(folder) >= done_before)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    for path in (folder / "runs" / "stages").glob("*/claim.json"):  # and those who still work
+    for path in (folder / "runs" / "stages").glob("*/claim.json"):  # and workers that still run
         try:
             os.kill(json.loads(path.read_text())["process"], signal.SIGKILL)
         except (OSError, ValueError):
             continue
-    assert results(folder) < 12
+    assert count_results(folder) < 12
     done = widthopt(*words, folder=folder)
     assert done.returncode == 0, done.stderr
-    assert records(folder) == records(whole[0])
+    assert read_records(folder) == read_records(finished_sweep[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["inprocess", "local"])
-def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder, launcher):
+def test_a_sweep_ended_by_ctrl_c_resumes_to_the_same_records(finished_sweep, folder, launcher):
     words = (*SWEEP, f"hydra/launcher={launcher}")
-    process = start(folder, *words)
-    wait_for(lambda: results(folder) >= 2)
+    process = start_sweep(folder, *words)
+    wait_for(lambda: count_results(folder) >= 2)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -347,17 +348,17 @@ def test_ctrl_c_ends_a_sweep_that_goes_on_to_the_very_same_records(whole, folder
     assert not list((folder / "runs" / "stages").glob("*/claim.json"))
     done = widthopt(*words, folder=folder)
     assert done.returncode == 0, done.stderr
-    assert records(folder) == records(whole[0])
+    assert read_records(folder) == read_records(finished_sweep[0])
 
 
 @pytest.mark.slow
-def test_two_sweeps_at_once_do_nothing_twice(whole, folder):
+def test_two_concurrent_sweeps_do_every_run_once(finished_sweep, folder):
     words = (*SWEEP, "hydra/launcher=local")
-    both = [start(folder, *words) for _ in range(2)]
+    both = [start_sweep(folder, *words) for _ in range(2)]
     for process in both:
         _, message = process.communicate(timeout=200)
         assert process.returncode == 0, message
-    assert records(folder) == records(whole[0])
+    assert read_records(folder) == read_records(finished_sweep[0])
     for kind in ("search", "train"):
         assert set(map(tuple, logged_epochs(folder, kind).values())) == {("1", "2")}
 
@@ -365,7 +366,7 @@ def test_two_sweeps_at_once_do_nothing_twice(whole, folder):
 # --------------------------------------------------------------------------------- mistakes
 
 
-def test_a_sweep_of_many_gpu_hours_wants_to_be_meant(folder):
+def test_a_sweep_of_many_gpu_hours_needs_a_confirmation(folder):
     words = (*SWEEP, "recipe.epochs=2000000000")
     line = one_line(widthopt(*words, folder=folder), 2)
     assert re.match(
@@ -392,7 +393,7 @@ def test_a_sweep_of_many_gpu_hours_wants_to_be_meant(folder):
         ),
     ],
 )
-def test_a_mistake_in_a_sweep_is_one_line_and_starts_nothing(folder, words, message):
+def test_an_invalid_sweep_prints_one_line_and_starts_nothing(folder, words, message):
     base = [word for word in SWEEP if not word.startswith(("projection", "seeds"))]
     line = one_line(widthopt(*base, *words, folder=folder), 2)
     assert message in line
@@ -418,8 +419,8 @@ def test_a_root_that_cannot_be_written_is_refused(folder):
 
 
 @pytest.mark.slow
-def test_a_record_that_was_edited_by_hand_is_refused(whole, folder):
-    (folder / "runs").symlink_to(whole[0] / "runs")
+def test_an_edited_result_is_refused(finished_sweep, folder):
+    (folder / "runs").symlink_to(finished_sweep[0] / "runs")
     path = next((folder / "runs" / "stages").glob("train-*/result.json"))
     before = path.read_text()
     try:
@@ -431,9 +432,9 @@ def test_a_record_that_was_edited_by_hand_is_refused(whole, folder):
         path.write_text(before)
 
 
-def test_a_run_that_cannot_even_begin_says_why(folder):
-    """Its network is gone by then: no process of its own gets as far as a claim."""
-    process = start(folder, *SWEEP, "hydra/launcher=local")
+def test_a_run_that_fails_before_its_claim_reports_the_reason(folder):
+    """The module of its network is removed, so its process fails before it claims the entry."""
+    process = start_sweep(folder, *SWEEP, "hydra/launcher=local")
     wait_for((folder / "runs" / "sweeps").exists)
     (folder / "my_network.py").rename(folder / "another.py")
     _, message = process.communicate(timeout=120)
@@ -442,9 +443,9 @@ def test_a_run_that_cannot_even_begin_says_why(folder):
 
 
 @pytest.fixture(scope="module")
-def by_hand(tmp_path_factory):
-    """A sweep of one point that was started in the folder ``there``, with relative paths."""
-    there = tmp_path_factory.mktemp("by_hand") / "there"
+def small_sweep(tmp_path_factory):
+    """Run a sweep of one point with relative paths in the folder ``there``, and return it."""
+    there = tmp_path_factory.mktemp("small_sweep") / "there"
     for number in range(8):
         for split in ("train", "val"):
             path = there / "images" / split / f"class{number % 2}" / f"{number}.png"
@@ -460,21 +461,21 @@ def by_hand(tmp_path_factory):
 
 
 def remove_results(root):
-    """The names of the runs below a root, searches first, whose results are removed."""
-    found = list(Store(root / "stages").entries())
-    for stage in found:
-        (stage.folder / "result.json").unlink(missing_ok=True)
-    return [stage.folder.name for stage in found]
+    """Remove all results below a root, and return the names of the runs, searches first."""
+    entries = list(Store(root / "stages").entries())
+    for entry in entries:
+        (entry.folder / "result.json").unlink(missing_ok=True)
+    return [entry.folder.name for entry in entries]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("run", "search", "train"), ("retry", "sweep")])
 @pytest.mark.parametrize("moved", [False, True])
-def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, words, moved):
-    """Other paths mean what they meant where the sweep was given; the root may have moved."""
+def test_run_and_retry_work_from_any_folder(small_sweep, tmp_path, words, moved):
+    """Relative paths start from the folder of the sweep; the root may have moved."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    root = by_hand / "runs"
+    root = small_sweep / "runs"
     if moved:
         root = Path(shutil.copytree(root, tmp_path / "moved"))
     names = remove_results(root)
@@ -496,8 +497,10 @@ def test_runs_are_done_again_where_they_lie_from_any_folder(by_hand, tmp_path, w
         ("status other", "no sweep 'other' in {root}; available: {sweep}"),
     ],
 )
-def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, message):
-    root = Path(shutil.copytree(by_hand / "runs", tmp_path / "of mine"))
+def test_a_message_about_a_missing_item_names_a_command_to_type(
+    small_sweep, tmp_path, words, message
+):
+    root = Path(shutil.copytree(small_sweep / "runs", tmp_path / "of mine"))
     _, train = remove_results(root)
     (sweep,) = (path.stem for path in root.glob("sweeps/*.json"))
     done = widthopt(*shlex.split(words), "--root", str(root), folder=tmp_path)
@@ -514,9 +517,9 @@ def test_what_is_not_there_is_said_with_what_to_type(by_hand, tmp_path, words, m
 
 
 @pytest.fixture
-def unanswered(by_hand, tmp_path):
-    """Two runs with jobs, of which one began, and no controller; asked by a command."""
-    root = Path(shutil.copytree(by_hand / "runs", tmp_path / "runs"))
+def failing_queue(small_sweep, tmp_path):
+    """Two runs with jobs, one of them claimed, and SLURM commands that fail."""
+    root = Path(shutil.copytree(small_sweep / "runs", tmp_path / "runs"))
     (root / "jobs").mkdir()
     for number, name in enumerate(remove_results(root)):
         (root / "stages" / name / "submission.json").write_text(f'{{"job": "7_{number}"}}')
@@ -525,24 +528,24 @@ def unanswered(by_hand, tmp_path):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(
-            f"#!/bin/sh\necho {name} >> {tmp_path}/asked\necho no controller >&2; exit 1"
+            f"#!/bin/sh\necho {name} >> {tmp_path}/calls\necho no controller >&2; exit 1"
         )
         path.chmod(0o755)
 
-    def request(*words):
+    def run_command(*words):
         return subprocess.run(  # noqa: S603
             command(*words), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100,
             env={**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
         )  # fmt: skip
 
-    return request, tmp_path / "asked"
+    return run_command, tmp_path / "calls"
 
 
-def test_a_queue_that_does_not_answer_is_asked_once_and_ends_no_run(unanswered):
-    request, questions = unanswered
-    done = request("status", "--json")
+def test_a_queue_that_does_not_answer_is_queried_once_and_ends_no_run(failing_queue):
+    run_command, calls = failing_queue
+    done = run_command("status", "--json")
     assert done.returncode == 0, done.stderr
-    assert questions.read_text().split() == ["squeue"]
+    assert calls.read_text().split() == ["squeue"]
     assert "no controller" in done.stderr
     (table,) = json.loads(done.stdout)
     assert [(row["state"], row["queue"]) for row in table["runs"]] == [
@@ -551,16 +554,16 @@ def test_a_queue_that_does_not_answer_is_asked_once_and_ends_no_run(unanswered):
     ]
 
 
-def test_where_the_queue_does_not_answer_nothing_is_cancelled_and_that_is_said(unanswered):
-    request, _ = unanswered
-    line = one_line(request("cancel", "sweep"), 2)
+def test_cancel_fails_if_the_queue_does_not_answer(failing_queue):
+    run_command, _ = failing_queue
+    line = one_line(run_command("cancel", "sweep"), 2)
     assert line.startswith("squeue is refused by SLURM (no controller), but it must succeed;")
 
 
 @pytest.mark.parametrize(
     ("last", "reason"),
     [
-        ("widthopt: this job was put back 3 times", "this job was put back 3 times"),
+        ("widthopt: this job was requeued 3 times", "this job was requeued 3 times"),
         (
             "torch.OutOfMemoryError: CUDA out of memory",
             "torch.OutOfMemoryError: CUDA out of memory",
@@ -569,26 +572,26 @@ def test_where_the_queue_does_not_answer_nothing_is_cancelled_and_that_is_said(u
         ("submitit WARNING (2026-01-02 03:04:05,678) - Bypassing signal SIGTERM", ""),
     ],
 )
-def test_only_a_reason_is_told_as_one(tmp_path, last, reason):
-    stage = Store(tmp_path).entry("search", {})
-    stage.folder.mkdir()
-    (stage.folder / "log.txt").write_text(f"2026-01-02 03:04:05, job 7\n{last}\n")
-    assert failure_reason(stage) == reason
+def test_failure_reason_ignores_log_lines_without_a_reason(tmp_path, last, reason):
+    entry = Store(tmp_path).entry("search", {})
+    entry.folder.mkdir()
+    (entry.folder / "log.txt").write_text(f"2026-01-02 03:04:05, job 7\n{last}\n")
+    assert failure_reason(entry) == reason
 
 
 @pytest.mark.parametrize(
     ("left", "reason"), [({}, "unknown"), ({"type": "MemoryError", "message": " "}, "MemoryError")]
 )
-def test_a_failure_that_says_little_is_told_nevertheless(tmp_path, left, reason):
-    stage = Store(tmp_path).entry("search", {})
-    stage.folder.mkdir()
-    (stage.folder / "failed.json").write_text(json.dumps(left))
-    assert failure_reason(stage) == reason
+def test_failure_reason_without_a_message_is_the_type_of_the_error(tmp_path, left, reason):
+    entry = Store(tmp_path).entry("search", {})
+    entry.folder.mkdir()
+    (entry.folder / "failed.json").write_text(json.dumps(left))
+    assert failure_reason(entry) == reason
 
 
-def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):
-    """The worker looks again."""
-    root = whole[0] / "runs"
+def test_a_training_without_the_result_of_its_search_is_refused(finished_sweep, tmp_path):
+    """The worker checks the search again."""
+    root = finished_sweep[0] / "runs"
     (manifest,) = load_manifests(root)
     name = next(name for name, run in manifest.own.items() if run["kind"] == "train")
     spec = json.loads((root / "stages" / name / "spec.json").read_text())
@@ -604,10 +607,10 @@ def test_a_training_whose_search_is_gone_is_refused(whole, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["search", "train"])
-def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
-    """It would be another run, and this one never done."""
-    shutil.copytree(whole[0] / "runs", folder / "runs")
-    name = entries(folder, kind)[0].folder.name
+def test_an_edited_spec_is_refused(finished_sweep, folder, kind):
+    """It describes another run, so the run of its folder would never be done."""
+    shutil.copytree(finished_sweep[0] / "runs", folder / "runs")
+    name = read_entries(folder, kind)[0].folder.name
     path = folder / "runs" / "stages" / name / "spec.json"
     spec = json.loads(path.read_text())
     spec["config"]["recipe"]["search_epochs" if kind == "search" else "epochs"] = 1
@@ -618,13 +621,13 @@ def test_a_frozen_run_that_was_edited_is_refused(whole, folder, kind):
         "but it must belong to its folder; start the same sweep again",
         line,
     )
-    assert {entry.folder.name for entry in entries(folder)} == {
-        entry.folder.name for entry in entries(whole[0])
+    assert {entry.folder.name for entry in read_entries(folder)} == {
+        entry.folder.name for entry in read_entries(finished_sweep[0])
     }
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"kind": "search"}'])
-def test_what_is_no_frozen_run_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_spec_is_refused(tmp_path, text):
     path = tmp_path / "spec.json"
     path.write_text(text)
     with pytest.raises(InputError, match="is not the spec of a run"):

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes, without W&B; `test_wandb.py` has W&B's real client."""
+"""Tracking without W&B; `test_wandb.py` has the tests with W&B's real client."""
 
 import json
 import resource
@@ -50,12 +50,12 @@ NOT_REPEATED = ("time", "perf/images_per_second")
 
 
 def rows(folder):
-    """The complete rows of a run."""
+    """Return the complete rows of a run."""
     return [row for row, _ in TrackingFiles(folder).rows()]
 
 
 def rows_without_clock(folder):
-    """The rows of a run, without what depends on the clock."""
+    """Return the rows of a run, without values that depend on the clock."""
     return [
         {name: value for name, value in row.items() if name not in NOT_REPEATED}
         for row in rows(folder)
@@ -71,31 +71,31 @@ def run_training(folder, data, log):
     return model
 
 
-def found_by(name, folder, log, interrupt=None):
-    """What a search of a small network finds."""
+def search(name, folder, log, interrupt=None):
+    """Return the result of a search of a small network."""
     algorithm = compose([f"algorithm={name}"]).algorithm
     if name == "dmcp":
         algorithm = replace(algorithm, grid="even")
-    where = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
+    setting = Setting(SmallNetwork(), 4, 1.0, 1, 8, 1.0)
     return algorithm.search(
-        where,
+        setting,
         Split(Synthetic(interrupt=interrupt), Synthetic(), 4),
-        budget_macs=Blueprint(where).graph.macs(),
+        budget_macs=Blueprint(setting).graph.macs(),
         context=SearchContext(RECIPE, RUNTIME, 0, folder, log),
     )
 
 
 def run_search(name, folder, interrupt=None, tracking=TRACKING):
-    """The same, tracked: its rows are in the folder."""
+    """Return the result of a tracked search, whose rows are in the folder."""
     about = replace(ABOUT, kind="search")
     with open_tracker(tracking, about, folder, interruptions=(Interrupted,)) as log:
-        return found_by(name, folder, log, interrupt)
+        return search(name, folder, log, interrupt)
 
 
-# What is written.
+# Rows.
 
 
-def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
+def test_a_training_writes_rows_at_epoch_ends_and_between_them(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     run_training(tmp_path, Synthetic(), log)
     result = rows(tmp_path)
@@ -106,8 +106,8 @@ def test_a_training_ends_each_epoch_with_a_row_and_has_others_between(tmp_path):
     assert all(row["perf/images_per_second"] > 0 for row in result)
 
 
-def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch):
-    """Every batch of 16 images takes two seconds, and in the last epoch one."""
+def test_images_per_second_are_those_since_the_previous_row(tmp_path, monkeypatch):
+    """A batch of 16 images takes two seconds, and in the last epoch one second."""
     clock = [0.0]
 
     class Slow(Synthetic):
@@ -122,8 +122,8 @@ def test_images_per_second_are_those_since_the_row_before(tmp_path, monkeypatch)
     assert rates == [8.0] * 6 + [16.0] * 2
 
 
-def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
-    """The first step is taken at a rate of zero, so its gradient is that of the fresh network."""
+def test_loss_and_gradient_norm_of_a_row_are_those_of_its_step(tmp_path):
+    """The first step has learning rate 0, so its gradient is that of the initial network."""
     log = Tracker(replace(TRACKING, log_every_steps=1), ABOUT, tmp_path)
     run_training(tmp_path, Synthetic(), log)
     first = rows(tmp_path)[0]
@@ -138,15 +138,15 @@ def test_the_loss_and_the_gradient_in_a_row_are_those_of_its_step(tmp_path):
     assert first["train/learning_rate"] == 0
 
 
-def test_a_training_is_the_same_to_the_bit_whether_it_is_tracked_or_not(tmp_path):
+def test_tracking_does_not_change_a_bit_of_a_training(tmp_path):
     plain = run_training(tmp_path / "plain", Synthetic(), None)
     logged = run_training(tmp_path / "logged", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path))
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, logged.state_dict()[name]), name
 
 
-def test_accuracies_in_an_epochs_row_are_those_of_its_own_images(tmp_path, monkeypatch):
-    """At this learning rate the network stands still, so they can be found one by one."""
+def test_accuracies_of_an_epoch_are_those_of_its_training_images(tmp_path, monkeypatch):
+    """At this learning rate the network does not change, so they can be computed afterwards."""
     monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, learning_rate=1e-30))
     torch.manual_seed(2)
     model = Small(10)
@@ -155,17 +155,17 @@ def test_accuracies_in_an_epochs_row_are_those_of_its_own_images(tmp_path, monke
         model, Synthetic(), recipe=RECIPE, epochs=4, seed=0, runtime=RUNTIME, folder=tmp_path,
         log=log,
     )  # fmt: skip
-    last, places = rows(tmp_path)[-1], []
+    last, ranks = rows(tmp_path)[-1], []
     for images, labels in Synthetic().epoch(3):
         for scores, label in zip(model(images).tolist(), labels.tolist(), strict=True):
-            places.append(sum(entry > scores[label] for entry in scores))
-    assert last["train/top1"] == 100 * sum(place < 1 for place in places) / 64
-    assert last["train/top5"] == 100 * sum(place < 5 for place in places) / 64
+            ranks.append(sum(score > scores[label] for score in scores))
+    assert last["train/top1"] == 100 * sum(rank < 1 for rank in ranks) / 64
+    assert last["train/top5"] == 100 * sum(rank < 5 for rank in ranks) / 64
     assert 0 < last["train/top1"] < last["train/top5"] < 100
 
 
-def test_the_accelerators_memory_is_the_peak_since_the_training_began(tmp_path, monkeypatch):
-    """A processor stands in for an accelerator; `test_gpu.py` has a real one."""
+def test_gpu_memory_is_the_peak_since_the_training_began(tmp_path, monkeypatch):
+    """This test simulates CUDA; `test_gpu.py` uses a GPU."""
     logged_rows = []
     monkeypatch.setattr(
         torch.cuda, "reset_peak_memory_stats", lambda _: logged_rows.append("begin")
@@ -182,9 +182,9 @@ def test_the_accelerators_memory_is_the_peak_since_the_training_began(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
-def test_a_tracked_search_finds_the_same_widths_as_one_that_is_not(name, tmp_path):
+def test_tracking_does_not_change_the_widths_of_a_search(name, tmp_path):
     result = run_search(name, tmp_path / "tracked")
-    plain = found_by(name, tmp_path / "plain", None)
+    plain = search(name, tmp_path / "plain", None)
     assert plain.multipliers == result.multipliers
     assert plain.overhead_macs == result.overhead_macs
 
@@ -209,8 +209,8 @@ def test_a_search_logs_its_diagnostics(name, expected, tmp_path):
     assert expected <= names
 
 
-def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, monkeypatch):
-    """Two micro-batches: what is logged is the mean of what each of them lost."""
+def test_the_loss_of_the_narrowest_subnet_is_the_mean_over_the_step(tmp_path, monkeypatch):
+    """The step has two micro-batches; the logged loss is the mean of theirs."""
     seen = []
 
     class Watching(Sandwich):
@@ -221,7 +221,7 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
     monkeypatch.setattr("widthopt.algorithms.autoslim.Sandwich", Watching)
     monkeypatch.setitem(globals(), "RECIPE", replace(RECIPE, accumulation=2))
     run_search("autoslim", tmp_path, tracking=replace(TRACKING, log_every_steps=1))
-    # In each micro-batch the widest, the narrowest and two random ones.
+    # Each micro-batch has the losses of the widest, the narrowest and two random subnets.
     narrowest = [(entry + second) / 2 for entry, second in zip(seen[1::8], seen[5::8], strict=True)]
     logged = [
         row["search/loss_narrowest"] for row in rows_without_clock(tmp_path) if row["step"] <= 16
@@ -233,44 +233,48 @@ def test_the_narrowest_subnets_loss_is_the_mean_over_the_steps_images(tmp_path, 
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 15])
-def test_a_training_that_was_interrupted_leaves_the_rows_of_one_that_was_not(step, tmp_path):
-    run_training(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
-    folder = tmp_path / "parts"
+def test_an_interrupted_training_has_the_same_rows(step, tmp_path):
+    run_training(
+        tmp_path / "reference", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "reference")
+    )
+    folder = tmp_path / "resumed"
     with pytest.raises(Interrupted):
         run_training(folder, Synthetic(interrupt=step), Tracker(TRACKING, ABOUT, folder))
     run_training(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
-    assert rows_without_clock(folder) == rows_without_clock(tmp_path / "whole")
+    assert rows_without_clock(folder) == rows_without_clock(tmp_path / "reference")
 
 
 @pytest.mark.parametrize("name", ["morphnet", "dmcp", "autoslim"])
-def test_a_search_that_was_interrupted_leaves_the_rows_of_one_that_was_not(name, tmp_path):
-    run_search(name, tmp_path / "whole")
+def test_an_interrupted_search_has_the_same_rows(name, tmp_path):
+    run_search(name, tmp_path / "reference")
     with pytest.raises(Interrupted):
-        run_search(name, tmp_path / "parts", interrupt=10)
-    run_search(name, tmp_path / "parts")
-    assert rows_without_clock(tmp_path / "parts") == rows_without_clock(tmp_path / "whole")
+        run_search(name, tmp_path / "resumed", interrupt=10)
+    run_search(name, tmp_path / "resumed")
+    assert rows_without_clock(tmp_path / "resumed") == rows_without_clock(tmp_path / "reference")
 
 
-def test_rows_behind_the_checkpoint_of_a_process_that_was_killed_are_written_once(tmp_path):
+def test_rows_after_the_last_checkpoint_of_a_killed_process_are_written_once(tmp_path):
     class Killed(Exception):  # noqa: N818
         pass
 
-    class Deadly(Tracker):
+    class KillingTracker(Tracker):
         def row(self, step, values):
             super().row(step, values)
             if step == 15:  # the checkpoint is of step 12
                 raise Killed
 
-    run_training(tmp_path / "whole", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "whole"))
-    folder = tmp_path / "parts"
+    run_training(
+        tmp_path / "reference", Synthetic(), Tracker(TRACKING, ABOUT, tmp_path / "reference")
+    )
+    folder = tmp_path / "resumed"
     with pytest.raises(Killed):
-        run_training(folder, Synthetic(), Deadly(TRACKING, ABOUT, folder))
+        run_training(folder, Synthetic(), KillingTracker(TRACKING, ABOUT, folder))
     assert rows_without_clock(folder)[-1]["step"] == 15
     run_training(folder, Synthetic(), Tracker(TRACKING, ABOUT, folder))
-    assert rows_without_clock(folder) == rows_without_clock(tmp_path / "whole")
+    assert rows_without_clock(folder) == rows_without_clock(tmp_path / "reference")
 
 
-def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
+def test_rows_are_flushed_before_their_checkpoint(tmp_path):
     """When a checkpoint is written, the file ends with the row of its step."""
     seen = []
 
@@ -284,7 +288,7 @@ def test_rows_last_before_the_checkpoint_that_says_so(tmp_path):
     assert seen == [(4, False), (8, False), (12, False), (16, False)]
 
 
-def test_a_run_that_ended_before_its_training_began_keeps_its_rows(tmp_path):
+def test_a_run_that_fails_before_its_training_begins_keeps_its_rows(tmp_path):
     with pytest.raises(Interrupted):
         run_training(tmp_path, Synthetic(interrupt=10), Tracker(TRACKING, ABOUT, tmp_path))
     before = rows(tmp_path)
@@ -293,8 +297,8 @@ def test_a_run_that_ended_before_its_training_began_keeps_its_rows(tmp_path):
     assert rows(tmp_path) == before != []
 
 
-def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
-    """A job may be taken away while it waits."""
+def test_a_result_is_stored_before_the_wait_for_w_and_b(tmp_path, monkeypatch):
+    """The job may be preempted during the wait."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "network_of_results.py").write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path)
@@ -313,15 +317,15 @@ def test_a_result_is_kept_before_w_and_b_is_waited_for(tmp_path, monkeypatch):
     assert seen == [["search"], ["search", "train-"]]
 
 
-def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch, caplog):
-    """An algorithm of one's own may call something ``moves`` that is none of slimming's."""
+def test_a_search_whose_details_cannot_be_logged_keeps_its_result(tmp_path, monkeypatch, caplog):
+    """A custom algorithm may have ``moves`` in another format than those of AutoSlim."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "network_of_moves.py").write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path)
     words = [entry for entry in TINY if not entry.startswith("network.factory")]
     composed = compose([*words, "network.factory=network_of_moves.MyNetwork", "methods=[transfer]"])
 
-    class Own(type(composed.algorithm)):
+    class Custom(type(composed.algorithm)):
         def search(self, *args, **options):
             result = super().search(*args, **options)
             return replace(result, details={"moves": ["a knight's"]})
@@ -329,7 +333,7 @@ def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch,
     values = {
         entry.name: getattr(composed.algorithm, entry.name) for entry in fields(composed.algorithm)
     }
-    (record,) = run_request(SizedRequest(replace(composed, algorithm=Own(**values))))
+    (record,) = run_request(SizedRequest(replace(composed, algorithm=Custom(**values))))
     assert record.top1 > 0
     assert [entry for entry in caplog.records if "cannot be written" in entry.message]
 
@@ -337,7 +341,7 @@ def test_what_cannot_be_shown_of_a_search_loses_no_result(tmp_path, monkeypatch,
 # The file.
 
 
-def test_a_line_that_was_cut_short_is_no_row(tmp_path):
+def test_an_incomplete_line_is_not_a_row(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
     assert rows(tmp_path) == [{"step": 1, "a": 1}]
     files = TrackingFiles(tmp_path)
@@ -347,8 +351,8 @@ def test_a_line_that_was_cut_short_is_no_row(tmp_path):
 
 
 @contextmanager
-def files_no_longer_than(size):
-    """A disk that takes no more than so many bytes of a file."""
+def limit_file_size(size):
+    """Limit the size of files in bytes, which simulates a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -357,14 +361,13 @@ def files_no_longer_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_what_a_full_disk_would_not_take_is_one_warning_and_is_written_later(tmp_path, caplog):
+def test_a_full_disk_is_one_warning_and_rows_are_written_later(tmp_path, caplog):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     log.resume(0)
-    with files_no_longer_than(100):
+    with limit_file_size(100):
         for step in range(1, 6):
             log.row(step, {"loss": 1.0})
-    whole = rows(tmp_path)
-    assert [row["step"] for row in whole] == [1]
+    assert [row["step"] for row in rows(tmp_path)] == [1]
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
     log.row(6, {"loss": 1.0})
     log.close()
@@ -374,7 +377,7 @@ def test_what_a_full_disk_would_not_take_is_one_warning_and_is_written_later(tmp
     assert warnings[0].startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (")
 
 
-def test_rows_that_had_no_place_at_the_start_are_written_once_there_is_one(tmp_path, caplog):
+def test_rows_are_written_once_the_folder_can_be_created(tmp_path, caplog):
     folder = tmp_path / "stages" / "train-0"
     (tmp_path / "stages").write_text("no folder")
     log = Tracker(TRACKING, ABOUT, folder)
@@ -387,17 +390,17 @@ def test_rows_that_had_no_place_at_the_start_are_written_once_there_is_one(tmp_p
     assert [entry.levelname for entry in caplog.records].count("WARNING") == 1
 
 
-def test_a_row_that_found_no_room_is_written_at_the_end(tmp_path):
+def test_a_row_that_could_not_be_written_is_written_at_the_end(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     log.resume(0)
-    with files_no_longer_than(10):
+    with limit_file_size(10):
         log.row(1, {"loss": 1.0})
     assert rows(tmp_path) == []
     log.close()
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
-def test_numbers_of_any_kind_are_written_and_what_is_none_hurts_no_run(tmp_path, caplog):
+def test_numbers_of_any_type_are_written_and_other_values_are_one_warning(tmp_path, caplog):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     log.row(1, {"loss": torch.tensor(0.5), "top1": 3})
     log.row(2, {"loss": "much"})
@@ -413,7 +416,7 @@ def test_numbers_of_any_kind_are_written_and_what_is_none_hurts_no_run(tmp_path,
     assert [entry.levelname for entry in caplog.records].count("WARNING") == 1
 
 
-def test_what_is_not_finite_is_left_out(tmp_path):
+def test_values_that_are_not_finite_are_left_out(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     log.row(1, {"loss": float("nan"), "top1": 3.0})
     log.close()
@@ -421,7 +424,7 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     assert row.keys() == {"step", "time", "train/top1"}
 
 
-def test_widths_are_a_file_rows_by_layer_and_lists(tmp_path):
+def test_widths_are_logged_as_a_file_as_rows_and_as_lists(tmp_path):
     log = Tracker(TRACKING, ABOUT, tmp_path)
     log.row(7, {"loss": 1.0})
     log.widths({"conv1": 30, "conv2": 8}, {"conv1": 0.5, "conv2": 2.0}, alpha=1.5)
@@ -440,7 +443,7 @@ def test_widths_are_a_file_rows_by_layer_and_lists(tmp_path):
     assert log.end.summary["widths/channels"] == [30, 8]
 
 
-def test_widths_of_a_search_are_no_network_that_a_figure_shows(tmp_path):
+def test_widths_of_a_search_are_logged_separately_from_those_of_its_network(tmp_path):
     log = Tracker(TRACKING, replace(ABOUT, kind="search"), tmp_path)
     log.widths({"conv1": 30}, {"conv1": 0.5})
     log.close()
@@ -450,7 +453,7 @@ def test_widths_of_a_search_are_no_network_that_a_figure_shows(tmp_path):
     }  # fmt: skip
 
 
-# How runs end.
+# The end of a run.
 
 
 @pytest.mark.parametrize(
@@ -463,12 +466,12 @@ def test_widths_of_a_search_are_no_network_that_a_figure_shows(tmp_path):
         (Diverged("the loss is nan"), 1, False, "Diverged: the loss is nan"),
     ],
 )
-def test_a_run_ends_as_its_work_did(error, code, preempted, why, tmp_path):
-    kept = []
+def test_the_outcome_of_a_run_is_that_of_the_block(error, code, preempted, why, tmp_path):
+    trackers = []
 
     def work():
         with open_tracker(TRACKING, ABOUT, tmp_path, interruptions=(Interrupted,)) as log:
-            kept.append(log)
+            trackers.append(log)
             if error is not None:
                 raise error
 
@@ -477,12 +480,12 @@ def test_a_run_ends_as_its_work_did(error, code, preempted, why, tmp_path):
     else:
         with pytest.raises(type(error)):
             work()
-    end = kept[0].end
+    end = trackers[0].end
     assert (end.code, end.preempted, end.why) == (code, preempted, why)
 
 
-def test_a_tracked_run_that_goes_on_untracked_ends_as_its_work_did(tmp_path):
-    """A server is told so with the next sync, and nothing else is begun for W&B."""
+def test_the_outcome_of_a_tracked_run_that_resumes_untracked_is_written(tmp_path):
+    """The next sync sends it. Runs that were never tracked get no tracking files."""
     files = TrackingFiles(tmp_path)
     files.begin({**ABOUT.init, "project": "p", "entity": None})
     files.write_end(End(code=1, preempted=True))
@@ -500,7 +503,7 @@ def test_a_tracked_run_that_goes_on_untracked_ends_as_its_work_did(tmp_path):
 # Names.
 
 
-def test_a_run_has_its_figures_network_algorithm_and_seed_in_name_and_tags():
+def test_name_and_tags_of_a_run_have_its_figures_network_algorithm_and_seed():
     init = ABOUT.init
     assert init["name"] == "train small noise dmcp w0.312>w1.732 d1 r8 f1 s2"
     assert init["group"] == "train/small/noise/dmcp/w0.312>w1.732-d1-r8-f1"
@@ -509,7 +512,7 @@ def test_a_run_has_its_figures_network_algorithm_and_seed_in_name_and_tags():
     assert (config["source_width"], config["target_width"]) == (0.312, 1.732)
 
 
-def test_runs_that_differ_in_the_seed_alone_share_a_group():
+def test_runs_that_differ_only_in_the_seed_share_a_group():
     group = ABOUT.init["group"]
     assert replace(ABOUT, seed=0).init["group"] == group
     assert replace(ABOUT, seed=0).init["name"] != ABOUT.init["name"]
@@ -522,11 +525,11 @@ def test_runs_that_differ_in_the_seed_alone_share_a_group():
         assert about.init["group"] != group
 
 
-def test_tags_are_as_short_as_w_and_b_requires():
+def test_tags_are_cut_to_the_length_that_w_and_b_accepts():
     assert max(map(len, replace(ABOUT, network="n" * 99).init["tags"])) == 64
 
 
-def test_the_id_of_a_run_is_the_name_of_its_folder_and_a_salt_makes_another():
+def test_the_id_of_a_run_is_the_name_of_its_folder_and_changes_with_the_salt():
     point = SizedRequest(compose(["target.resolution=32"]), images=False)
     entry = point.search_entry("transfer", 3)
     assert point.about("search", "transfer", 3, entry).id == entry.folder.name
@@ -537,7 +540,7 @@ def test_the_id_of_a_run_is_the_name_of_its_folder_and_a_salt_makes_another():
     assert second != entry.folder.name
 
 
-def test_tracking_names_no_run_and_is_frozen_with_it():
+def test_tracking_is_not_part_of_the_identity_and_is_stored_with_a_run():
     entry = compose(["tracking=online", "tracking.tags=[a,b]", "tracking.log_every_steps=7"])
     second = compose(["tracking=disabled"])
     assert entry.fields == second.fields
@@ -598,7 +601,7 @@ def test_offline_is_the_default():
         ),
     ],
 )
-def test_a_mistake_in_tracking_is_one_line(override, line):
+def test_an_invalid_key_of_tracking_is_one_line(override, line):
     with pytest.raises(InputError) as caught:
         compose([override])
     assert str(caught.value) == line
@@ -607,33 +610,33 @@ def test_a_mistake_in_tracking_is_one_line(override, line):
 # Secrets.
 
 
-def test_what_is_called_a_secret_goes_and_what_looks_like_one_is_hidden(monkeypatch):
+def test_entries_named_like_secrets_are_removed_and_text_like_keys_is_hidden(monkeypatch):
     key = "a1" * 20
     monkeypatch.setenv("MY_TOKEN", "correct-horse-battery")
     assert redact(
         {
             "api_key": "x",
             "nested": {"Password": "y", "path": f"/home/me/{key}/data", "list": [key, 3, None]},
-            "said": "it was correct-horse-battery",
+            "message": "it was correct-horse-battery",
             "sentence": "a path/of/many_short_parts is no key: " + "/".join(["word"] * 20),
             "key": "0123456789ab",
         }
     ) == {
         "nested": {"path": f"/home/me/{HIDDEN}/data", "list": [HIDDEN, 3, None]},
-        "said": f"it was {HIDDEN}",
+        "message": f"it was {HIDDEN}",
         "sentence": "a path/of/many_short_parts is no key: " + "/".join(["word"] * 20),
         "key": "0123456789ab",
     }
 
 
-# What is not loaded.
+# Imports, and widthopt sync.
 
 
-def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
+def test_wandb_is_not_imported_with_the_package(tmp_path):
     code = (
         "import sys, widthopt; widthopt.trace; import widthopt.sweeps;"
         "import widthopt.tracking.send, widthopt.reporting.dashboard;"
-        "sys.exit(any(one.startswith('wandb') for one in sys.modules))"
+        "sys.exit(any(name.startswith('wandb') for name in sys.modules))"
     )
     import subprocess  # noqa: PLC0415
 
@@ -641,13 +644,13 @@ def test_nothing_but_a_tracked_run_loads_wandb(tmp_path):
     assert done.returncode == 0
 
 
-def test_sync_of_nothing_says_so(tmp_path):
+def test_a_sync_without_runs_says_so(tmp_path):
     (tmp_path / "runs").mkdir()
     done = widthopt("sync", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "0 sent, 0 had been sent before, 0 still run\n")
 
 
-def test_runs_are_sent_one_by_one_until_three_in_a_row_are_refused(tmp_path, monkeypatch):
+def test_runs_are_sent_one_after_another_until_three_in_a_row_are_refused(tmp_path, monkeypatch):
     """Without a server: the test looks at the order of calls and pauses."""
     for name in "abcdefg":
         TrackingFiles(tmp_path / "stages" / name).begin(ABOUT.init)
@@ -665,7 +668,7 @@ def test_runs_are_sent_one_by_one_until_three_in_a_row_are_refused(tmp_path, mon
     assert [files.folder.name for files in tracked_runs(tmp_path, ["b", "c"])] == ["b", "c"]
 
 
-def test_sync_names_what_is_no_sweep(tmp_path):
+def test_a_sync_of_an_unknown_sweep_is_one_line(tmp_path):
     (tmp_path / "runs").mkdir()
     assert one_line(widthopt("sync", "fig3", folder=tmp_path), 2) == (
         "no sweep 'fig3' in runs; available: none"

@@ -1,7 +1,8 @@
-"""A stand-in for W&B's server, on the loopback interface and in this process's memory.
+"""A substitute for W&B's server, in this process and on the loopback interface.
 
-It proves what the client sends, not what the real server makes of it. Lines of history are kept
-by their offset, as the real one does, so that what is sent twice at one place is there once.
+It shows what the client sends, and not what the real server does with the data. Like the real
+server it stores lines of history by offset: a line that is sent again at the same offset replaces
+the first.
 """
 
 import gzip
@@ -15,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"
-"""What the client must show; of the form that a real one has."""
+"""The API key; it has the format of real keys."""
 
 HISTORY, SUMMARY, EVENTS, OUTPUT = (
     "wandb-history.jsonl", "wandb-summary.json", "wandb-events.jsonl", "output.log",
@@ -24,7 +25,7 @@ HISTORY, SUMMARY, EVENTS, OUTPUT = (
 
 @dataclass
 class Run:
-    """What has arrived of one run."""
+    """The data that the server has received of one run."""
 
     name: str
     fields: dict = field(default_factory=dict)
@@ -37,7 +38,7 @@ class Run:
 
     @property
     def history(self):
-        """Its rows in the order of their places."""
+        """The rows in the order of their offsets."""
         lines = self.files.get(HISTORY, {})
         return [json.loads(line) for _, line in sorted(lines.items())]
 
@@ -79,19 +80,19 @@ class Run:
 
 
 class Server:
-    """Start it with ``with``; then look at what has arrived.
+    """A server that runs inside a ``with`` block.
 
     Attributes:
-        runs: By name.
-        artifacts: By id: what was asked for, and ``state``.
+        runs: Runs by name.
+        artifacts: Artifacts by id: the variables of the request, and ``state``.
         views: Workspaces and reports by id.
-        alerts: In the order of their arrival.
-        requests: Paths, in the order of their arrival.
-        refuse: Operations that are answered with an error.
-        deleted: Names of runs that were deleted, and are refused.
-        silent: Whether every request is left without an answer.
-        dead: Whether every connection is closed at once.
-        quota: Whether what is streamed is refused, as where storage is used up.
+        alerts: Alerts in the order of their arrival.
+        requests: Methods and paths in the order of their arrival.
+        refuse: Operations that get an error as response.
+        deleted: Names of deleted runs, which are refused.
+        silent: Whether requests get no response.
+        dead: Whether connections are closed immediately.
+        quota: Whether streamed rows are refused, as with an exhausted quota.
     """
 
     def __init__(self):
@@ -115,7 +116,7 @@ class Server:
         self._http.server_close()
 
     def wait_for(self, condition, *, seconds=30):
-        """Wait until something holds; False where it never does."""
+        """Wait until a condition is true; return False after the time limit."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if condition():
@@ -124,7 +125,7 @@ class Server:
         return False
 
     def answer(self, operation, values):
-        """The data of one GraphQL operation."""
+        """Return the data of the response to a GraphQL operation."""
         given = {**values, **(values.get("input") or {})}
         entity = given.get("entity") or given.get("entityName") or "loop"
         project = given.get("project") or given.get("projectName") or "uncategorized"
@@ -201,8 +202,8 @@ class Server:
             "uploadUrl": f"{self.url}/storage/manifest/{artifact}/wandb_manifest.json",
             "uploadHeaders": [],
         }
-        made = {"artifactManifest": {"id": f"m-{artifact}", "file": file}}
-        return {f"{verb}ArtifactManifest": made}
+        manifest = {"artifactManifest": {"id": f"m-{artifact}", "file": file}}
+        return {f"{verb}ArtifactManifest": manifest}
 
     def _artifact_files(self, files):
         edges = [
@@ -239,19 +240,19 @@ class Server:
         return {"upsertView": {"view": view, "inserted": True}}
 
     def stream(self, name, content):
-        """Take in what a run streams."""
+        """Store the streamed lines of a run."""
         run = self.runs.setdefault(name, Run(name))
         for file, part in (content.get("files") or {}).items():
             lines = run.files.setdefault(file, {})
-            for place, line in enumerate(part["content"]):
-                lines[0 if file == SUMMARY else part["offset"] + place] = line
+            for index, line in enumerate(part["content"]):
+                lines[0 if file == SUMMARY else part["offset"] + index] = line
         run.preempting += bool(content.get("preempting"))
         if content.get("complete") is not None:
             run.segments += 1
             run.complete, run.exit_code = content["complete"], content.get("exitcode")
 
     def hang(self):
-        """Leave a request without an answer, until the server ends."""
+        """Block a request until the server ends."""
         self._ended.wait(300)
 
 
@@ -285,17 +286,17 @@ class _Quiet(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_):
-        """A client that went away is no news."""
+        """Ignore clients that closed their connections."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Requests of the client, by method."""
+    """Handles the requests of the client."""
 
     protocol_version = "HTTP/1.1"
     server_of_runs = None
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Print nothing."""
 
     def _body(self):
         content = b""
@@ -319,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _receive(self, method):
-        """The request's path and content; None where it is to have no answer."""
+        """Return the path and the content of a request, or None if it gets no response."""
         server, path = self.server_of_runs, urllib.parse.urlparse(self.path).path
         server.requests.append(f"{method} {path}")
         if server.dead:

@@ -30,7 +30,9 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in _FULL
-        remedy = "make room and run the same again" if full else "name a folder you may write to"
+        remedy = "name a folder you may write to"
+        if full:
+            remedy = "make room on the disk and run the same command again"
         raise InputError(
             f"root is {folder}, but it cannot be written ({error.strerror or error}); {remedy}"
         ) from error

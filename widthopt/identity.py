@@ -112,8 +112,8 @@ def seal(name: str, content: Any, **labels: Any) -> dict[str, Any]:
 
     Args:
         name: The key of the content.
-        content: What JSON can hold.
-        labels: What the document says of the content, for example the version of its format.
+        content: Values that JSON can represent.
+        labels: Further values of the document, for example the version of its format.
 
     Raises:
         ValueError: A number is infinite or not a number.

@@ -196,11 +196,11 @@ def _labels(mappings: Sequence[Mapping[str, Any]], suffixes: Sequence[str] = ())
         for differing, suffix in zip(values, suffixes, strict=True)
     ]
     # Values that are cut or rounded may look equal; a number distinguishes them.
-    alike: dict[str, dict[tuple[str, ...], int]] = {}
+    numbers: dict[str, dict[tuple[str, ...], int]] = {}
     for label, kind in zip(labels, kinds, strict=True):
-        alike.setdefault(label, {}).setdefault(kind, len(alike[label]) + 1)
+        numbers.setdefault(label, {}).setdefault(kind, len(numbers[label]) + 1)
     return [
-        f"{label} {alike[label][kind]}" if len(alike[label]) > 1 else label
+        f"{label} {numbers[label][kind]}" if len(numbers[label]) > 1 else label
         for label, kind in zip(labels, kinds, strict=True)
     ]
 

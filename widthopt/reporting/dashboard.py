@@ -1,7 +1,7 @@
-"""W&B's dashboard as code: a section for each figure, beside the panels that W&B makes itself.
+"""The W&B dashboard: a workspace and a report with a section for each figure.
 
-It needs the optional package ``wandb-workspaces``, and only `push` needs a server. W&B draws the
-panels from its own data; printed figures are drawn from records (``widthopt report``).
+It needs the optional package ``wandb-workspaces``, and only `push` and `report` need a server. W&B
+draws the panels from its own data; printed figures are drawn from records (``widthopt report``).
 """
 
 import json
@@ -29,7 +29,7 @@ def sections(figures: Iterable[FigureSpec]) -> dict[str, Any]:
     ws, wr = _import_library()
 
     def line(title: str, x: str, y: str, by: str) -> Any:
-        """Draw rows of all runs: mean and deviation of those that agree in a config key."""
+        """Return a line plot: mean and deviation over the runs with the same value of a key."""
         return wr.LinePlot(
             title=title, x=x, y=[y], groupby=wr.Config(by), groupby_aggfunc="mean",
             groupby_rangefunc="stddev", smoothing_type="none", max_runs_to_show=100,
@@ -58,7 +58,7 @@ def sections(figures: Iterable[FigureSpec]) -> dict[str, Any]:
 
 
 def workspace(shown: Mapping[str, Any], *, project: str, entity: str | None) -> Any:
-    """Return the workspace: the sections, and W&B's own panels of all that runs log."""
+    """Return the workspace: the sections, and the automatic panels of all logged metrics."""
     ws, _ = _import_library()
     return ws.Workspace(
         entity=entity or "",
@@ -72,12 +72,12 @@ def workspace(shown: Mapping[str, Any], *, project: str, entity: str | None) -> 
 
 def as_json(view: Any) -> str:
     """Return a workspace as the JSON that is sent."""
-    text: str = view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)  # noqa: SLF001 (there is no public way)
+    text: str = view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)  # noqa: SLF001 (no public API)
     return text
 
 
 def report(shown: Mapping[str, Any], *, project: str, entity: str) -> Any:
-    """Return the report: each section with the runs of its figure; asks W&B for the entity."""
+    """Return the report: each section with the runs of its figure. W&B looks up the entity."""
     _, wr = _import_library()
     place = {"entity": entity, "project": project}
     blocks: list[Any] = [wr.TableOfContents(), wr.H1(NAME)]
@@ -89,32 +89,32 @@ def report(shown: Mapping[str, Any], *, project: str, entity: str) -> Any:
 
 
 def push(shown: Mapping[str, Any], *, project: str, entity: str, sent: Path) -> list[str]:
-    """Send the workspace and the report, or update those sent before; return their addresses.
+    """Create or update the workspace and the report, and return their URLs.
 
     Args:
         shown: The sections.
         project: W&B's project.
         entity: A user or team.
-        sent: A JSON file with the ids of what was sent, by entity and project.
+        sent: A JSON file with the ids of sent workspaces and reports, by entity and project.
     """
     os.environ["WANDB_ERROR_REPORTING"] = "false"  # no telemetry
     before: Mapping[str, Any] = json.loads(sent.read_text("utf-8")) if sent.is_file() else {}
     place = f"{entity}/{project}"
     ids: dict[str, str] = dict(before.get(place, {}))
     view = workspace(shown, project=project, entity=entity)
-    view._internal_id = ids.get("workspace", "")  # noqa: SLF001 (there is no public way)
+    view._internal_id = ids.get("workspace", "")  # noqa: SLF001 (no public API)
     view._internal_name = ids.get("name", "")  # noqa: SLF001
     try:
         view.save()
         ids["workspace"], ids["name"] = view._internal_id, view._internal_name  # noqa: SLF001
-        text = report(shown, project=project, entity=entity)
-        text.id = ids.get("report", text.id)
-        text.save()
-        ids["report"] = text.id
+        document = report(shown, project=project, entity=entity)
+        document.id = ids.get("report", document.id)
+        document.save()
+        ids["report"] = document.id
     finally:  # also if the report is refused
         sent.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(sent, json.dumps({**before, place: ids}, indent=2) + "\n")
-    return [view.url, text.url]
+    return [view.url, document.url]
 
 
 def _import_library() -> tuple[Any, Any]:

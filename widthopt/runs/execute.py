@@ -149,8 +149,8 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
         uniform = dict.fromkeys(point.target_blueprint.graph.free, 1.0)
         return SearchResult(uniform, overhead_macs=0, seconds=0.0, diagnostics={}, details={})
     entry = point.search_entry(method, seed)
-    with _claim_entry(entry, point.device) as done:
-        if done is None:
+    with _claim_entry(entry, point.device) as stored:
+        if stored is None:
             with _open_tracker(point, "search", method, seed, entry) as tracker:
                 result = algorithm.search(
                     setting,
@@ -164,7 +164,7 @@ def run_search(point: SizedRequest, method: str, seed: int) -> SearchResult:
                 if distributed.rank() == 0:  # before the tracker waits for W&B
                     entry.finish(result.to_plain())
             return result
-    return SearchResult.from_plain(done)
+    return SearchResult.from_plain(stored)
 
 
 def run_training(point: SizedRequest, method: str, seed: int) -> Record:
@@ -177,31 +177,31 @@ def run_training(point: SizedRequest, method: str, seed: int) -> Record:
     """
     widths = _search_widths(point, method, seed)
     entry = point.train_entry(method, seed)
-    with _claim_entry(entry, point.device) as before:
-        if before is None:
+    with _claim_entry(entry, point.device) as stored:
+        if stored is None:
             with _open_tracker(point, "train", method, seed, entry) as tracker:
-                done = _train_and_record(point, widths, entry, tracker)
+                result = _train_and_record(point, widths, entry, tracker)
         else:
-            done = before
-    return record_of(done, method=method, algorithm=point.request.algorithm.name)
+            result = stored
+    return record_of(result, method=method, algorithm=point.request.algorithm.name)
 
 
 def _train_and_record(
-    point: SizedRequest, found: WidthResult, entry: StoreEntry, tracker: Tracker | None
+    point: SizedRequest, widths: WidthResult, entry: StoreEntry, tracker: Tracker | None
 ) -> dict[str, Any]:
     """Train and evaluate the target at these widths, and store the record."""
-    measured = _train_target(point, found.channels, found.seed, entry.folder, tracker)
+    measured = _train_target(point, widths.channels, widths.seed, entry.folder, tracker)
     stages = {"train": entry.folder.name}
-    if found.method != "uniform":
-        stages["search"] = point.search_entry(found.method, found.seed).folder.name
+    if widths.method != "uniform":
+        stages["search"] = point.search_entry(widths.method, widths.seed).folder.name
     record = Record(
         network=point.request.network.name,
         dataset=point.request.dataset.name,
         algorithm=point.request.algorithm.name,
         target=axis_values(point.target),
-        proxy=axis_values(point.setting(found.method)),
-        extrapolation=point.strategy(found.method),
-        found=found,
+        proxy=axis_values(point.setting(widths.method)),
+        extrapolation=point.strategy(widths.method),
+        found=widths,
         top1=measured["top1"],
         top5=measured["top5"],
         train_macs=int(measured["macs"]),
@@ -267,11 +267,11 @@ def _show_search(tracker: Tracker, point: SizedRequest, method: str, result: Sea
     tracker.rows(
         [
             {
-                "slimming/move": place,
+                "slimming/move": index,
                 "slimming/macs": move["macs"],
                 "slimming/errors": move["errors"],
             }
-            for place, move in enumerate(moves)
+            for index, move in enumerate(moves)
         ]
     )
     channels = {
@@ -300,10 +300,10 @@ def _flatten_details(start: str, values: Mapping[str, Any]) -> Iterator[tuple[st
 
 def _show_training(tracker: Tracker, record: Record) -> None:
     """Log the training result to the tracker."""
-    found = record.found
+    widths = record.found
     tracker.rows([{"test/top1": record.top1, "test/top5": record.top5}])
-    tracker.widths(found.channels, found.multipliers, alpha=found.alpha, macs=found.macs)
-    saved = 100 * found.saved
+    tracker.widths(widths.channels, widths.multipliers, alpha=widths.alpha, macs=widths.macs)
+    saved = 100 * widths.saved
     curves: dict[str, float] = {}
     for name in tracker.about.figures:  # a panel shows only the runs of its figure
         curves |= {f"figures/{name}/saved_pct": saved, f"figures/{name}/top1": record.top1}
@@ -314,14 +314,14 @@ def _show_training(tracker: Tracker, record: Record) -> None:
             **curves,
             "test/top1": record.top1,
             "test/top5": record.top5,
-            "alpha": found.alpha,
-            "macs": found.macs,
-            "budget_macs": found.budget_macs,
-            "parameters": found.parameters,
-            "overhead_macs": found.overhead_macs,
+            "alpha": widths.alpha,
+            "macs": widths.macs,
+            "budget_macs": widths.budget_macs,
+            "parameters": widths.parameters,
+            "overhead_macs": widths.overhead_macs,
             "overhead_saved_pct": saved,
             "seconds": record.train_seconds,
-            **{f"flags/{name}": value for name, value in found.diagnostics.items()},
+            **{f"flags/{name}": value for name, value in widths.diagnostics.items()},
         }
     )
 

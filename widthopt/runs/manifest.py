@@ -65,11 +65,13 @@ class Manifest:
                 figures[figure.name] = {"_target_": name, **asdict(figure)}
             baseline = point.point.train_entry("uniform", point.seed)
             if baseline.folder.name not in runs:
-                beside = Run("train", baseline, point.point, "uniform", point.seed, (), macs=0)
+                baseline_run = Run(
+                    "train", baseline, point.point, "uniform", point.seed, (), macs=0
+                )
                 runs[baseline.folder.name] = {
                     "kind": "baseline",
                     "fields": baseline.fields,
-                    "what": beside.what,
+                    "what": baseline_run.what,
                 }
             points.append(
                 {
@@ -86,15 +88,15 @@ class Manifest:
         return cls(f"{title}-{key}", points, runs, figures, tracking)
 
     def to_json(self) -> str:
-        """Return the JSON text that `from_json` reads."""
+        """Return the JSON string that `from_json` reads."""
         return json.dumps(identity.seal("sweep", asdict(self), format=FORMAT)) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str) -> "Manifest":
-        """Read the text that `to_json` returned.
+        """Read the string that `to_json` returned.
 
         Raises:
-            InputError: The text is not a manifest of this version, or it was changed.
+            InputError: It is not a manifest of this version, or it was changed.
         """
         try:
             content = json.loads(text)

@@ -24,7 +24,7 @@ Source: paper section 1, on ResNet50 by Radosavovic et al., 2020.
 
 
 NODE_GPUS = 8
-"""Accelerators of one node (paper section 3.4)."""
+"""Number of accelerators of one node (paper section 3.4)."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class Plan:
         points: list[Point] = []
         for request in requests:
             # Requests that differ only in their seeds have the same networks and cost.
-            text = identity.canonical({**request.fields, "seeds": None, "root": request.root})
-            if text not in sized:
-                sized[text] = SizedRequest(request, images=images)
-            point = sized[text]
+            key = identity.canonical({**request.fields, "seeds": None, "root": request.root})
+            if key not in sized:
+                sized[key] = SizedRequest(request, images=images)
+            point = sized[key]
             for method in request.methods:
                 for seed in request.seeds:
                     train = point.train_entry(method, seed)
@@ -141,10 +141,10 @@ class Plan:
                         entry = point.search_entry(method, seed)
                         search = entry.folder.name
                         if search not in searches:
-                            alike = identity.canonical({**entry.fields, "seed": None})
-                            if alike not in overheads:
-                                overheads[alike] = point.overhead_macs(method)
-                            macs = overheads[alike]
+                            without_seed = identity.canonical({**entry.fields, "seed": None})
+                            if without_seed not in overheads:
+                                overheads[without_seed] = point.overhead_macs(method)
+                            macs = overheads[without_seed]
                             searches[search] = Run("search", entry, point, method, seed, (), macs)
                     name = train.folder.name
                     if name not in trainings:
@@ -175,7 +175,7 @@ class Plan:
 
         Args:
             states: State of every run.
-            nodes: Number of nodes with `NODE_GPUS` accelerators each; a run takes a whole node.
+            nodes: Number of nodes with `NODE_GPUS` accelerators each; a run uses one node.
             macs_per_second: Speed of one accelerator.
         """
         left = [run for name, run in self.runs.items() if states[name] != "done"]
@@ -205,11 +205,11 @@ _SEARCH = ("own", "origin", "search")
 
 def _distinguish(runs: Mapping[str, Run]) -> dict[str, Run]:
     """Add the values in which they differ to runs with the same description."""
-    alike = defaultdict(list)
+    by_description = defaultdict(list)
     for run in runs.values():
-        alike[run.what].append(run)
+        by_description[run.what].append(run)
     result = dict(runs)
-    for items in alike.values():
+    for items in by_description.values():
         tables = [
             {
                 "own": item.entry.fields,
@@ -230,8 +230,8 @@ class Cost:
 
     Attributes:
         points: Number of points.
-        searches: Number of searches, each shared one counted once.
-        trainings: Number of final trainings, each shared one counted once.
+        searches: Number of searches, shared ones counted once.
+        trainings: Number of final trainings, shared ones counted once.
         states: Number of runs in each state.
         macs: MACs of all runs.
         macs_left: MACs of the runs that are not done.

@@ -172,7 +172,7 @@ class SizedRequest:
         recipe = {key: value for key, value in fields["recipe"].items() if key != "epochs"}
         named = {
             "network": fields["network"],
-            "dataset": _naming(self.request.dataset, fields["dataset"]),
+            "dataset": _identity_fields(self.request.dataset, fields["dataset"]),
             "setting": axis_values(setting),
             "algorithm": fields["algorithm"],
             "recipe": recipe,
@@ -191,7 +191,7 @@ class SizedRequest:
         recipe = {key: value for key, value in fields["recipe"].items() if key != "search_epochs"}
         named = {
             "network": fields["network"],
-            "dataset": _naming(self.request.dataset, fields["dataset"]),
+            "dataset": _identity_fields(self.request.dataset, fields["dataset"]),
             "setting": axis_values(self.target),
             "origin": {
                 "search": None if method == "uniform" else self.search_entry(method, seed).key,
@@ -228,7 +228,7 @@ def axis_values(setting: Setting) -> dict[str, float]:
     }
 
 
-def _naming(dataset: Dataset, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _identity_fields(dataset: Dataset, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the data set that results depend on."""
     excluded: frozenset[str] = getattr(dataset, "NON_IDENTITY_KEYS", frozenset())
     return {key: value for key, value in fields.items() if key not in excluded}

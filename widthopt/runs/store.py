@@ -86,12 +86,12 @@ class StoreEntry:
             InputError: The file was changed after it was written, or it cannot be read.
         """
         path = self.folder / "result.json"
-        found = read_json(path, self.folder.parent)
-        if found is None:
+        document = read_json(path, self.folder.parent)
+        if document is None:
             return None
         with suppress(KeyError, TypeError):  # JSON of another form
-            if identity.is_sealed(found, "result", format=_RESULT_FORMAT, key=self.key):
-                result: dict[str, Any] = found["result"]
+            if identity.is_sealed(document, "result", format=_RESULT_FORMAT, key=self.key):
+                result: dict[str, Any] = document["result"]
                 return result
         raise InputError(
             f"root is {self.folder.parent}, but {path} was changed after it was written; "
@@ -115,8 +115,8 @@ class StoreEntry:
     def fail(self, error: BaseException, *, rank: int = 0) -> None:
         """Record the error that ended the work. Call this inside of `claim`.
 
-        If several processes work together, the first error is kept, because the others follow
-        from it.
+        If several processes work together, only the first error is recorded, because it
+        causes the others.
 
         Args:
             error: The error.
@@ -190,11 +190,11 @@ class StoreEntry:
         Raises:
             InputError: A file cannot be read, or the result was changed.
         """
-        with self._at_rest() as rests:
+        with self._check_idle() as idle:
             if self.result() is not None:
                 return "done"
             claim = self._read("claim.json")
-            if not rests or _job(claim) in live:
+            if not idle or _job(claim) in live:
                 return "running"
             submission = self._read("submission.json")
             if _job(submission) in live:
@@ -267,8 +267,8 @@ class StoreEntry:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
     @contextmanager
-    def _at_rest(self) -> Iterator[bool]:
-        """Yield whether no process works on this entry; if so, none starts inside of the block."""
+    def _check_idle(self) -> Iterator[bool]:
+        """Yield whether no process works on this entry. If so, none starts inside of the block."""
         with reading(self.folder / "lock", self.folder.parent):
             try:
                 lock = os.open(self.folder / "lock", os.O_RDONLY)
@@ -279,15 +279,15 @@ class StoreEntry:
             return
         try:
             with reading(self.folder / "lock", self.folder.parent):
-                rests = try_lock(lock, fcntl.LOCK_SH)
-            yield rests
+                idle = try_lock(lock, fcntl.LOCK_SH)
+            yield idle
         finally:
             unlock(lock)
 
     def _begin(self, job: str) -> None:
         """Record this process, and after that remove the recorded error of an earlier attempt."""
         self._job = job
-        for name in ("claim", "failed", "result"):  # parts that a killed process left
+        for name in ("claim", "failed", "result"):  # temporary files of a killed process
             for part in self.folder.glob(f".{name}.json.*.part"):
                 self._remove(part.name)
         self._describe()
@@ -367,10 +367,10 @@ class Store:
             if not match or kind not in (None, match[1]):
                 continue
             path = self.root / name / "fields.json"
-            found = read_json(path, self.root)
-            if found is None:
+            content = read_json(path, self.root)
+            if content is None:
                 continue
-            entry = self._entry_of(found)
+            entry = self._entry_of(content)
             if entry is not None and entry.folder.name == name:
                 yield entry
             else:
@@ -389,9 +389,9 @@ class Store:
         if self.root.is_file():
             raise InputError(f"root is {self.root}, but that is a file; name a folder")
         path = self.root / "store.json"
-        found = read_json(path, self.root)
-        if found is not None:
-            stated = found.get("format") if isinstance(found, dict) else None
+        content = read_json(path, self.root)
+        if content is not None:
+            stated = content.get("format") if isinstance(content, dict) else None
             if stated != _ROOT_FORMAT:
                 raise InputError(
                     f"root is {self.root}, but it belongs to another version (format {stated!r} "
@@ -399,24 +399,24 @@ class Store:
                 )
         if write:
             check_writable(self.root)
-            if found is None:
+            if content is None:
                 write_atomically(path, json.dumps({"format": _ROOT_FORMAT}) + "\n")
 
-    def _entry_of(self, found: Any) -> StoreEntry | None:
+    def _entry_of(self, content: Any) -> StoreEntry | None:
         """Return the entry that the content of ``fields.json`` describes, or None."""
-        if not isinstance(found, dict) or found.keys() != {"kind", "fields"}:
+        if not isinstance(content, dict) or content.keys() != {"kind", "fields"}:
             return None
-        if not isinstance(found["kind"], str):
+        if not isinstance(content["kind"], str):
             return None
         try:
-            return self.entry(found["kind"], found["fields"])
+            return self.entry(content["kind"], content["fields"])
         except (InputError, RecursionError):  # a float that is not finite, or nested too deeply
             return None
 
 
-def _job(found: dict[str, Any] | None) -> str | None:
+def _job(content: dict[str, Any] | None) -> str | None:
     """Return the job in the content of a file, or None."""
-    job = found.get("job") if found else None
+    job = content.get("job") if content else None
     return job if isinstance(job, str) and job else None
 
 
@@ -426,11 +426,11 @@ _REASON = re.compile(r"(widthopt: )?(?P<text>(?(1).*|[\w.]*(Error|Exception|Inte
 
 def failure_reason(entry: StoreEntry) -> str:
     """Return why the work of an entry failed, in one line; empty if unknown."""
-    found = entry.failure()
-    if found is not None:
-        rank = f"process {found['rank']}: " if found.get("rank") else ""
-        message = " ".join(str(found.get("message", "")).split())
-        return rank + (message or str(found.get("type", "unknown")))
+    failure = entry.failure()
+    if failure is not None:
+        rank = f"process {failure['rank']}: " if failure.get("rank") else ""
+        message = " ".join(str(failure.get("message", "")).split())
+        return rank + (message or str(failure.get("type", "unknown")))
     # The process ended before it claimed the entry. The last line of its log may give a reason.
     log = entry.folder / "log.txt"
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []

@@ -46,20 +46,20 @@ class RunRef:
 
     @property
     def row(self) -> Mapping[str, Any]:
-        """Its values in the manifest."""
+        """The values of the run in the manifest."""
         return self.sweeps[0].own[self.name]
 
 
 def live_jobs(root: Path) -> Mapping[str, str] | None:
     """Return the pending and running jobs; None, with a warning, if the queue does not answer."""
     try:
-        return _live(root)
+        return _query_jobs(root)
     except InputError as error:
         logger.warning("%s; until then the states are those in the files", error)
         return None
 
 
-def _live(root: Path) -> Mapping[str, str]:
+def _query_jobs(root: Path) -> Mapping[str, str]:
     """Return the pending and running jobs; none if no job was submitted from the root.
 
     Raises:
@@ -96,17 +96,17 @@ def find(root: Path, name: str) -> RunRef:
             f"KEY is {name}, but {root} contains no sweep, and only runs of sweeps have keys; "
             "start a sweep with -m, or show single runs with widthopt report"
         )
-    fitting = [run for run in names if run.startswith(name) or run.partition("-")[2] == name]
-    fitting = fitting or [run for run in names if run.partition("-")[2].startswith(name)]
-    if len(fitting) != 1 or not name:
-        known = f"{len(fitting)} runs match" if fitting else "no run matches"
+    matches = [run for run in names if run.startswith(name) or run.partition("-")[2] == name]
+    matches = matches or [run for run in names if run.partition("-")[2].startswith(name)]
+    if len(matches) != 1 or not name:
+        known = f"{len(matches)} runs match" if matches else "no run matches"
         raise InputError(
             f"KEY is {name}, but {known} in {root}; "
             f"list the runs with widthopt status --all {root_option(root)}"
         )
-    mine = tuple(sweep for sweep in sweeps if fitting[0] in sweep.own)
-    entry = mine[0].entries(Store.below(root))[fitting[0]]
-    return RunRef(fitting[0], entry, mine)
+    containing = tuple(sweep for sweep in sweeps if matches[0] in sweep.own)
+    entry = containing[0].entries(Store.below(root))[matches[0]]
+    return RunRef(matches[0], entry, containing)
 
 
 def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
@@ -132,29 +132,29 @@ def states(root: Path, sweeps: Sequence[Manifest]) -> list[dict[str, Any]]:
 
 def show(root: Path, name: str) -> dict[str, Any]:
     """Return everything that is recorded for a run, as plain data."""
-    found = find(root, name)
-    entry, jobs = found.entry, live_jobs(root)
+    run = find(root, name)
+    entry, jobs = run.entry, live_jobs(root)
     result = entry.result()
     attempts = entry.folder / "attempts.jsonl"
     lines = attempts.read_text("utf-8").splitlines() if attempts.exists() else []
     submission = entry.submission() or {}
-    state = found.sweeps[0].states(Store.below(root), jobs or {})[found.name]
+    state = run.sweeps[0].states(Store.below(root), jobs or {})[run.name]
     state = _state_without_queue(entry, state, jobs)
     failure = entry.failure() or {}
     return {
-        "name": found.name,
-        "what": found.row["what"],
+        "name": run.name,
+        "what": run.row["what"],
         "state": state,
         "why": failure_reason(entry) or None if state in ENDED else None,
         "traceback": failure.get("traceback") if state in ENDED else None,
-        "needs": found.row["needs"],
-        "sweeps": [sweep.name for sweep in found.sweeps],
+        "needs": run.row["needs"],
+        "sweeps": [sweep.name for sweep in run.sweeps],
         "folder": str(entry.folder),
         "job": submission.get("job"),
         "queue": UNKNOWN if jobs is None else jobs.get(str(submission.get("job"))),
         "code": submission.get("code"),
         "attempts": [json.loads(line) for line in lines],
-        "macs": found.row["macs"],
+        "macs": run.row["macs"],
         "result": result,
     }
 
@@ -173,17 +173,17 @@ def logs(root: Path, name: str, *, rank: int, follow: bool) -> Iterator[str]:
     """
     entry = find(root, name).entry
     path = entry.folder / (f"log-{rank}.txt" if rank else "log.txt")
-    early = (entry.submission() or {}).get("log")
-    before = [root / f"{early}_{rank}_log.{kind}" for kind in ("err", "out")] if early else []
-    printed = [path for path in before if path.exists()]
+    job_log = (entry.submission() or {}).get("log")
+    job_logs = [root / f"{job_log}_{rank}_log.{kind}" for kind in ("err", "out")] if job_log else []
+    printed = [path for path in job_logs if path.exists()]
     yield from (path.read_text("utf-8", "replace") for path in printed)
     if follow:
         yield from _follow(path, root, entry)
-        late = [path for path in before if path not in printed and path.exists()]
+        late = [path for path in job_logs if path not in printed and path.exists()]
         yield from (path.read_text("utf-8", "replace") for path in late)
     elif path.exists():
         yield path.read_text("utf-8", "replace")
-    elif not early:
+    elif not job_log:
         raise InputError(
             f"KEY is {entry.folder.name}, but its process {rank} has no output; see "
             f"widthopt show {entry.folder.name} {root_option(root)}"
@@ -227,39 +227,39 @@ def cancel(root: Path, name: str, *, force: bool) -> list[str]:
         InputError: There is no such sweep or run, or SLURM refuses.
     """
     sweeps, chosen = _sweeps_or_run(root, name)
-    mine = {sweep.name for sweep in sweeps}
-    rest = {
+    chosen_sweeps = {sweep.name for sweep in sweeps}
+    needed = {
         run
         for manifest in load_manifests(root)
-        if manifest.name not in mine
+        if manifest.name not in chosen_sweeps
         for run in manifest.own
     }
-    jobs = _live(root)
+    jobs = _query_jobs(root)
     wanted: dict[str, str] = {}
     for sweep in sweeps:
         for run, entry in sweep.entries(Store.below(root)).items():
             job = str((entry.submission() or {}).get("job", ""))
             if run not in sweep.own or job not in jobs or (chosen and run not in chosen):
                 continue
-            if run in rest and not force:
+            if run in needed and not force:
                 logger.info("%s continues, because another sweep needs it; --force cancels it", run)
                 continue
             wanted[run] = job
     if wanted:
-        _end(set(wanted.values()))
+        _cancel_jobs(set(wanted.values()))
     return sorted(wanted)
 
 
-def _end(jobs: Collection[str]) -> None:
+def _cancel_jobs(jobs: Collection[str]) -> None:
     """Cancel jobs and wait until they have ended."""
     refused = None
     try:
         queue.cancel(jobs)
     except InputError as error:  # possibly because a job has just ended
         refused = error
-    until = time.monotonic() + GONE_SECONDS
+    deadline = time.monotonic() + GONE_SECONDS
     while left := set(jobs) & set(queue.live_jobs()):
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise refused or InputError(
                 f"scancel has ended {len(jobs) - len(left)} of {len(jobs)} jobs, but not yet "
                 f"{', '.join(sorted(left))}; check them with squeue"
@@ -305,8 +305,8 @@ def _sweeps_or_run(root: Path, name: str) -> tuple[list[Manifest], list[str]]:
     try:
         return load_manifests(root, [name]), []
     except InputError:
-        found = find(root, name)
-        return list(found.sweeps), [found.name]
+        run = find(root, name)
+        return list(run.sweeps), [run.name]
 
 
 def write(parts: Iterator[str]) -> None:

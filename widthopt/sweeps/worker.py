@@ -26,7 +26,7 @@ FORMAT = 3
 """Version of the format of a spec."""
 
 
-_SPECIFIED = {"kind", "method", "seed", "needs", "figures", "home", "config"}
+_KEYS = {"kind", "method", "seed", "needs", "figures", "home", "config"}
 
 
 def launch_folder(spec: Path) -> Path | None:
@@ -48,13 +48,13 @@ def read_spec(spec: Path) -> dict[str, Any]:
     content: dict[str, Any] = {}
     try:
         content = json.loads(spec.read_text("utf-8"))
-        known = content.keys() >= _SPECIFIED
-        fault = "" if known and content["format"] == FORMAT else "of another version"
+        known = content.keys() >= _KEYS
+        reason = "" if known and content["format"] == FORMAT else "of another version"
     except (OSError, KeyError, AttributeError, ValueError) as error:
-        fault = str(error)
-    if fault:
+        reason = str(error)
+    if reason:
         raise InputError(
-            f"{spec} is not the spec of a run ({fault}), but it must be one; start the same sweep "
+            f"{spec} is not the spec of a run ({reason}), but it must be one; start the same sweep "
             "again"
         )
     return content

@@ -101,7 +101,7 @@ class Sweep(_StoreTasks):
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The manifest that is written beside the runs."""
+        """The manifest that is written to the folder of runs."""
         tracking = to_plain(self.plan.points[0].point.request)["tracking"]
         return Manifest.of(self.plan, title=self._title, tracking=tracking)
 

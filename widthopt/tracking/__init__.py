@@ -1,7 +1,7 @@
-"""Logs the rows, widths and results of runs: to JSON lines always, and to Weights & Biases.
+"""Experiment tracking: logs runs to JSON lines and to Weights & Biases (W&B).
 
-Results never depend on it: figures are drawn from records, and any failure here is one warning.
-Only the first of several processes that train together logs.
+Results do not depend on tracking: figures are drawn from records, and a failure here is one
+warning. Only rank 0 logs.
 """
 
 import json
@@ -29,15 +29,15 @@ __all__ = ["About", "Tracker", "Tracking", "log_media", "open_tracker"]
 logger = logging.getLogger("widthopt")
 
 LONGEST_PROJECT = 128
-"""The most characters that W&B accepts in a project's name."""
+"""Largest length of a project name that W&B accepts."""
 
 HURRY_SECONDS = 10.0
-"""Time limit for W&B at the end of a run whose job is being taken away."""
+"""Time limit for W&B at the end of a run whose job is being preempted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """The keys of ``conf/tracking``, which explains them. No part of a run's identity."""
+    """The keys of ``conf/tracking``, documented there. They are not part of a run's identity."""
 
     mode: Literal["offline", "online", "disabled"]
     project: str
@@ -75,12 +75,12 @@ class Tracker:
 
     Attributes:
         every: Steps between two rows.
-        about: What the run is.
-        end: How it ends, and its results so far.
+        about: The description of the run.
+        end: The outcome of the run, with its results so far.
     """
 
     def __init__(self, tracking: Tracking, about: About, folder: Path) -> None:
-        """Prepare to log into the run's folder; nothing is written before the first row."""
+        """Prepare to log to the folder of the run; nothing is written before the first row."""
         self.every, self.about, self.end = tracking.log_every_steps, about, End()
         self._tracking, self._files = tracking, TrackingFiles(folder)
         self._process: SendProcess | None = None
@@ -88,26 +88,26 @@ class Tracker:
         self._has_begun, self._has_warned, self._last = False, False, -1
 
     def resume(self, step: float) -> None:
-        """Continue after so many steps, from 0: later rows are removed."""
-        how = self._tracking
+        """Resume after a step: later rows are removed; infinity keeps all rows."""
+        tracking = self._tracking
         if math.isfinite(step):
             self._last = int(step)
         with self.best_effort():
             self._files.cut(step)
-        if how.mode != "disabled" and not self._has_begun:
+        if tracking.mode != "disabled" and not self._has_begun:
             with self.best_effort():
-                place = {"project": how.project, "entity": how.entity}
+                place = {"project": tracking.project, "entity": tracking.entity}
                 self._files.begin({**self.about.init, **place})
                 lock, _ = self._files.open_lock()  # the process waits for a sync that holds it
-                limits = (how.init_timeout_seconds, how.finish_seconds)
-                self._process = SendProcess(self._files, lock, how.mode, *limits)
+                limits = (tracking.init_timeout_seconds, tracking.finish_seconds)
+                self._process = SendProcess(self._files, lock, tracking.mode, *limits)
         self._has_begun = True
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a step.
 
         Args:
-            step: Steps taken so far; more than in the row before.
+            step: Number of steps done; larger than in the previous row.
             values: Numbers by name. Names without a slash, except ``epoch``, are put below
                 ``search/`` or ``train/``. Values that are not finite are left out.
         """
@@ -124,17 +124,17 @@ class Tracker:
             self._files.append(row)
 
     def rows(self, table: Sequence[Mapping[str, float]]) -> None:
-        """Log a table after all steps, one row each."""
+        """Log the rows of a table, each at a new step after the last one."""
         for values in table:
             self.row(self._last + 1, values)
 
     def keep(self) -> None:
-        """Wait until the disk has all rows; called before their checkpoint is written."""
+        """Flush all rows to the disk; called before a checkpoint is written."""
         with self.best_effort():
             self._files.append(durable=True)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Add results by name: finite numbers, strings and lists. Others are left out."""
+        """Add results by name: finite numbers, strings and lists. Other values are ignored."""
         for name, value in values.items():
             is_finite = isinstance(value, float) and math.isfinite(value)
             if is_finite or isinstance(value, bool | int | str | list):
@@ -143,11 +143,13 @@ class Tracker:
     def widths(
         self, channels: Mapping[str, float], multipliers: Mapping[str, float], **extra: Any
     ) -> None:
-        """Log the widths: rows by layer, a list in the summary, and a file, sent as an artifact.
+        """Log the widths: rows by layer, lists in the summary, and a file that becomes an artifact.
 
         Args:
-            channels: By width variable, in forward order; expected channels for a search.
-            multipliers: The same, relative to the network that is not enlarged.
+            channels: Channels by width variable, in forward order; for a search the expected
+                channels.
+            multipliers: Multipliers by width variable, relative to the network without
+                enlargement.
             extra: Further content of the file, as plain data.
         """
         layers = f"layers/{'search' if self.about.kind == 'search' else self.about.network}"
@@ -161,34 +163,34 @@ class Tracker:
             write_atomically(self._files.widths, json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
-        """Write the end, and wait for W&B for a bounded time."""
-        if not self._has_begun:  # the work ended before its training began: its rows stay
+        """Write the outcome, and wait for W&B for a limited time."""
+        if not self._has_begun:  # the block ended before the training began: keep earlier rows
             self.resume(math.inf)
         self.keep()
         with self.best_effort():
-            if self._files.init is not None:  # also if it was tracked earlier, and is not now
+            if self._files.init is not None:  # also if only an earlier attempt was tracked
                 self._files.write_end(self.end)
         if self._process is not None:
             seconds = self._tracking.finish_seconds
             seconds = min(seconds, HURRY_SECONDS) if self.end.preempted else seconds
-            if why := self._process.finish(seconds):
+            if reason := self._process.finish(seconds):
                 self._warn(
-                    f"tracking={self._tracking.mode} failed ({why}); the run is not affected, and "
-                    f"{self._files.metrics} has its rows; `widthopt sync` sends them later"
+                    f"tracking={self._tracking.mode} failed ({reason}); the run is not affected, "
+                    f"and {self._files.metrics} has its rows; `widthopt sync` sends them later"
                 )
 
     @contextmanager
     def best_effort(self) -> Iterator[None]:
-        """Turn any error in the block into a warning."""
+        """Turn an exception in the block into a warning."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 (tracking must never stop the work)
-            why = error_line(error)
-            self._warn(f"{self._files.metrics} cannot be written ({why}); the run continues")
+        except Exception as error:  # noqa: BLE001 (tracking must not stop a run)
+            reason = error_line(error)
+            self._warn(f"{self._files.metrics} cannot be written ({reason}); the run continues")
 
-    def _warn(self, text: str) -> None:
-        """Log the first problem of a run as a warning, and further ones for debugging."""
-        logger.log(logging.DEBUG if self._has_warned else logging.WARNING, "%s", text)
+    def _warn(self, message: str) -> None:
+        """Log the first problem of a run at level WARNING, and further ones at level DEBUG."""
+        logger.log(logging.DEBUG if self._has_warned else logging.WARNING, "%s", message)
         self._has_warned = True
 
 
@@ -196,11 +198,11 @@ class Tracker:
 def open_tracker(
     tracking: Tracking, about: About, folder: Path, *, interruptions: Iterable[type[Exception]] = ()
 ) -> Iterator[Tracker | None]:
-    """Track the block as a run in a folder; yields None in every process except the first.
+    """Track the block as a run in a folder; yields None on all ranks except 0.
 
-    Exceptions of the types ``interruptions`` mean that the block will be continued later.
+    An exception of a type in ``interruptions`` means that the run will be resumed later.
     """
-    from widthopt.training import distributed  # noqa: PLC0415 (imports torch, which sending does without)
+    from widthopt.training import distributed  # noqa: PLC0415 (imports torch, which sending does not need)
 
     if distributed.rank() != 0:
         yield None
@@ -219,7 +221,7 @@ def open_tracker(
 
 
 def log_media(tracking: Tracking, about: About, folder: Path, media: Mapping[str, str]) -> None:
-    """Track pictures and tables, by name relative to the folder, unless a server has the same."""
+    """Track pictures and tables (paths by name), unless a server already has them."""
     files = TrackingFiles(folder)
     if files.is_fully_synced and files.end is not None and files.end.media == dict(media):
         return

@@ -1,6 +1,6 @@
-"""The files that tracking keeps in a run's folder; W&B is sent nothing else.
+"""The tracking files in the folder of a run; only their content is sent to W&B.
 
-A run that continues, or whose server was unreachable, is sent again from these files.
+A run that was resumed, or whose server was unreachable, is sent again from these files.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from widthopt.tracking.secrets import redact
 
 @dataclass(slots=True)
 class End:
-    """How a run ended, and its results.
+    """The outcome of a run, with its results.
 
     Attributes:
-        code: The exit code; 0 if the run is done.
-        preempted: Whether it was interrupted and will continue.
-        why: The error of a failed run, in one line; empty otherwise.
+        code: The exit code; 0 for a finished run.
+        preempted: Whether the run was interrupted and will be resumed.
+        why: The error of a failed run in one line; empty otherwise.
         summary: Results by name.
         media: Pictures (PNG) and tables (CSV) by name, as paths relative to the run's folder.
     """
@@ -41,9 +41,9 @@ class TrackingFiles:
 
     Attributes:
         folder: The run's folder.
-        metrics: The rows: one JSON object a line, with ``step``, ``time`` in seconds, and numbers
-            by name. The file always ends with a complete line.
-        widths: The widths of the run, once it is done.
+        metrics: The file of the rows. Each line is a JSON object with ``step``, ``time`` in
+            seconds, and numbers by name. Readers ignore an incomplete last line.
+        widths: The file of the widths, written at the end of the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,20 +55,20 @@ class TrackingFiles:
         self._pending = b""
 
     def cut(self, step: float) -> None:
-        """Remove the rows after this step; needs no free space, so it works on a full disk."""
+        """Remove the rows after a step. It needs no free space, so it works on a full disk."""
         if self.metrics.exists():
             ends = [end for row, end in self.rows() if row["step"] <= step]
             os.truncate(self.metrics, max(ends, default=0))
 
     def append(self, *rows: Mapping[str, Any], durable: bool = False) -> None:
-        """Append rows, after those that could not be written before.
+        """Append rows, preceded by rows that could not be written earlier.
 
         Args:
             rows: The rows.
             durable: Whether to wait until the disk has all rows.
 
         Raises:
-            OSError: The file cannot be written; it is left as it was.
+            OSError: The file cannot be written; it is unchanged, and the rows are kept in memory.
         """
         self._pending += b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ class TrackingFiles:
         self._pending = b""
 
     def rows(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield each complete row from a byte of the file on, and the byte after it."""
+        """Yield each complete row from a byte offset on, with the offset of its end."""
         if self.metrics.exists():
             with self.metrics.open("rb") as file:
                 file.seek(start)
@@ -97,42 +97,44 @@ class TrackingFiles:
                     yield json.loads(line), start
 
     def begin(self, init: Mapping[str, Any]) -> None:
-        """Write what the run is, as arguments of ``wandb.init``, and remove its earlier end."""
+        """Write the arguments of ``wandb.init``, and remove the outcome of an earlier attempt."""
         self._tracking.mkdir(parents=True, exist_ok=True)
         (self._tracking / "end.json").unlink(missing_ok=True)
         self._write("wandb.json", redact(init))
 
     def write_end(self, end: End) -> None:
-        """Write how the run ended."""
+        """Write the outcome of the run."""
         self._write("end.json", redact(asdict(end)))
 
     @property
     def init(self) -> dict[str, Any] | None:
-        """Arguments of ``wandb.init``; None if the run is not to be sent to W&B."""
+        """The arguments of ``wandb.init``; None if the run is not sent to W&B."""
         return self._read("wandb.json")
 
     @property
     def end(self) -> End | None:
-        """How the run ended; None while it runs, or if its process was killed."""
+        """The outcome of the run; None while it runs, or if its process was killed."""
         content = self._read("end.json")
         return None if content is None else End(**content)
 
     @property
     def is_fully_synced(self) -> bool:
-        """Whether a server has everything as it is now."""
+        """Whether a server has the current content of all files."""
         return self._read("synced.json") == {"sha256": self._fingerprint()}
 
     def mark_synced(self) -> None:
-        """Record that a server has everything as it is now, for W&B's own tool too."""
+        """Record that a server has the current content, also for ``wandb sync``."""
         for segment in self.folder.glob("wandb/offline-run-*/run-*.wandb"):
             segment.with_name(f"{segment.name}.synced").touch()
         self._write("synced.json", {"sha256": self._fingerprint()})
 
     def open_lock(self) -> tuple[int, bool]:
-        """Open the lock that is held by whoever runs or sends the run, and try to take it.
+        """Open the lock file of the run, and try to acquire the lock.
+
+        A process holds the lock while it executes or sends the run.
 
         Returns:
-            The file descriptor, whose copies share the lock, and whether the lock was free.
+            The file descriptor, whose copies share the lock, and whether the lock was acquired.
         """
         self._tracking.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._tracking / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -142,7 +144,7 @@ class TrackingFiles:
         return lock, False
 
     def _fingerprint(self) -> str:
-        """Hash everything that a server is sent."""
+        """Hash all content that is sent to a server."""
         names = ["tracking/wandb.json", "tracking/end.json", self.metrics.name, self.widths.name]
         digest = hashlib.sha256()
         for path in (self.folder / name for name in (*names, *(self.end or End()).media.values())):

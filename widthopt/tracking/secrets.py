@@ -1,4 +1,4 @@
-"""Removes API keys and other secrets from whatever is written to a file, a log or a server."""
+"""Removes API keys and other secrets from text and data before they are written or sent."""
 
 import os
 import re
@@ -9,15 +9,15 @@ from typing import Any
 HIDDEN = "(hidden)"
 
 _SECRET_NAME = re.compile(r"api_?key|token|secret|password|credential", re.IGNORECASE)
-# A key is a long run of letters and digits; a path, a name or a sentence has separators.
+# A key is a long sequence of letters and digits; paths, names and sentences have separators.
 _SECRET_VALUE = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z_]{40,}(?![0-9A-Za-z])")
 
 
 def redact(value: Any) -> Any:
     """Return plain data without secrets.
 
-    Entries with a secret's name are dropped. Text that looks like a key, or that is a secret in the
-    environment, is replaced.
+    Entries whose names indicate a secret are removed. In strings, text that looks like a key and
+    secrets from the environment are replaced.
     """
     if isinstance(value, Mapping):
         return {
@@ -30,12 +30,12 @@ def redact(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     for name, secret in os.environ.items():
-        if _SECRET_NAME.search(name) and len(secret) >= 8:  # noqa: PLR2004 (shorter is no secret)
+        if _SECRET_NAME.search(name) and len(secret) >= 8:  # noqa: PLR2004 (too short for a secret)
             value = value.replace(secret, HIDDEN)
     return _SECRET_VALUE.sub(HIDDEN, value)
 
 
 def error_line(error: BaseException) -> str:
-    """Return the message of an error in one line without secrets."""
+    """Return the message of an exception in one line, without secrets."""
     line: str = redact(" ".join(str(error).split()) or type(error).__name__)
     return line

@@ -1,7 +1,7 @@
 """Sends runs to W&B from their tracking files.
 
-A process of its own does so for each run, since W&B may hang, fail or be killed. The process that
-does the work neither waits for it nor imports it.
+Each run is sent by a separate process, since W&B may hang, fail or be killed. The training process
+does not import W&B, and waits for the separate process only at the end of the run.
 """
 
 import csv
@@ -24,30 +24,30 @@ from widthopt.tracking.secrets import error_line
 
 
 MARGIN_SECONDS = 5.0
-"""Time beyond W&B's own time limits after which the process is killed."""
+"""Time after the limit of `SendProcess.finish` at which the process is killed."""
 
 POLL_SECONDS = 1.0
-"""Time between two reads of the rows, and until W&B's own file has them."""
+"""Interval between two reads of the rows, and between two flushes of W&B's file."""
 
 INIT_SECONDS, FINISH_SECONDS = 60.0, 300.0
-"""Time limits for the first answer of the server, and for sending one run."""
+"""Time limits of ``widthopt sync``: for the first response of the server, and for one run."""
 
 REFUSED_IN_A_ROW = 3
-"""Consecutive failures after which no further run is tried: the server is at fault."""
+"""Consecutive failures after which ``widthopt sync`` stops, since the server is at fault."""
 
 State = Literal["sent", "known", "running", "refused"]
-"""The outcome for one run; ``known``: the server had everything; ``running``: left for later."""
+"""The outcome for one run: ``known`` if the server is up to date, ``running`` if it is skipped."""
 
 X_AXES = {
     "epoch": ("train/*", "search/*", "perf/*", "channels/*", "scales/*"),
     "layer/index": ("layers/*",),
     "slimming/move": ("slimming/macs", "slimming/errors"),
 }
-"""Names of rows by their x axis."""
+"""Names of metrics, by their x axis."""
 
 
 class SendProcess:
-    """Sends the rows of a run while they are written, and then its end."""
+    """Sends the rows of a run while they are written, and then its outcome."""
 
     def __init__(
         self, files: TrackingFiles, lock: int, mode: str, init_seconds: float, finish_seconds: float
@@ -55,36 +55,37 @@ class SendProcess:
         """Start the process.
 
         Args:
-            files: The files that it reads.
+            files: The tracking files of the run.
             lock: The descriptor of `TrackingFiles.open_lock`, which this object closes. The
                 process waits for the lock and shares it.
-            mode: ``offline``: write W&B's files beside the run; ``online``: send to a server.
-            init_seconds: Time limit for W&B's first answer.
-            finish_seconds: Time limit for sending what is left at the end.
+            mode: ``offline`` to write W&B's files beside the run, ``online`` to send to a server.
+            init_seconds: Time limit for the first response of W&B.
+            finish_seconds: Time limit for sending the rest at the end of the run.
         """
         self._lock = lock
-        words = [str(files.folder), mode, str(lock), str(init_seconds), str(finish_seconds)]
+        arguments = [str(files.folder), mode, str(lock), str(init_seconds), str(finish_seconds)]
         self._process = subprocess.Popen(  # noqa: S603 (no outside input)
-            [sys.executable, "-c", f"from {__name__} import main; main()", *words],
+            [sys.executable, "-c", f"from {__name__} import main; main()", *arguments],
             env=_environment(files, mode),
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[lock],
-            start_new_session=True,  # Ctrl-C in a terminal is for the work alone
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the parent
         )
 
     def finish(self, seconds: float) -> str:
-        """Announce the end of the run, wait until everything is sent, and return any error.
+        """Announce the end of the run, wait for the process, and return its error message.
 
-        The process is killed `MARGIN_SECONDS` after this time limit.
+        The message is empty if the run was sent. The process is killed `MARGIN_SECONDS` after the
+        time limit.
         """
-        try:  # a line, since other processes may hold copies of the pipe open
+        try:  # a line and not EOF, since other processes may have copies of the pipe open
             _, errors = self._process.communicate("end\n", timeout=seconds + MARGIN_SECONDS)
         except subprocess.TimeoutExpired:
             return f"no answer within {seconds:g} s"
-        finally:  # also if Ctrl-C ends the wait; W&B's service ends when its parent does
+        finally:  # also after Ctrl-C; W&B's service ends with its parent
             self._process.kill()
             self._process.wait()
             flock(self._lock, LOCK_UN)
@@ -96,11 +97,11 @@ class SendProcess:
 def _environment(files: TrackingFiles, mode: str) -> dict[str, str]:
     """Return an environment without telemetry, and with W&B's caches beside the runs.
 
-    It has the mode, since W&B otherwise looks up a server's name even offline.
+    It contains the mode, since without it W&B looks up the server name even offline.
     """
-    own = files.folder.parents[1] / ".wandb"
+    base = files.folder.parents[1] / ".wandb"
     return {
-        **{f"WANDB_{name.upper()}_DIR": str(own / name) for name in ("data", "cache", "artifact")},
+        **{f"WANDB_{name.upper()}_DIR": str(base / name) for name in ("data", "cache", "artifact")},
         "WANDB__SERVICE_WAIT": "300",
         **os.environ,
         "WANDB_ERROR_REPORTING": "false",
@@ -111,7 +112,7 @@ def _environment(files: TrackingFiles, mode: str) -> dict[str, str]:
 
 
 def tracked_runs(root: Path, names: Collection[str] | None = None) -> list[TrackingFiles]:
-    """Return the runs below a root that W&B is to have; of these names, or all if None."""
+    """Return the tracked runs below a root; only those with these names, if they are given."""
     patterns = ("stages/*/tracking/wandb.json", "report/*/tracking/wandb.json")
     folders = sorted(path.parents[1] for pattern in patterns for path in root.glob(pattern))
     return [TrackingFiles(path) for path in folders if names is None or path.name in names]
@@ -120,17 +121,17 @@ def tracked_runs(root: Path, names: Collection[str] | None = None) -> list[Track
 def sync(
     runs: Collection[TrackingFiles], *, pause_seconds: float
 ) -> Iterator[tuple[str, State, str]]:
-    """Send what the server lacks, one run after another, with a pause after each.
+    """Send runs that the server does not have completely, with a pause after each.
 
-    A server may refuse a single run, such as one that was deleted there, so others are tried.
+    After a refusal the next run is tried, since a server refuses runs that were deleted there.
 
     Yields:
-        The name of each run's folder, the outcome, and why it was refused.
+        The name of the run's folder, the outcome, and the reason of a refusal.
     """
     refused = 0
     for files in runs:
-        state, why = _sync_run(files)
-        yield files.folder.name, state, why
+        state, reason = _sync_run(files)
+        yield files.folder.name, state, reason
         if state in ("sent", "refused"):
             refused = refused + 1 if state == "refused" else 0
             if refused == REFUSED_IN_A_ROW:
@@ -147,34 +148,37 @@ def _sync_run(files: TrackingFiles) -> tuple[State, str]:
         process = SendProcess(files, lock, "online", INIT_SECONDS, FINISH_SECONDS)
     except OSError as error:  # such as a folder of another user
         return "refused", error_line(error)
-    why = process.finish(INIT_SECONDS + FINISH_SECONDS)
-    return "refused" if why else "sent", why
+    reason = process.finish(INIT_SECONDS + FINISH_SECONDS)
+    return "refused" if reason else "sent", reason
 
 
 def main() -> None:
-    """Send the run that the command line names; see `SendProcess`."""
-    # A signal to all processes of a job is for the work, which announces the end.
+    """Send the run given on the command line; the entry point of `SendProcess`."""
+    # Signals to all processes of a job are handled by the parent, which announces the end.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     folder, mode, lock, init_seconds, finish_seconds = sys.argv[1:]
     try:
         flock(int(lock), LOCK_EX)
         _send(TrackingFiles(Path(folder)), mode, float(init_seconds), float(finish_seconds))
-    except BaseException as error:  # noqa: BLE001 (its message is reported)
+    except BaseException as error:  # noqa: BLE001 (the parent reports the message)
         sys.stderr.write(f"{error_line(error)}\n")
         sys.stderr.flush()
         os._exit(1)  # W&B may hang while the interpreter exits
 
 
 def _send(files: TrackingFiles, mode: str, init_seconds: float, finish_seconds: float) -> None:
-    """Send all that a server lacks; a run whose process was killed is sent as interrupted."""
+    """Send rows until the end of the run, then its outcome.
+
+    A run whose process was killed has no outcome, and is sent as preempted.
+    """
     if mode == "offline":
         for folder in files.folder.glob("wandb/offline-run-*"):
-            shutil.rmtree(folder)  # written again from the first row on
+            shutil.rmtree(folder)  # all rows are written again
     run = _init(files, init_seconds, finish_seconds)
-    offset, step, ended = 0, run.starting_step - 1, False  # a server knows the steps before
+    offset, step, ended = 0, run.starting_step - 1, False  # the server has the steps before
     while not ended:
-        # The standard input has something to read when the end is announced or the work is gone.
+        # Standard input is readable once the end is announced or the parent is dead.
         ended = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
         for row, end_of_row in files.rows(offset):
             offset = end_of_row
@@ -182,9 +186,9 @@ def _send(files: TrackingFiles, mode: str, init_seconds: float, finish_seconds: 
                 step = row["step"]
                 values = {name: row[name] for name in row if name not in ("step", "time")}
                 run.log({**values, "_timestamp": row["time"]}, step=step)
-    signal.alarm(math.ceil(finish_seconds + 2 * MARGIN_SECONDS))  # nobody may be there to kill it
+    signal.alarm(math.ceil(finish_seconds + 2 * MARGIN_SECONDS))  # the parent may be dead
     _finish(run, files, files.end or End(code=1, preempted=True), step=step + 1)
-    # W&B only writes to its log that a server refuses the rows of a run.
+    # W&B reports only in its log that a server refuses the rows of a run.
     log = Path(run.dir).parent / "logs" / "debug-internal.log"
     if log.is_file() and "fatal error: filestream" in log.read_text("utf-8", "replace"):
         raise InputError("the server refuses the rows of this run; its quota may be used up")
@@ -193,7 +197,7 @@ def _send(files: TrackingFiles, mode: str, init_seconds: float, finish_seconds: 
 
 
 def _init(files: TrackingFiles, init_seconds: float, finish_seconds: float) -> Any:
-    """Begin or resume the run."""
+    """Start or resume the W&B run."""
     import wandb  # noqa: PLC0415 (optional)
 
     settings = wandb.Settings(
@@ -202,7 +206,7 @@ def _init(files: TrackingFiles, init_seconds: float, finish_seconds: float) -> A
         finish_timeout_raises=True,
         silent=True,
         x_transaction_log_flush_interval=POLL_SECONDS,
-        # Nothing about the machine, the code or what is printed is recorded.
+        # Do not record the machine, the code or the console output.
         console="off",
         host="-",
         disable_code=True,
@@ -221,7 +225,7 @@ def _init(files: TrackingFiles, init_seconds: float, finish_seconds: float) -> A
 
 
 def _finish(run: Any, files: TrackingFiles, end: End, *, step: int) -> None:
-    """Send the end: media at a step of their own, summary, widths, alert and exit code."""
+    """Send the outcome: media at a separate step, summary, widths, alert and exit code."""
     import wandb  # noqa: PLC0415 (optional)
 
     paths = {name: files.folder / path for name, path in end.media.items()}
@@ -231,7 +235,7 @@ def _finish(run: Any, files: TrackingFiles, end: End, *, step: int) -> None:
     run.summary.update(end.summary)
     if files.widths.is_file() and end.code == 0:
         artifact = wandb.Artifact(f"widths-{run.id}", type="widths")
-        # Not copied to W&B's cache, which the machine that sends it may not have.
+        # Do not copy the file to W&B's cache: the machine that sends the run may not have it.
         artifact.add_file(str(files.widths.absolute()), policy="immutable", skip_cache=True)
         run.log_artifact(artifact, aliases=[f"seed{run.config['seed']}"])
     if end.why:
@@ -242,7 +246,7 @@ def _finish(run: Any, files: TrackingFiles, end: End, *, step: int) -> None:
 
 
 def _load(path: Path) -> Any:
-    """Read a picture or a table as W&B's type for it."""
+    """Load a picture or a table as a W&B object."""
     import wandb  # noqa: PLC0415 (optional)
 
     if path.suffix == ".png":
@@ -254,7 +258,7 @@ def _load(path: Path) -> Any:
 
 
 def _numbers(column: Sequence[str]) -> Sequence[str | float | None]:
-    """Convert a column that has only numbers, so that W&B can sort it."""
+    """Convert a column without other text to numbers, so that W&B can sort it."""
     try:
         return [float(cell) if cell else None for cell in column]
     except ValueError:

@@ -136,7 +136,7 @@ def _counts(group: Group) -> dict[str, Summary]:
 
 
 def _uniform(group: Group) -> dict[str, float]:
-    """Return the channels of the baseline, or without records of it the reference of multipliers."""
+    """Return the channels of the baseline; without its records, those that multipliers refer to."""
     if group.uniform:
         return dict(group.uniform[0].found.channels)
     found = group.searched[0].found

@@ -182,7 +182,7 @@ def _format(value: float) -> str:
 
 
 def _matrix(entries: Sequence[Entry]) -> list[list[float]]:
-    """Return the similarities of all pairs; each is computed once, since the matrix is symmetric."""
+    """Return the similarities of all pairs, a symmetric matrix; each pair is computed once."""
     size = range(len(entries))
     half = {
         (row, column): mean_cosine(entries[row].records, entries[column].records)
@@ -241,5 +241,5 @@ def _map(
 
 
 def _short(value: float) -> str:
-    """Return a value with two digits, short enough for a cell: ``.96``, or ``1`` if it rounds to 1."""
+    """Return a value with two digits that fits in a cell: ``.96``, or ``1`` if it rounds to 1."""
     return f"{value:.2f}".removeprefix("0").removesuffix(".00")

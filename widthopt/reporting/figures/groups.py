@@ -108,8 +108,8 @@ def groups(records: Sequence[Record], *, network: str, axis: Axis | None = None)
 
 def direct_groups(records: Sequence[Record], *, network: str) -> list[Group]:
     """Return the records of every target of a network: the baseline and direct searches."""
-    kept = [record for record in records if is_direct(record) or not _is_searched(record)]
-    return [_group(items, None) for items in _by_target(kept, network)]
+    selected = [record for record in records if is_direct(record) or not _is_searched(record)]
+    return [_group(items, None) for items in _by_target(selected, network)]
 
 
 def _by_target(records: Sequence[Record], network: str) -> list[list[Record]]:
@@ -164,7 +164,7 @@ def _values(setting: Mapping[str, float], axis: Axis) -> Source:
 
 
 def panel_title(label: str, network: str, group: Group | None, *, alone: bool) -> str:
-    """Return a title such as ``(3a) resnet18``, with data set and target unless it is the only group."""
+    """Return a title: ``(3a) resnet18``, with data set and target if there are several groups."""
     name = f"({label}) {network}" if label else network
     if group is None or alone:
         return name

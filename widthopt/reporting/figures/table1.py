@@ -226,10 +226,10 @@ class Table1:
     def _rows(self, records: Sequence[Record]) -> tuple[list[Row], list[str]]:
         """Return the rows by data set, the baseline first, and notes on missing rows."""
         rows, notes = [], []
-        everything = direct_groups(records, network=self.network)
+        all_groups = direct_groups(records, network=self.network)
         for dataset, label in self.datasets.items():
             by_resolution: dict[float, dict[Configuration, Group]] = {}
-            for group in everything:
+            for group in all_groups:
                 if group.dataset == dataset:
                     resolution = group.target["resolution"]
                     by_resolution.setdefault(resolution, {})[_place(group)] = group
