@@ -218,7 +218,8 @@ def test_what_merely_runs_is_no_part_of_the_fields():
             "algorithm=morfnet",
             (
                 "algorithm is morfnet, but there is no such choice; use one of autoslim, "
-                "autoslim_short, dmcp, dmcp_short, morphnet, morphnet_short, uniform"
+                "autoslim_short, dmcp, dmcp_short, morphnet, morphnet_auto, morphnet_short, "
+                "pyramid, uniform"
             ),
         ),
         (
@@ -375,7 +376,8 @@ def test_a_table_is_wanted_where_there_is_one():
             ("algorithm=uniform", "algorithm.strength=3"),
             (
                 "algorithm.strength is not a key, but only known keys are read; first choose "
-                "algorithm=dmcp or algorithm=morphnet or algorithm=morphnet_short, which has it"
+                "algorithm=dmcp or algorithm=morphnet or algorithm=morphnet_auto or "
+                "algorithm=morphnet_short, which has it"
             ),
         ),
         (
