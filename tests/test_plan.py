@@ -619,7 +619,8 @@ def test_an_edited_manifest_is_refused(experiments, key, value):
             (
                 "algorithm.strength is set, but not every choice of algorithm=dmcp,autoslim has "
                 "it; sweep over the choices that have it in a command of their own: "
-                "algorithm=dmcp, algorithm=morphnet, algorithm=morphnet_short"
+                "algorithm=dmcp, algorithm=morphnet, algorithm=morphnet_auto, "
+                "algorithm=morphnet_short"
             ),
         ),
         (

@@ -142,7 +142,7 @@ class Penalty:
             return value, share * torch.cat(self._gammas).sign()
 
     @torch.no_grad()
-    def add_gradient(self, strength: float) -> Tensor:
+    def add_gradient(self, strength: float | Tensor) -> Tensor:
         """Add ``strength`` times the gradient of R/F0 to the gradients of the scales; return R/F0.
 
         Call this once per step, after the gradients of all micro-batches. It does not synchronize
@@ -150,8 +150,26 @@ class Penalty:
         """
         value, gradient = self.value_and_gradient()
         gradients = [_gradient(gamma) for gamma in self._gammas]
-        torch._foreach_add_(gradients, gradient.split(self._sizes), alpha=strength)
+        if isinstance(strength, Tensor):
+            gradient = gradient * strength.to(gradient.dtype)
+            torch._foreach_add_(gradients, gradient.split(self._sizes))
+        else:
+            torch._foreach_add_(gradients, gradient.split(self._sizes), alpha=strength)
         return value
+
+    @torch.no_grad()
+    def soft_counts(self) -> Tensor:
+        """Return the soft count of each free width variable, of shape ``(variables,)``.
+
+        The soft count is the sum of the scales of the classes divided by the largest of them. It is
+        at least 1, and a common factor on the scales of a layer, which the next BatchNorm cancels,
+        does not change it. Variables without scales have all their classes.
+        """
+        scales = self.scales()
+        largest = scales.classes.new_zeros(len(self.variables)).scatter_reduce_(
+            0, self._class_row, scales.classes * self._class_free, "amax"
+        )
+        return self._kept + scales.sums / largest.clamp_min(torch.finfo(largest.dtype).tiny)
 
     @torch.no_grad()
     def truncate(self) -> Tensor:

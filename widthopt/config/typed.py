@@ -6,7 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -182,6 +182,11 @@ def _check_fields(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
     """Return the arguments of a dataclass, each converted to the type of its field."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.init]
+    optional = {
+        field.name
+        for field in fields(kind)
+        if field.default is not MISSING or field.default_factory is not MISSING
+    }
     if not isinstance(values, Mapping):
         raise InputError(
             f"{key} is {_format(values)}, but it is a mapping of keys; set them one by one, as in "
@@ -191,9 +196,11 @@ def _check_fields(kind: type[Any], key: str, values: Any) -> dict[str, Any]:
         if name not in names and name != "_target_":
             raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{known}" for known in names]))
     for name in names:
-        if name not in values:
+        if name not in values and name not in optional:
             raise InputError(f"{key}.{name} is missing, but {key} needs it; add {key}.{name}=...")
-    return {name: _value(hints[name], f"{key}.{name}", values[name]) for name in names}
+    return {
+        name: _value(hints[name], f"{key}.{name}", values[name]) for name in names if name in values
+    }
 
 
 _TYPE_NAMES = {
@@ -208,8 +215,7 @@ def _value(kind: Any, key: str, value: Any) -> Any:
     """Return a plain value as this type. Integers convert to float, and nothing else converts."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        inner = next(option for option in arguments if option is not types.NoneType)
-        return None if value is None else _value(inner, key, value)
+        return _one_of_types(arguments, key, value)
     if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
         return _values(kind, key, value)
     rule = ""
@@ -226,6 +232,25 @@ def _value(kind: Any, key: str, value: Any) -> Any:
     if rule:
         raise InputError(f"{key} is {_format(value)}, but it must be {rule}; correct it")
     return value
+
+
+def _one_of_types(options: Sequence[Any], key: str, value: Any) -> Any:
+    """Return a plain value as one of these types: None, words, and one further type."""
+    if value is None and types.NoneType in options:
+        return None
+    words = [word for kind in options if get_origin(kind) is Literal for word in get_args(kind)]
+    if value in words:
+        return value
+    (kind,) = (
+        kind for kind in options if kind is not types.NoneType and get_origin(kind) is not Literal
+    )
+    try:
+        return _value(kind, key, value)
+    except InputError:
+        if not words:
+            raise
+        rule = f"{', '.join(words)} or {_TYPE_NAMES[kind]}"
+        raise InputError(f"{key} is {_format(value)}, but it must be {rule}; correct it") from None
 
 
 def _as_number(value: Any) -> float | None:

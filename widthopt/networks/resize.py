@@ -46,11 +46,16 @@ class Blueprint:
         """Return the graph of the network that `build` makes at these channel counts."""
         return self._graph.resize_graph(channels)
 
+    def shapes(self) -> nn.Module:
+        """Return the network at width multiplier 1 without weights; it must not be changed."""
+        network = self.setting.network
+        build: Any = _shapes if _hashable(network) else _shapes.__wrapped__
+        model: nn.Module = build(network, self.setting.depth, self.setting.classes)
+        return model
+
     def parameters(self, channels: Mapping[str, int]) -> int:
         """Return the number of parameters of the network at these channel counts."""
-        network = self.setting.network
-        shapes: Any = _shapes if _hashable(network) else _shapes.__wrapped__
-        model = on_meta(shapes(network, self.setting.depth, self.setting.classes))
+        model = on_meta(self.shapes())
         _Resizer(self._graph, channels, {}).resize(model)
         return sum(parameter.numel() for parameter in model.parameters())
 
