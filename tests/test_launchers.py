@@ -250,7 +250,7 @@ class Planned(FileWork):
     root_folder = Path()
 
     def __init__(self, _loader, points):
-        super().__init__(self.folder_of_all, CHAIN | dict.fromkeys(points[0], ([], "well")))
+        super().__init__(self.root_folder, CHAIN | dict.fromkeys(points[0], ([], "well")))
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ class Failing(FileWork):
     root_folder = Path()
 
     def __init__(self, _loader, _points):
-        super().__init__(self.folder_of_all, {"a": ([], "well"), "b": ([], "fails")})
+        super().__init__(self.root_folder, {"a": ([], "well"), "b": ([], "fails")})
 
 
 def test_a_failure_that_blocks_no_task_is_reported(importable_folder, monkeypatch):

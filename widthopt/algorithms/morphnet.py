@@ -146,7 +146,7 @@ class MorphNet:
             )
         else:
             start = self._start(penalty, recipe, data, self.strength)
-            objective = _Pruning(penalty, self, recipe, self.strength)
+            objective = _Pruning(penalty, self, recipe)
         trained = train(
             model,
             data.train,
@@ -309,11 +309,10 @@ class _Found(NamedTuple):
 class _Pruning(Objective):
     """The loss of the recipe plus ``strength`` times R/F0."""
 
-    def __init__(
-        self, penalty: Penalty, algorithm: MorphNet, recipe: Recipe, strength: float
-    ) -> None:
+    def __init__(self, penalty: Penalty, algorithm: MorphNet, recipe: Recipe) -> None:
         super().__init__(label_smoothing=recipe.label_smoothing)
-        self.penalty, self._algorithm, self._strength = penalty, algorithm, strength
+        assert algorithm.strength != "auto"
+        self.penalty, self._algorithm, self._strength = penalty, algorithm, algorithm.strength
         self._last_epoch = recipe.search_epochs - 1
         self._dead = torch.zeros(0, dtype=torch.bool)
         self._history = torch.zeros(0, 4, dtype=torch.float64)
