@@ -1,9 +1,9 @@
 """Peak memory of a search step relative to plain training of the enlarged network; 1 is equal.
 
-Each is measured in its own process: the peak of resident memory during three steps, less the
-memory before the network was built. Once the C library returns every large block to the system
-when it is freed, so that the figure is what the steps hold. Once (``heap``) it uses its default,
-which keeps blocks of passes of other widths, so that the figure varies.
+Each is measured in its own process: the peak of resident memory during three steps, minus the
+memory before the network was built. In the first measurement the C library returns every large
+block to the system when it is freed, so the figure is the memory in use. In the second (``heap``)
+it uses its default and keeps blocks of passes at other widths, so the figure varies.
 """
 
 import argparse
@@ -60,12 +60,18 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
     """Yield the ratio for each algorithm and network."""
     batch = 64
     networks = ("resnet18",) if quick else ("resnet18", "mobilenet_v2")
+    resolutions = (32,) if quick else (32, 64)
     heaps: dict[str, dict[str, str]] = {"": HELD} if quick else {"": HELD, "/heap": {}}
-    for network, (suffix, environment) in product(networks, heaps.items()):
+    for network, resolution, (suffix, environment) in product(networks, resolutions, heaps.items()):
         peaks = {}
         for what in ("plain", "autoslim", "dmcp"):
             done = subprocess.run(  # noqa: S603 (this very file)
-                [sys.executable, __file__, "--case", json.dumps([what, network, 64, batch])],
+                [
+                    sys.executable,
+                    __file__,
+                    "--case",
+                    json.dumps([what, network, resolution, batch]),
+                ],
                 env={**os.environ, **environment},
                 capture_output=True,
                 text=True,
@@ -74,7 +80,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
             peaks[what] = int(done.stdout.split()[-1])
         for what in ("autoslim", "dmcp"):
             yield Figure(
-                f"{what}/{network}/64{suffix}",
+                f"{what}/{network}/{resolution}{suffix}",
                 peaks[what] / peaks["plain"],
                 f"{peaks[what] / 1e6:.0f} MB, plain {peaks['plain'] / 1e6:.0f} MB; {batch} images",
                 "" if suffix else "at most 1.3",

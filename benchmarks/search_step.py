@@ -125,7 +125,7 @@ def measure(quick: bool) -> Iterator[Figure]:  # noqa: FBT001 (the harness calls
     """Yield the ratio for each algorithm, network, resolution and batch size."""
     networks = ("resnet18",) if quick else ("resnet18", "mobilenet_v2")
     resolutions = (32,) if quick else (32, 64)
-    turns = 5 if quick else 9
+    turns = 3 if quick else 9
     for name, resolution, size in product(networks, resolutions, BATCHES):
         recipe = Recipe(
             batch_size=size, accumulation=1, epochs=1, search_epochs=1, learning_rate=0.01,
