@@ -32,7 +32,7 @@ from widthopt.training import checkpoints
 
 CONF = Path(__file__).parents[1] / "conf" / "algorithm"
 CHOICES = sorted(path.stem for path in CONF.glob("*.yaml"))
-SEARCHES = [name for name in CHOICES if name != "uniform"]
+SEARCHES = [name for name in CHOICES if name not in {"pyramid", "uniform"}]
 SMALL = (
     "network=resnet18",
     "target.width=0.125",

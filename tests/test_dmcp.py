@@ -544,7 +544,7 @@ def test_the_overhead_is_that_of_the_closed_form_within_a_hundredth(tmp_path):
         ),
         ({"strength": -0.1}, "algorithm.strength is -0.1, but it is a number of at least 0"),
         ({"learning_rate": 0.0}, "algorithm.learning_rate is 0, but it is a number above 0"),
-        ({"final_learning_rate": 0.6}, "algorithm.final_learning_rate is 0.6, but it is from 0"),
+        ({"final_learning_rate": 0.6}, "algorithm.final_learning_rate is 0.6, but it is a number"),
         (
             {"momentum": 1.0},
             "algorithm.momentum is 1, but it is a number of at least 0 and below 1",

@@ -662,7 +662,7 @@ def test_flicker_above_the_threshold_is_told(tmp_path, caplog):
         ({"threshold": math.inf}, "algorithm.threshold is inf, but"),
         (
             {"floor": 0},
-            r"algorithm.floor is 0, but every layer keeps at least one channel; use a whole numb",
+            r"algorithm.floor is 0, but every layer keeps at least one channel; use an integer",
         ),
     ],
 )
