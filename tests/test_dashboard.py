@@ -81,6 +81,7 @@ def summaries(tracked, kind):
         yield result, files.init, files.end.summary
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_training_has_the_values_of_its_record(tracked):
     results = list(summaries(tracked, "train"))
     assert {init["job_type"] for _, init, _ in results} == {"train", "baseline"}
@@ -102,6 +103,7 @@ def test_the_summary_of_a_training_has_the_values_of_its_record(tracked):
             assert summary[f"figures/{figure}/saved_pct"] == summary["overhead_saved_pct"]
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_search_has_the_values_of_its_result(tracked):
     for result, _, summary in summaries(tracked, "search"):
         assert summary["overhead_macs"] == result["overhead_macs"] > 0
@@ -114,6 +116,7 @@ def test_the_summary_of_a_search_has_the_values_of_its_result(tracked):
                 assert summary[f"details/reach/{name}"] == entry
 
 
+@pytest.mark.slow
 def test_every_line_of_the_dashboard_is_a_logged_metric(paper, logged):
     networks = "/(resnet18|mobilenet_v2)/"
     for figure, section in paper.items():
@@ -150,6 +153,7 @@ def test_the_grouping_keys_of_lines_are_in_the_configuration_of_a_run(paper):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_point_of_the_dashboard_is_in_the_summary_of_a_training(paper, tracked):
     points = 0
     for figure, section in paper.items():
@@ -171,6 +175,7 @@ def test_a_section_shows_the_figure_and_the_table_of_the_report(paper):
         assert table.table_name == f"tables/{figure}"
 
 
+@pytest.mark.slow
 def test_every_logged_metric_is_documented(logged):
     """Every documented metric is also logged."""
     text = (Path(__file__).parents[1] / "docs" / "wandb.md").read_text()

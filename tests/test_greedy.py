@@ -259,7 +259,7 @@ def test_the_fast_engine_counts_what_the_naive_one_does(name):
     assert len({count for move in fast.moves for count in move.errors.values()}) > 3
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_single_precision_counts_the_same_with_and_without_what_was_kept(name):
     """15: naive, fast with no value of the base kept, fast with all kept.
 

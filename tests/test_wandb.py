@@ -177,6 +177,7 @@ def stages(folder):
     return sorted((folder / "runs" / "stages").glob("*-*"))
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_without_a_network_and_sends_no_request(swept):
     _, done, reached = swept
     assert done.returncode == 1, done.stderr
@@ -236,6 +237,7 @@ def test_an_offline_run_looks_up_no_name(tmp_path):
     assert count_lookups(tmp_path, "-c", lookup) > 0
 
 
+@pytest.mark.slow
 def test_the_offline_files_of_a_run_have_its_rows_widths_and_configuration(swept):
     folder, _, _ = swept
     done = [entry for entry in stages(folder) if (entry / "result.json").exists()]
@@ -269,6 +271,7 @@ def test_the_offline_files_of_a_run_have_its_rows_widths_and_configuration(swept
         ) == 0
 
 
+@pytest.mark.slow
 def test_curves_are_shown_in_a_terminal_without_an_account(swept):
     """The command of docs/wandb.md."""
     folder, _, _ = swept
@@ -299,6 +302,7 @@ def test_curves_are_shown_in_a_terminal_without_an_account(swept):
     assert [entry for entry in wanted if entry not in seen] == []
 
 
+@pytest.mark.slow
 def test_the_file_of_widths_is_not_copied_to_a_folder_of_w_and_b(swept):
     """The machine that sends the run may not have such a folder."""
     folder, _, _ = swept
@@ -310,6 +314,7 @@ def test_the_file_of_widths_is_not_copied_to_a_folder_of_w_and_b(swept):
             assert [entry.parent.resolve() for entry in same] == [stage.resolve()]
 
 
+@pytest.mark.slow
 def test_a_key_in_the_environment_is_in_no_file_of_a_sweep(swept):
     """This includes the specs of runs, W&B's files and the logs."""
     folder, done, _ = swept
@@ -319,6 +324,7 @@ def test_a_key_in_the_environment_is_in_no_file_of_a_sweep(swept):
     assert not any(KEY.encode() in entry for entry in texts)
 
 
+@pytest.mark.slow
 def test_the_tracked_widths_are_those_of_the_result(swept):
     folder, _, _ = swept
     for stage in stages(folder):
@@ -404,6 +410,7 @@ def start_wandb_sync(folder, server):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_wandb_sync_sends_a_sweep(swept, tmp_path):
     folder, _, _ = swept
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
@@ -413,6 +420,7 @@ def test_wandb_sync_sends_a_sweep(swept, tmp_path):
         check_server(server, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_the_runs_without_sending_them(swept, tmp_path):
     folder, _, _ = swept
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
@@ -560,6 +568,7 @@ def test_a_sync_that_is_repeated_after_a_kill_sends_each_row_once(tmp_path):
         assert_same_rows(server.runs["train-x"], stage)
 
 
+@pytest.mark.slow
 def test_a_sync_without_a_key_names_the_runs_that_were_not_sent(swept, tmp_path):
     folder, _, _ = swept
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
