@@ -343,7 +343,7 @@ def test_a_sweep_ended_by_ctrl_c_resumes_to_the_same_records(finished_sweep, fol
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command continues from" in message
+    assert "the same command resumes from" in message
     assert not list((folder / "runs" / "stages").glob("*/failed.json"))
     assert not list((folder / "runs" / "stages").glob("*/claim.json"))
     done = widthopt(*words, folder=folder)

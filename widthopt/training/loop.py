@@ -58,7 +58,7 @@ _REFRESH_SECONDS = 0.25
 
 
 class Interrupted(Exception):  # noqa: N818 (names the event)
-    """Ctrl-C was pressed: the state is saved, and the same command continues from there."""
+    """Ctrl-C was pressed: the state is saved, and the same command resumes from there."""
 
 
 class Diverged(Exception):  # noqa: N818 (names the event)
@@ -590,7 +590,7 @@ def train(
                     raise Interrupted(
                         f"interrupted after step {tally.step:,} of "
                         f"{epochs * batches.steps_per_epoch:,}; the state is saved in {folder}, "
-                        "and the same command continues from there"
+                        "and the same command resumes from there"
                     )
         except Diverged as error:
             raise Diverged(f"{error}; {manager}; lower recipe.learning_rate") from None
